@@ -1,0 +1,22 @@
+"""Parameter-efficient tuning native to MindSpore and Ascend."""
+from mindpet_lite.delta import LoraConfig, LoRADense
+from mindpet_lite.graph import (
+    TrainableParamsCheckPoint,
+    adapters_disabled,
+    freeze_delta,
+    freeze_from_config,
+    freeze_modules,
+    get_pet_model,
+    load_adapter,
+    merge,
+    save_adapter,
+    set_lora_scale,
+    summary,
+    unmerge,
+)
+
+__version__ = "0.1.0"
+
+__all__ = ["LoRADense", "LoraConfig", "TrainableParamsCheckPoint", "adapters_disabled", "freeze_delta",
+           "freeze_from_config", "freeze_modules", "get_pet_model", "load_adapter", "merge", "save_adapter",
+           "set_lora_scale", "summary", "unmerge"]

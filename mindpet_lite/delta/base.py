@@ -1,0 +1,169 @@
+"""The two abstractions every method is made of: an adapted cell (`Delta`) and its typed settings (`DeltaConfig`)."""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import numbers
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from mindspore import Parameter, Tensor, nn
+from mindspore import dtype as mstype
+
+FLOAT_TYPES = (mstype.float16, mstype.bfloat16, mstype.float32)
+
+
+def did_you_mean(name: object, candidates: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the candidates close to `name`, or an empty string."""
+    known = list(dict.fromkeys(candidates))
+    folded = {item.lower(): item for item in known}
+    near = difflib.get_close_matches(str(name).lower(), list(folded), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(repr(folded[item]) for item in near)}?" if near else ""
+
+
+def check_int(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is an int (a bool is not), ValueError unless it is positive."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be a positive int, but got {value!r} of type {type(value).__name__}.")
+    if value <= 0:
+        raise ValueError(f"{name} must be a positive int, but got {value}.")
+
+
+def check_number(name: str, value: object) -> float:
+    """Raise TypeError unless `value` is a real number (a bool is not); return it as float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, but got {value!r} of type {type(value).__name__}."
+                        f"{number_hint(value)}")
+    return float(value)
+
+
+def check_probability(name: str, value: object) -> None:
+    """Raise unless `value` is a number in [0, 1)."""
+    number = check_number(name, value)
+    if not 0.0 <= number < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), but got {value}.")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise unless `value` is a finite number above 0."""
+    number = check_number(name, value)
+    if not math.isfinite(number) or number <= 0:
+        raise ValueError(f"{name} must be a finite number above 0, but got {value}.")
+
+
+def check_float_type(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is mindspore.float16, bfloat16 or float32."""
+    if not any(value is item or value == item for item in FLOAT_TYPES):
+        raise TypeError(f"{name} must be mindspore.float16, bfloat16 or float32, but got {value!r}.")
+
+
+def number_hint(value: object) -> str:
+    """Say why YAML gives a string for a number such as ``1e-5``, where that is what happened."""
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            return ""
+        return f" YAML reads {value} as text: write {number!r} or {number:.1e}." if "e" in value.lower() \
+            else f" Write {value} without quotes."
+    return ""
+
+
+class Delta:
+    """What an adapted cell tells the rest of the package; mixed into the cell class of every method.
+
+    The cell owns its trained Parameters under the names in `delta_names`, and the Parameters that only steer it
+    (never trained, never counted, never written to a file) under the names in `live_names`. `strength` multiplies the
+    delta (1 is the trained adapter, 0 the base), `enabled` switches it; `refresh` puts both into effect.
+    """
+
+    method: ClassVar[str]
+    delta_names: ClassVar[tuple[str, ...]]
+    live_names: ClassVar[tuple[str, ...]]
+
+    strength: float = 1.0
+    enabled: bool = True
+
+    def delta_parameters(self) -> dict[str, Parameter]:
+        """Return the trained Parameters of this cell by attribute name."""
+        return {name: getattr(self, name) for name in self.delta_names}
+
+    def live_parameters(self) -> dict[str, Parameter]:
+        """Return the Parameters whose value steers the compiled graph, by attribute name."""
+        return {name: getattr(self, name) for name in self.live_names}
+
+    def refresh(self) -> None:
+        """Write `strength` and `enabled` into the live Parameters; a running graph sees it at its next call."""
+        raise NotImplementedError(f"{type(self).__name__} has no strength that can change while it runs.")
+
+    def merged_value(self) -> dict[Parameter, Tensor]:
+        """Return the new value of every base Parameter that absorbs this delta; change nothing."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be merged into its base.")
+
+    def plain_cell(self) -> nn.Cell:
+        """Return the layer without the delta, on the same base Parameter objects; change nothing."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be merged into its base.")
+
+    def settings(self) -> dict[str, Any]:
+        """Return what a file must hold besides the tensors to rebuild this cell, by config field name."""
+        raise NotImplementedError(f"{type(self).__name__} has no settings.")
+
+    def adopt_settings(self, settings: Mapping[str, Any]) -> None:
+        """Take over from a file the settings that are values (not shapes) of this cell."""
+        raise NotImplementedError(f"{type(self).__name__} has no settings.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeltaConfig:
+    """Which layers a method adapts and how; the base of every method's config.
+
+    Args:
+        target_modules: a regular expression that must match a layer's whole path, a list of names (each equal to a
+            path or to its last parts), or ``"all-linear"``.
+        exclude_modules: layers left alone among those, spelt likewise.
+        freeze_include: patterns (`*` matches anything) of base parameters that stay frozen although `freeze_exclude`
+            names them too.
+        freeze_exclude: patterns of base parameters that train beside the deltas.
+    """
+
+    pet_type: ClassVar[str]
+    file_type: ClassVar[str]
+
+    target_modules: str | tuple[str, ...] | None = None
+    exclude_modules: str | tuple[str, ...] | None = None
+    freeze_include: tuple[str, ...] | None = None
+    freeze_exclude: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, name, _names(name, getattr(self, name), allow_text=True))
+        for name in ("freeze_include", "freeze_exclude"):
+            object.__setattr__(self, name, _names(name, getattr(self, name), allow_text=False))
+
+    @classmethod
+    def refusal(cls, cell: nn.Cell) -> str | None:
+        """Return why `cell` cannot be adapted by this method, or None if it can."""
+        raise NotImplementedError(f"{cls.__name__} adapts no layer.")
+
+    def adapt(self, cell: nn.Cell) -> nn.Cell:
+        """Return the adapted cell built on the Parameter objects of `cell`, which stays as it is."""
+        raise NotImplementedError(f"{type(self).__name__} adapts no layer.")
+
+    @classmethod
+    def is_linear(cls, cell: nn.Cell) -> bool:
+        """Tell whether ``"all-linear"`` means this cell."""
+        return isinstance(cell, nn.Dense) and not isinstance(cell, Delta)
+
+
+def _names(field: str, value: object, allow_text: bool) -> str | tuple[str, ...] | None:
+    """Return a name list as a tuple of strings after checking it."""
+    if value is None or (allow_text and isinstance(value, str) and value):
+        return value
+    expected = "a non-empty string or a non-empty list of strings" if allow_text else "a non-empty list of strings"
+    if not isinstance(value, (list, tuple, set, frozenset)) or not value:
+        raise TypeError(f"{field} must be {expected}, but got {value!r}.")
+    for item in value:
+        if not isinstance(item, str) or not item:
+            raise TypeError(f"{field} must be {expected}, but it holds {item!r}.")
+    return tuple(value)

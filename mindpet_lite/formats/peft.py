@@ -1,0 +1,151 @@
+"""Hugging Face PEFT's adapter directory: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindpet_lite.formats.files import read_tensors, write_together
+from mindpet_lite.formats.state import AdapterState, LayerState
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# PEFT's name of each tensor of a layer, by ours.
+_KEYS = {"mindpet_delta_lora_a": "lora_A.weight", "mindpet_delta_lora_b": "lora_B.weight"}
+_OURS = {key: name for name, key in _KEYS.items()}
+# Fields that change what an adapter computes and that a plain LoRA of Dense layers cannot express, with the values
+# that mean "not used".
+_UNUSED: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False, None), "use_rslora": (False, None), "lora_bias": (False, None), "bias": ("none", None),
+    "fan_in_fan_out": (False, None), "modules_to_save": (None, []), "layer_replication": (None,),
+    "trainable_token_indices": (None, [], {}), "target_parameters": (None, []), "alora_invocation_tokens": (None,),
+    "use_qalora": (False, None), "use_bdlora": (None, False), "arrow_config": (None,), "kasa_config": (None,),
+    "monteclora_config": (None,), "velora_config": (None,), "megatron_config": (None,),
+}
+
+
+def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return PEFT's tensors by key and its config; the most common rank and alpha go to `r` and `lora_alpha`."""
+    if state.method != "lora":
+        raise ValueError(f"PEFT's LoRA file cannot hold an adapter of method {state.method!r}.")
+    tensors = {f"{_PREFIX}{path}.{_KEYS[name]}": value
+               for path, layer in state.layers.items() for name, value in layer.tensors.items()}
+    settings = {path: layer.settings for path, layer in state.layers.items()}
+    common = {name: Counter(item[name] for item in settings.values()).most_common(1)[0][0]
+              for name in ("lora_rank", "lora_alpha", "lora_dropout")}
+    config = {
+        "peft_type": "LORA", "auto_mapping": None, "base_model_name_or_path": None, "bias": "none",
+        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+        "r": common["lora_rank"], "lora_alpha": common["lora_alpha"], "lora_dropout": common["lora_dropout"],
+        "target_modules": sorted(settings), "modules_to_save": None, "task_type": None, "revision": None,
+        "rank_pattern": {path: item["lora_rank"] for path, item in settings.items()
+                         if item["lora_rank"] != common["lora_rank"]},
+        "alpha_pattern": {path: item["lora_alpha"] for path, item in settings.items()
+                          if item["lora_alpha"] != common["lora_alpha"]},
+        "use_rslora": False, "use_dora": False, "lora_bias": False,
+    }
+    return tensors, config
+
+
+def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> AdapterState:
+    """Return the adapter that PEFT's tensors and config describe.
+
+    Raises:
+        ValueError: the config is of another method or uses a field we cannot honour; a key is not LoRA's; a layer
+            lacks a factor; shapes and rank disagree. All problems stand in one message.
+    """
+    problems = _config_problems(config)
+    layers: dict[str, dict[str, np.ndarray]] = {}
+    for key, value in tensors.items():
+        path, name = _split(key)
+        if name is None:
+            problems.append(f"{key} is no tensor of a LoRA layer (expected {_PREFIX}<path>.lora_A.weight or lora_B).")
+        else:
+            layers.setdefault(path, {})[name] = value
+    if not layers and not problems:
+        problems.append("the file holds no tensor.")
+    found: dict[str, LayerState] = {}
+    for path, parts in layers.items():
+        missing = [key for name, key in _KEYS.items() if name not in parts]
+        if missing:
+            problems.append(f"{path} lacks {', '.join(missing)}.")
+            continue
+        a, b = parts["mindpet_delta_lora_a"], parts["mindpet_delta_lora_b"]
+        rank = _by_pattern(config.get("rank_pattern"), path, config.get("r"))
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
+            problems.append(f"{path}: lora_A of shape {a.shape} and lora_B of shape {b.shape} do not fit rank {rank} "
+                            f"of {CONFIG_FILE}.")
+        found[path] = LayerState(parts, {
+            "lora_rank": rank, "lora_alpha": _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha")),
+            "lora_dropout": config.get("lora_dropout") or 0.0})
+    if problems:
+        raise ValueError("\n  ".join(problems))
+    return AdapterState("lora", found)
+
+
+def save(state: AdapterState, directory: Path) -> None:
+    """Write both files of the adapter, whole or not at all."""
+    tensors, config = encode(state)
+    write_together(directory, {CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()},
+                   {TENSOR_FILE: tensors})
+
+
+def load(directory: Path) -> AdapterState:
+    """Read an adapter directory; every error names the file.
+
+    Raises:
+        FileNotFoundError: the directory or one of its two files is missing.
+        ValueError: a file is damaged, or as `decode`.
+    """
+    for path in (directory, directory / CONFIG_FILE, directory / TENSOR_FILE):
+        if not path.exists():
+            raise FileNotFoundError(f"There is no {path}: an adapter is a directory with {CONFIG_FILE} and "
+                                    f"{TENSOR_FILE}, as save_adapter() writes it.")
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{directory / CONFIG_FILE} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{directory / CONFIG_FILE} must hold an object, but holds a {type(config).__name__}.")
+    tensors = read_tensors(directory / TENSOR_FILE)
+    try:
+        return decode(tensors, config)
+    except ValueError as error:
+        raise ValueError(f"The adapter in {directory} cannot be used:\n  {error}") from error
+
+
+def _config_problems(config: Mapping[str, Any]) -> list[str]:
+    if config.get("peft_type") != "LORA":
+        return [f"peft_type must be 'LORA', but {CONFIG_FILE} says {config.get('peft_type')!r}."]
+    problems = [f"{name} = {config[name]!r} is not supported." for name, unused in _UNUSED.items()
+                if name in config and config[name] not in unused]
+    for name, kind in (("r", int), ("lora_alpha", (int, float))):
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 1e9:
+            problems.append(f"{name} must be a positive number, but {CONFIG_FILE} says {value!r}.")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, dict):
+            problems.append(f"{name} must be an object, but {CONFIG_FILE} says {config[name]!r}.")
+    return problems
+
+
+def _split(key: str) -> tuple[str, str | None]:
+    """Return the layer's path and our tensor name for a PEFT key; the name is None for a key of no LoRA layer."""
+    for suffix, name in _OURS.items():
+        if key.startswith(_PREFIX) and key.endswith("." + suffix):
+            return key[len(_PREFIX):-len(suffix) - 1], name
+    return key, None
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """Return the value of the first pattern that matches the end of `path`, as PEFT does, else `default`."""
+    for pattern, value in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            return value
+    return default

@@ -1,0 +1,150 @@
+"""Which parameters train: MindPet's `freeze_delta`, `freeze_modules` and `freeze_from_config`, made dependable."""
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+
+from mindspore import Parameter, nn
+
+from mindpet_lite.config import read_freeze
+from mindpet_lite.delta import FREEZE_MODES
+from mindpet_lite.delta.base import Delta, did_you_mean
+from mindpet_lite.graph.match import check_patterns, selector, wildcard
+from mindpet_lite.graph.tree import cells_by_path, paths_of_parameters, require_cell
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainableReport:
+    """How many elements of a net train; `print` gives one line in PEFT's form."""
+
+    trainable: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """Trainable elements in percent of all."""
+        return 100.0 * self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        return (f"trainable params: {self.trainable:,} || all params: {self.total:,} || "
+                f"trainable%: {self.share:.4f}")
+
+
+def net_parameters(net: nn.Cell) -> list[tuple[Parameter, list[str]]]:
+    """Return the net's Parameters with all names each goes by, without those that only steer a delta."""
+    live = {id(parameter) for cell in cells_by_path(net).values() if isinstance(cell, Delta)
+            for parameter in cell.live_parameters().values()}
+    return [(parameter, list(dict.fromkeys([*paths, parameter.name])))
+            for parameter, paths in paths_of_parameters(net) if id(parameter) not in live]
+
+
+def count(net: nn.Cell) -> TrainableReport:
+    """Count the elements of a net: those that train, and all."""
+    sizes = [(math.prod(parameter.shape), parameter.requires_grad) for parameter, _ in net_parameters(net)]
+    return TrainableReport(sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes))
+
+
+def freeze_modules(net: nn.Cell, include: Sequence[str] | None = None,
+                   exclude: Sequence[str] | None = None) -> TrainableReport:
+    """Freeze the parameters that `include` names and thaw those that `exclude` names; leave the rest as they are.
+
+    A parameter that both name is left as it is.
+
+    Args:
+        net: any Cell.
+        include: patterns of parameters to freeze. `*` stands for any text, every other character for itself; a
+            pattern must match the whole path of a parameter, or its `Parameter.name` where that differs.
+        exclude: patterns of parameters to make trainable.
+
+    Returns:
+        How many elements train now.
+
+    Raises:
+        TypeError: `net` is no Cell, or a list is no list of strings.
+        ValueError: neither list is given, a list is empty, or a pattern matches nothing. The net is unchanged.
+    """
+    require_cell(net)
+    if include is None and exclude is None:
+        raise ValueError("freeze_modules needs include, exclude or both: lists of patterns such as ['*embedding*'].")
+    parameters = net_parameters(net)
+    _apply(parameters, _with_lists(parameters, [p.requires_grad for p, _ in parameters], include, exclude))
+    return count(net)
+
+
+def freeze_delta(net: nn.Cell, mode: str, include: Sequence[str] | None = None,
+                 exclude: Sequence[str] | None = None) -> TrainableReport:
+    """Freeze everything but the parameters of one method; then apply the two lists as `freeze_modules` does.
+
+    The result does not depend on what was frozen before. Call it before the optimizer is made.
+
+    Args:
+        net: any Cell.
+        mode: 'lora', 'prefixtuning', 'adapter', 'low_rank_adapter', 'ptuning2' or 'bitfit', in any case.
+        include: patterns of parameters to freeze besides.
+        exclude: patterns of parameters to train besides, such as ``['*classifier*']``.
+
+    Returns:
+        How many elements train now.
+
+    Raises:
+        TypeError: `net` is no Cell, `mode` is no string, or a list is no list of strings.
+        ValueError: the mode is unknown or leaves nothing trainable; a list is empty; a pattern matches nothing. The
+            net is unchanged.
+    """
+    require_cell(net)
+    if not isinstance(mode, str):
+        raise TypeError(f"mode must be one of {', '.join(FREEZE_MODES)}, but got {mode!r}.")
+    if mode.lower() not in FREEZE_MODES:
+        raise ValueError(f"mode must be one of {', '.join(FREEZE_MODES)}, but got {mode!r}."
+                         f"{did_you_mean(mode, FREEZE_MODES)}")
+    pattern = FREEZE_MODES[mode.lower()]
+    parameters = net_parameters(net)
+    expression = wildcard(pattern)
+    trains = [any(expression.fullmatch(name) for name in names) for _, names in parameters]
+    if not any(trains):
+        present = [name for name, other in FREEZE_MODES.items()
+                   if any(wildcard(other).fullmatch(spelling) for _, names in parameters for spelling in names)]
+        raise ValueError(f"mode {mode!r} leaves nothing trainable: the net has no parameter {pattern!r}. " + (
+            f"Modes that fit this net: {', '.join(present)}." if present else
+            "Adapt the net first, with get_pet_model() or layers such as LoRADense."))
+    trains = _with_lists(parameters, trains, include, exclude)
+    if not any(trains):
+        raise ValueError(f"mode {mode!r} with include {include!r} leaves nothing trainable: narrow the include list.")
+    _apply(parameters, trains)
+    return count(net)
+
+
+def freeze_from_config(net: nn.Cell, yaml_path: str | os.PathLike[str]) -> TrainableReport:
+    """Apply the `freeze` block of a YAML file as `freeze_modules` does.
+
+    .. code-block:: yaml
+
+        freeze:
+          include: ['*embedding*']     # either list may be left out
+          exclude: ['*lora*']
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: the file is missing, is no YAML, has no such block or an unknown key
+            in it; or as `freeze_modules`. The net is unchanged.
+    """
+    require_cell(net)
+    include, exclude = read_freeze(yaml_path)
+    return freeze_modules(net, include, exclude)
+
+
+def _with_lists(parameters: list[tuple[Parameter, list[str]]], trains: list[bool], include: Sequence[str] | None,
+                exclude: Sequence[str] | None) -> list[bool]:
+    """Return `trains` after the two lists: named by one of them changes it, named by both or none does not."""
+    for field, patterns in (("include", include), ("exclude", exclude)):
+        if patterns is not None and not check_patterns(field, patterns):
+            raise ValueError(f"{field} is an empty list: leave it out, or name parameters such as ['*embedding*'].")
+    names = [spellings for _, spellings in parameters]
+    frozen, thawed = selector("include", include, names), selector("exclude", exclude, names)
+    return [thawed(index) if frozen(index) != thawed(index) else old for index, old in enumerate(trains)]
+
+
+def _apply(parameters: list[tuple[Parameter, list[str]]], trains: list[bool]) -> None:
+    for (parameter, _), value in zip(parameters, trains):
+        parameter.requires_grad = value

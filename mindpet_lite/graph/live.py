@@ -1,0 +1,92 @@
+"""Change the strength of adapters while compiled graphs run: values, not structure, so nothing compiles again."""
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from mindspore import dtype as mstype
+from mindspore import nn
+
+from mindpet_lite.delta.base import Delta, check_number
+from mindpet_lite.graph.tree import cells_by_path
+
+def deltas(net: nn.Cell) -> dict[str, Delta]:
+    """Return the adapted cells of `net` by path, each once; raise ValueError where there is none."""
+    found: dict[str, Delta] = {}
+    for path, cell in cells_by_path(net).items():
+        if isinstance(cell, Delta) and not any(cell is other for other in found.values()):
+            found[path] = cell
+    if not found:
+        raise ValueError("The net has no adapted layer: adapt it with get_pet_model(), or build it with layers such "
+                         "as LoRADense. (After merge() the layers are plain.)")
+    return found
+
+
+def set_lora_scale(net: nn.Cell, scale: float) -> None:
+    """Multiply every delta of `net` by `scale` from the next call on, without a new compile.
+
+    1 is the adapter as trained, 0 the base exactly, 0.5 half of the update; negative values subtract it. The scale is
+    a state of the running net: it is merged by `merge`, but not written to adapter files.
+
+    Args:
+        net: a net with adapted layers.
+        scale: a finite number.
+
+    Raises:
+        TypeError: `scale` is no number, or `net` no Cell.
+        ValueError: `scale` is not finite; the net has no adapted layer, or its adapters are switched off; or `scale`
+            is 0 and a delta holds NaN or infinite values, which 0 does not cancel.
+    """
+    number = check_number("scale", scale)
+    if not math.isfinite(number):
+        raise ValueError(f"scale must be finite, but got {scale}.")
+    found = deltas(net)
+    if adapters_are_disabled(net):
+        raise ValueError("The adapters are switched off by adapters_disabled(): leave the block before you scale them.")
+    if number == 0:
+        _require_finite(found)
+    for cell in found.values():
+        cell.strength = number
+        cell.refresh()
+
+
+@contextlib.contextmanager
+def adapters_disabled(net: nn.Cell) -> Iterator[nn.Cell]:
+    """Inside the block `net` gives its base's output exactly; afterwards its adapters work as before.
+
+    Nothing compiles anew. Blocks may be nested.
+
+    Raises:
+        TypeError: `net` is no Cell.
+        ValueError: the net has no adapted layer, or a delta holds NaN or infinite values.
+    """
+    found = deltas(net)
+    _require_finite(found)
+    changed = [cell for cell in found.values() if cell.enabled]
+    _switch(changed, False)
+    try:
+        yield net
+    finally:
+        _switch(changed, True)
+
+
+def adapters_are_disabled(net: nn.Cell) -> bool:
+    """Tell whether `net` holds an adapted cell inside an :func:`adapters_disabled` block."""
+    return any(isinstance(cell, Delta) and not cell.enabled for cell in cells_by_path(net).values())
+
+
+def _switch(cells: list[Delta], enabled: bool) -> None:
+    for cell in cells:
+        cell.enabled = enabled
+        cell.refresh()
+
+
+def _require_finite(found: dict[str, Delta]) -> None:
+    broken = [f"{path}.{name}" if path else name for path, cell in found.items()
+              for name, parameter in cell.delta_parameters().items()
+              if not np.isfinite(parameter.astype(mstype.float32).asnumpy()).all()]
+    if broken:
+        raise ValueError(f"{', '.join(broken)} holds NaN or infinite values, and 0 times those is not 0: load a "
+                         f"sound adapter first.")

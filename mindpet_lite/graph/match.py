@@ -1,0 +1,143 @@
+"""Which layers a config means, and which parameters a pattern means."""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from mindspore import nn
+
+from mindpet_lite.delta.base import Delta, DeltaConfig, did_you_mean
+
+ALL_LINEAR = "all-linear"
+
+
+def wildcard(pattern: str) -> re.Pattern[str]:
+    """Compile a pattern in which `*` stands for any text and every other character for itself."""
+    return re.compile(".*".join(re.escape(part) for part in pattern.split("*")), re.DOTALL)
+
+
+def targets(cells: Mapping[str, nn.Cell], config: DeltaConfig) -> tuple[dict[str, nn.Cell], list[str]]:
+    """Return the layers to adapt by path, and every problem found (paths of one layer all stand for it).
+
+    Args:
+        cells: all cells of the net by path.
+        config: its `target_modules` and `exclude_modules` say which; its class says which can be adapted.
+    """
+    problems: list[str] = []
+    wanted = config.target_modules
+    if wanted is None:
+        return {}, ["target_modules is missing: give a regular expression, a list of names or 'all-linear'."]
+    excluded = {id(cells[path]) for path in _hits("exclude_modules", config.exclude_modules, cells, config, problems)}
+    hits = _hits("target_modules", wanted, cells, config, problems)
+    chosen: dict[str, nn.Cell] = {}
+    seen: set[int] = set()
+    for path in hits:
+        cell = cells[path]
+        if id(cell) in excluded or id(cell) in seen:
+            continue
+        seen.add(id(cell))
+        reason = config.refusal(cell)
+        if reason is None:
+            chosen[path] = cell
+        elif _owns_parameters(cell):
+            problems.append(f"{path or 'the net itself'}: {reason}")
+    if "" in chosen:
+        problems.append("the net itself is the layer to adapt, and it cannot be replaced in place: "
+                        "use LoRADense.from_dense(net, ...) or wrap it in a cell.")
+    if not chosen and not problems:
+        problems.append(f"target_modules {wanted!r} leaves no layer to adapt: " + (
+            "all of its hits are excluded." if hits and all(id(cells[path]) in excluded for path in hits) else
+            f"it hits only {', '.join(sorted({type(cells[path]).__name__ for path in hits}))} "
+            f"without parameters of their own."))
+    return chosen, problems
+
+
+def _hits(field: str, wanted: str | Sequence[str] | None, cells: Mapping[str, nn.Cell], config: DeltaConfig,
+          problems: list[str]) -> list[str]:
+    """Return the paths that `wanted` names, in the net's order; every entry must name something."""
+    if wanted is None:
+        return []
+    if wanted == ALL_LINEAR:
+        # Below an adapted layer there is nothing to adapt.
+        found = [path for path, cell in cells.items() if config.is_linear(cell)]
+        if not found:
+            problems.append(f"{field} 'all-linear' hits nothing: the net has no linear layer that is not adapted yet.")
+        return found
+    if isinstance(wanted, str):
+        try:
+            expression = re.compile(wanted)
+        except re.error as error:
+            problems.append(f"{field} {wanted!r} is no regular expression: {error}.")
+            return []
+        found = [path for path in cells if expression.fullmatch(path)]
+        if not found:
+            problems.append(f"{field} {wanted!r} hits nothing; it must match a layer's whole path, such as "
+                            f"{_example(cells, config)}.{did_you_mean(wanted.strip('.*^$'), _spellings(cells))}")
+        return found
+    chosen: list[str] = []
+    for entry in wanted:
+        found = [path for path in cells if path == entry or path.endswith("." + entry)]
+        adapted = [path for path in found if config.refusal(cells[path]) is None or _owns_parameters(cells[path])]
+        if not found:
+            problems.append(f"{field} entry {entry!r} hits nothing; it must equal a layer's path or its last parts, "
+                            f"such as {_example(cells, config)}.{did_you_mean(entry, _spellings(cells))}")
+        elif field == "target_modules" and not adapted:
+            inner = [path for path, cell in cells.items()
+                     if path.startswith(found[0] + ".") and config.refusal(cell) is None]
+            problems.append(f"{field} entry {entry!r} hits {type(cells[found[0]]).__name__} at {found[0]}, which is no "
+                            f"layer to adapt{'; below it are ' + ', '.join(inner[:4]) if inner else ''}.")
+        chosen.extend(found)
+    order = {path: index for index, path in enumerate(cells)}
+    return sorted(set(chosen), key=order.__getitem__)
+
+
+def _owns_parameters(cell: nn.Cell) -> bool:
+    return isinstance(cell, Delta) or any(True for _ in cell.parameters_and_names(expand=False))
+
+
+def _spellings(cells: Iterable[str]) -> list[str]:
+    """Return each path and its last part: what an entry may have been meant to be."""
+    return [name for path in cells if path for name in (path.rsplit(".", 1)[-1], path)]
+
+
+def _example(cells: Mapping[str, nn.Cell], config: DeltaConfig) -> str:
+    for path, cell in cells.items():
+        if path and config.refusal(cell) is None:
+            return repr(path)
+    return "'layers.0.attention.wq' (this net has no layer that can be adapted)"
+
+
+def selector(field: str, patterns: Sequence[str] | None, names: Sequence[Sequence[str]]) -> Callable[[int], bool]:
+    """Return a test whether parameter number i is named by `patterns`, after checking that every pattern hits.
+
+    Args:
+        field: the argument's name, for messages.
+        patterns: wildcards over any name of a parameter; None names nothing.
+        names: for every parameter all names it goes by.
+
+    Raises:
+        TypeError: `patterns` is no list of strings.
+        ValueError: a pattern hits nothing.
+    """
+    hit: set[int] = set()
+    for pattern in check_patterns(field, patterns):
+        expression = wildcard(pattern)
+        found = {index for index, spellings in enumerate(names)
+                 if any(expression.fullmatch(name) for name in spellings)}
+        if not found:
+            known = [part for spellings in names for name in spellings for part in (name, name.rsplit(".", 1)[-1])]
+            raise ValueError(f"{field} pattern {pattern!r} matches no parameter of the net; a pattern must match a "
+                             f"parameter's whole path ('*' stands for any text), such as "
+                             f"{names[0][0] if names else '(the net has no parameter)'!r}."
+                             f"{did_you_mean(pattern.strip('*'), known)}")
+        hit |= found
+    return hit.__contains__
+
+
+def check_patterns(field: str, patterns: Sequence[str] | None) -> Sequence[str]:
+    """Return `patterns` as a sequence of strings ([] for None); raise TypeError for anything else."""
+    if patterns is None:
+        return []
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(item, str) and item for item in patterns):
+        raise TypeError(f"{field} must be a list of strings such as ['*embedding*'], but got {patterns!r}.")
+    return patterns

@@ -1,0 +1,96 @@
+"""Fold the deltas into the base weights, and take them out again bit for bit."""
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+from mindspore import dtype as mstype
+
+from mindpet_lite.graph.live import adapters_are_disabled, deltas
+from mindpet_lite.graph.tree import cells_by_path, replace
+
+# Where a merged layer keeps what `unmerge` puts back: an attribute, so that it lives and is copied with the layer.
+_KEPT = "mindpet_kept_for_unmerge"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """An adapted cell and the base values from before the merge (subtracting would change a quarter of them)."""
+
+    cell: nn.Cell
+    values: tuple[tuple[Parameter, Tensor], ...]
+
+
+def merge(net: nn.Cell) -> nn.Cell:
+    """Replace every adapted layer by a plain one whose weight holds the delta, in place.
+
+    The merged net has the base's layers and parameter names and needs this package no more. The strength set by
+    `set_lora_scale` goes in. What was there before is kept on the layers for :func:`unmerge`; to free that memory,
+    save the merged net and load it into a fresh one.
+
+    Args:
+        net: a net with adapted layers. If it is an adapted layer itself, the plain layer is returned.
+
+    Returns:
+        `net`, or the plain layer that takes its place.
+
+    Raises:
+        TypeError: `net` is no Cell.
+        ValueError: there is nothing to merge, the adapters are switched off, or a merged weight would not be finite.
+            The net is unchanged.
+    """
+    found = deltas(net)
+    if adapters_are_disabled(net):
+        raise ValueError("merge() inside adapters_disabled() would merge nothing: leave the block first.")
+    merged = {path: cell.merged_value() for path, cell in found.items()}
+    broken = [path or parameter.name for path, values in merged.items() for parameter, value in values.items()
+              if not np.isfinite(value.astype(mstype.float32).asnumpy()).all()]
+    if broken:
+        raise ValueError(f"Merging would put NaN or infinite values into {', '.join(broken)}: a delta or base weight "
+                         f"is not finite, or does not fit the weight's type. The net is unchanged.")
+    swaps = {}
+    for path, cell in found.items():
+        kept = _Kept(cell, tuple((parameter, _copy(parameter)) for parameter in merged[path]))
+        for parameter, value in merged[path].items():
+            parameter.set_data(value)
+        swaps[cell] = cell.plain_cell()
+        setattr(swaps[cell], _KEPT, kept)
+    return _swap(net, swaps)
+
+
+def unmerge(net: nn.Cell) -> nn.Cell:
+    """Undo :func:`merge`: put back the adapted layers and the base weights, bit for bit, in place.
+
+    Args:
+        net: a net that `merge` changed, or the plain layer it returned.
+
+    Returns:
+        `net`, or the adapted layer that takes its place.
+
+    Raises:
+        TypeError: `net` is no Cell.
+        ValueError: nothing in the net was merged.
+    """
+    merged = {cell: vars(cell)[_KEPT] for cell in cells_by_path(net).values() if _KEPT in vars(cell)}
+    if not merged:
+        raise ValueError("There is nothing to unmerge: no layer of this net was merged by merge().")
+    for cell, kept in merged.items():
+        for parameter, value in kept.values:
+            parameter.set_data(value)
+        delattr(cell, _KEPT)
+    return _swap(net, {cell: kept.cell for cell, kept in merged.items()})
+
+
+def _copy(parameter: Parameter) -> Tensor:
+    """Return the value in memory of its own: an operator's copy would be lazy, and see the new value."""
+    if parameter.dtype == mstype.bfloat16:
+        return Tensor(parameter.astype(mstype.float32).asnumpy().copy()).astype(mstype.bfloat16)
+    return Tensor(parameter.asnumpy().copy())
+
+
+def _swap(net: nn.Cell, swaps: dict[nn.Cell, nn.Cell]) -> nn.Cell:
+    replace(net, swaps)
+    return swaps.get(net, net)
+
+

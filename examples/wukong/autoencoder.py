@@ -1,8 +1,9 @@
 """The autoencoder of Wukong-Huahua (AutoencoderKL): pictures to latents and back."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
-from layers import GroupNorm, attend, name_parameters, upsample
+from layers import GroupNorm, attend, conv2d, name_parameters, upsample
 from mindspore import Tensor, nn, ops
 
 EPS = 1e-6
@@ -55,7 +56,7 @@ class AutoencoderConfig:
 
 def conv(in_channels: int, out_channels: int, kernel: int) -> nn.Conv2d:
     """A convolution with bias that keeps the side."""
-    return nn.Conv2d(in_channels, out_channels, kernel, pad_mode="pad", padding=kernel // 2, has_bias=True)
+    return conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
 
 
 class ResnetBlock(nn.Cell):
@@ -103,7 +104,7 @@ class Downsample(nn.Cell):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, pad_mode="pad", padding=(0, 1, 0, 1), has_bias=True)
+        self.conv = conv2d(channels, channels, 3, stride=2, padding=(0, 1, 0, 1))
 
     def construct(self, x: Tensor) -> Tensor:
         return self.conv(x)
@@ -126,7 +127,7 @@ class Level(nn.Cell):
     def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, dropout: float) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
-        self.block = nn.CellList([ResnetBlock(a, b, dropout) for a, b in zip(widths, widths[1:])])
+        self.block = nn.CellList([ResnetBlock(a, b, dropout) for a, b in pairwise(widths)])
         self.attn = nn.CellList([AttnBlock(out_channels) for _ in range(blocks if attention else 0)])
 
     def construct(self, x: Tensor) -> Tensor:

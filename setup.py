@@ -1,0 +1,38 @@
+"""Build file; `pip install .` finds it under this name only."""
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "mindpet_lite" / "__init__.py").read_text(encoding="utf-8"))[1]
+
+# What the Wukong example needs besides the package. resvg-py draws the emoji; its version decides the pixels.
+EXAMPLES = ["pillow>=10.1", "matplotlib", "tqdm", "resvg-py==0.5.0"]
+TEST = ["pytest"]
+
+setup(
+    name="mindpet_lite",
+    version=VERSION,
+    description="Parameter-efficient tuning native to MindSpore and Ascend",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["mindpet_lite", "mindpet_lite.*"]),
+    package_data={"mindpet_lite": ["py.typed"]},
+    python_requires=">=3.10,<3.13",
+    # MindSpore 2.7 to 2.10 fail with NumPy 2 in PyNative mode ("numpy.core.multiarray failed to import").
+    install_requires=["mindspore>=2.7", "numpy<2", "pyyaml", "safetensors"],
+    extras_require={
+        "examples": EXAMPLES,
+        "test": TEST + EXAMPLES,
+        "dev": TEST + EXAMPLES + ["ruff", "mypy", "types-PyYAML"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -129,7 +129,8 @@ def main() -> None:
     print(f"{'step':12} {'median ms':>10} {'of floor':>9} {'paired':>7}")
     for name, values in times.items():
         paired = statistics.median(value / other for value, other in zip(values, times["floor"]))
-        print(f"{name:12} {1000 * statistics.median(values):10.2f} {statistics.median(values) / base:9.3f} {paired:7.3f}")
+        median = statistics.median(values)
+        print(f"{name:12} {1000 * median:10.2f} {median / base:9.3f} {paired:7.3f}")
 
 
 if __name__ == "__main__":

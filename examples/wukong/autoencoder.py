@@ -24,6 +24,8 @@ class AutoencoderConfig:
         attn_resolutions: Sides, in pixels, of the levels that have attention.
         double_z: The encoder gives mean and log-variance; only True makes sense here.
         dropout: Probability inside the residual blocks.
+        groups: Groups of every GroupNorm. A narrow autoencoder needs fewer than Wukong's 32: where a group is one
+            channel, each picture's own mean of it, and with it the colour, is lost.
     """
 
     ch: int
@@ -36,6 +38,7 @@ class AutoencoderConfig:
     attn_resolutions: list[int]
     double_z: bool = True
     dropout: float = 0.0
+    groups: int = 32
 
     def __post_init__(self) -> None:
         sides = self.sides()
@@ -62,11 +65,11 @@ def conv(in_channels: int, out_channels: int, kernel: int) -> nn.Conv2d:
 class ResnetBlock(nn.Cell):
     """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with a 1x1 convolution on x where the width changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
+    def __init__(self, in_channels: int, out_channels: int, dropout: float, groups: int) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(in_channels, EPS)
+        self.norm1 = GroupNorm(in_channels, EPS, groups)
         self.conv1 = conv(in_channels, out_channels, 3)
-        self.norm2 = GroupNorm(out_channels, EPS)
+        self.norm2 = GroupNorm(out_channels, EPS, groups)
         self.dropout = nn.Dropout(p=dropout)
         self.conv2 = conv(out_channels, out_channels, 3)
         self.nin_shortcut = conv(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -80,9 +83,9 @@ class ResnetBlock(nn.Cell):
 class AttnBlock(nn.Cell):
     """x plus single-head attention over the pixels, with 1x1 convolutions for query, key, value and output."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = GroupNorm(channels, EPS)
+        self.norm = GroupNorm(channels, EPS, groups)
         self.q = conv(channels, channels, 1)
         self.k = conv(channels, channels, 1)
         self.v = conv(channels, channels, 1)
@@ -124,11 +127,12 @@ class Upsample(nn.Cell):
 class Level(nn.Cell):
     """The residual blocks of one level, each followed by attention where the level has it."""
 
-    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, dropout: float) -> None:
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, dropout: float,
+                 groups: int) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
-        self.block = nn.CellList([ResnetBlock(a, b, dropout) for a, b in pairwise(widths)])
-        self.attn = nn.CellList([AttnBlock(out_channels) for _ in range(blocks if attention else 0)])
+        self.block = nn.CellList([ResnetBlock(a, b, dropout, groups) for a, b in pairwise(widths)])
+        self.attn = nn.CellList([AttnBlock(out_channels, groups) for _ in range(blocks if attention else 0)])
 
     def construct(self, x: Tensor) -> Tensor:
         for i in range(len(self.block)):
@@ -142,8 +146,8 @@ class DownLevel(Level):
     """A level of the encoder. Wukong's checkpoints have `downsample` on every level; the last one's is not run."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, dropout: float,
-                 resample: bool) -> None:
-        super().__init__(in_channels, out_channels, blocks, attention, dropout)
+                 groups: int, resample: bool) -> None:
+        super().__init__(in_channels, out_channels, blocks, attention, dropout, groups)
         self.downsample = Downsample(out_channels)
         self.resample = resample
 
@@ -156,8 +160,8 @@ class UpLevel(Level):
     """A level of the decoder. Wukong's checkpoints have `upsample` on every level; that of level 0 is not run."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, dropout: float,
-                 resample: bool) -> None:
-        super().__init__(in_channels, out_channels, blocks, attention, dropout)
+                 groups: int, resample: bool) -> None:
+        super().__init__(in_channels, out_channels, blocks, attention, dropout, groups)
         self.upsample = Upsample(out_channels)
         self.resample = resample
 
@@ -169,11 +173,11 @@ class UpLevel(Level):
 class Middle(nn.Cell):
     """Residual block, attention, residual block."""
 
-    def __init__(self, channels: int, dropout: float) -> None:
+    def __init__(self, channels: int, dropout: float, groups: int) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, dropout)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels, dropout)
+        self.block_1 = ResnetBlock(channels, channels, dropout, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, dropout, groups)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -189,9 +193,9 @@ class Encoder(nn.Cell):
         inputs = [config.ch] + widths
         self.down = nn.CellList([
             DownLevel(inputs[i], widths[i], config.num_res_blocks, side in config.attn_resolutions, config.dropout,
-                      resample=i != last) for i, side in enumerate(config.sides())])
-        self.mid = Middle(widths[-1], config.dropout)
-        self.norm_out = GroupNorm(widths[-1], EPS)
+                      config.groups, resample=i != last) for i, side in enumerate(config.sides())])
+        self.mid = Middle(widths[-1], config.dropout, config.groups)
+        self.norm_out = GroupNorm(widths[-1], EPS, config.groups)
         self.conv_out = conv(widths[-1], 2 * config.z_channels, 3)
 
     def construct(self, x: Tensor) -> Tensor:
@@ -208,12 +212,12 @@ class Decoder(nn.Cell):
         super().__init__()
         widths = config.widths()
         self.conv_in = conv(config.z_channels, widths[-1], 3)
-        self.mid = Middle(widths[-1], config.dropout)
+        self.mid = Middle(widths[-1], config.dropout, config.groups)
         inputs = widths[1:] + widths[-1:]
         self.up = nn.CellList([
             UpLevel(inputs[i], widths[i], config.num_res_blocks + 1, side in config.attn_resolutions, config.dropout,
-                    resample=i != 0) for i, side in enumerate(config.sides())])
-        self.norm_out = GroupNorm(widths[0], EPS)
+                    config.groups, resample=i != 0) for i, side in enumerate(config.sides())])
+        self.norm_out = GroupNorm(widths[0], EPS, config.groups)
         self.conv_out = conv(widths[0], config.out_ch, 3)
 
     def construct(self, z: Tensor) -> Tensor:

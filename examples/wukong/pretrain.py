@@ -1,0 +1,245 @@
+"""Trains the small base, in two stages, from folders of images with Chinese captions.
+
+    python prepare_data.py --styles noto flat --out work/data
+    python pretrain.py autoencoder --data work/data/flat work/data/noto --work work/base
+    python pretrain.py unet        --data work/data/flat                --work work/base --out base
+
+The first stage learns to compress pictures; the second learns the U-Net and the text encoder on the latents. A run that was
+stopped goes on where it was saved last when it is started again with the same arguments. Everything random follows from the seed
+and the step, so a continued run sees what an unbroken one would have seen.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from autoencoder import AutoencoderKL
+from base import BaseError, load_weights, save_base, save_weights
+from data import DataError, epochs, load_folder
+from diffusion import DiffusionLoss, Schedule, draw_noise
+from mindspore import nn, ops
+from text_encoder import TextEncoder
+from tokenizer import CharTokenizer
+from training import Trainer, TrainingError, learning_rates
+from unet import UNetModel
+
+SIZE = 32
+LATENTS = 8
+AUTOENCODER = {
+    "ddconfig": {"double_z": True, "z_channels": LATENTS, "resolution": SIZE, "in_channels": 3, "out_ch": 3, "ch": 32,
+                 "ch_mult": [1, 2, 2], "num_res_blocks": 1, "attn_resolutions": [], "groups": 8},
+    "embed_dim": LATENTS,
+}
+UNET = {
+    "image_size": SIZE // 4, "in_channels": LATENTS, "out_channels": LATENTS, "model_channels": 96,
+    "attention_resolutions": [1, 2], "num_res_blocks": 1, "channel_mult": [1, 1], "num_heads": 4, "context_dim": 64,
+}
+TEXT_WIDTH = {"output_dim": 64, "width": 64, "layers": 2, "heads": 4}
+CONTEXT_LENGTH = 16
+SCHEDULE = {"timesteps": 1000, "linear_start": 0.00085, "linear_end": 0.012}
+KL_WEIGHT = 2e-4
+GAMMA = 5.0
+DROPPED = 0.1
+# Ways people ask for a picture, so that a prompt need not be the bare caption; the bare caption is four times as frequent.
+TEMPLATES = ("{}",) * 12 + ("一个{}", "{}的图片", "{}的图案")
+
+
+class AutoencoderLoss(nn.Cell):
+    """mean |decoded - img| + mean (decoded - img)^2 + KL_WEIGHT * KL(N(mean, var) || N(0, 1)) per latent value."""
+
+    def __init__(self, autoencoder: AutoencoderKL) -> None:
+        super().__init__(auto_prefix=False)
+        self.autoencoder = autoencoder
+
+    def construct(self, img: ms.Tensor, noise: ms.Tensor) -> ms.Tensor:
+        decoded, moments = self.autoencoder(img, noise)
+        mean, logvar = ops.split(moments, moments.shape[1] // 2, axis=1)
+        logvar = ops.clamp(logvar, -30.0, 20.0)
+        kl = 0.5 * (mean * mean + ops.exp(logvar) - 1.0 - logvar).mean()
+        error = decoded - img
+        return ops.abs(error).mean() + (error * error).mean() + KL_WEIGHT * kl
+
+
+class TextToImageLoss(nn.Cell):
+    """The diffusion loss with the text encoder in the graph, so that both are trained."""
+
+    def __init__(self, unet: nn.Cell, text_encoder: nn.Cell, schedule: Schedule) -> None:
+        super().__init__(auto_prefix=False)
+        self.text_encoder = text_encoder
+        self.loss = DiffusionLoss(unet, schedule, GAMMA)
+
+    def construct(self, x0: ms.Tensor, ids: ms.Tensor, timesteps: ms.Tensor, noise: ms.Tensor) -> ms.Tensor:
+        return self.loss(x0, self.text_encoder(ids), timesteps, noise)
+
+
+def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Varies pictures (B, 3, S, S) in [-1, 1], so that an autoencoder learns more than their few colours and places.
+
+    Each is shifted by up to 2 pixels and mirrored or not; one in eight changes its channels' order, one in
+    sixteen is inverted, one in ten becomes grey and one in ten black on white.
+    """
+    out = []
+    for image in images:
+        padded = np.pad(image, ((0, 0), (2, 2), (2, 2)), constant_values=1.0)
+        top, left = rng.integers(0, 5, 2)
+        image = padded[:, top:top + image.shape[1], left:left + image.shape[2]]
+        image = image[:, :, ::-1] if rng.random() < 0.5 else image
+        image = image[rng.permutation(3)] if rng.random() < 0.125 else image
+        kind = rng.random()
+        if kind < 0.2:
+            image = np.repeat(image.mean(0, keepdims=True), 3, axis=0)
+        if kind < 0.1:
+            image = np.clip(4 * (image - rng.uniform(-0.5, 0.5)), -1, 1)
+        out.append(-image if rng.random() < 0.0625 else image)
+    return np.stack(out).astype(np.float32)
+
+
+def load_pictures(folders: list[Path]) -> tuple[np.ndarray, list[str]]:
+    """Reads all folders; says on stderr which rows were skipped."""
+    images, texts = [], []
+    for folder in folders:
+        some, captions, skipped = load_folder(folder, SIZE)
+        for message in skipped:
+            print(f"pretrain.py: {folder}: skipped {message}", file=sys.stderr)
+        images.append(some)
+        texts += captions
+    return np.concatenate(images), texts
+
+
+def batches(count: int, args: argparse.Namespace):
+    """A function from step to the indices of its batch, made for steps that are asked one after the other."""
+    state: dict = {}
+
+    def indices(step: int) -> np.ndarray:
+        if "rows" not in state:
+            state["rows"] = epochs(count, args.batch, args.seed, step)
+        return next(state["rows"])
+
+    return indices
+
+
+def encode(autoencoder: AutoencoderKL, images: np.ndarray) -> np.ndarray:
+    """The means of the latents (n, C, h, w)."""
+    parts = [autoencoder.encode_moments(ms.Tensor(images[i:i + 64])).asnumpy() for i in range(0, len(images), 64)]
+    return np.concatenate(parts)[:, :LATENTS]
+
+
+def standardise(weights: dict[str, np.ndarray], latents: np.ndarray) -> None:
+    """Gives every channel of the latents mean 0 and variance 1 by changing the two 1x1 convolutions around them.
+
+    With z' = (z - m) / s the mean's rows of quant_conv are divided by s and moved by m, the log-variance's biases
+    fall by 2 log s, and post_quant_conv undoes it: W z + b = (W s) z' + (W m + b).
+    """
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    weight, bias = weights["quant_conv.weight"], weights["quant_conv.bias"]
+    weight[:LATENTS] /= std.reshape(-1, 1, 1, 1)
+    bias[:LATENTS] = (bias[:LATENTS] - mean) / std
+    bias[LATENTS:] -= 2 * np.log(std)
+    weight, bias = weights["post_quant_conv.weight"], weights["post_quant_conv.bias"]
+    bias += weight[:, :, 0, 0] @ mean
+    weight *= std.reshape(1, -1, 1, 1)
+
+
+def train_autoencoder(args: argparse.Namespace) -> None:
+    """The first stage: writes ``autoencoder.safetensors`` into the work folder."""
+    images, _ = load_pictures(args.data)
+    autoencoder = AutoencoderKL(**AUTOENCODER)
+    rates = learning_rates(args.rate, args.rate / 100, 100, args.steps)
+    settings = {"stage": "autoencoder", "seed": args.seed, "batch": args.batch, "rate": args.rate, "images": len(images)}
+    trainer = Trainer({"autoencoder": autoencoder}, AutoencoderLoss(autoencoder), args.work / "autoencoder", rates,
+                      1e-4, settings, 0.99)
+    indices = batches(len(images), args)
+
+    def batch(step: int) -> tuple[np.ndarray, ...]:
+        rng = np.random.default_rng([args.seed, 1, step])
+        noise = rng.standard_normal((args.batch, LATENTS, SIZE // 4, SIZE // 4), dtype=np.float32)
+        return augment(images[indices(step)], rng), noise
+
+    def save() -> None:
+        target = args.work / "autoencoder.safetensors"
+        weights = {path: value.copy() for path, value in trainer.averaged("autoencoder").items()}
+        save_weights(weights, target)
+        fresh = AutoencoderKL(**AUTOENCODER)
+        load_weights(fresh, target)
+        standardise(weights, encode(fresh, images))
+        save_weights(weights, target)
+
+    trainer.run(batch, args.save_every, save)
+
+
+def train_unet(args: argparse.Namespace) -> None:
+    """The second stage: writes the base into ``--out`` at every save."""
+    images, texts = load_pictures(args.data)
+    autoencoder = AutoencoderKL(**AUTOENCODER)
+    load_weights(autoencoder, args.work / "autoencoder.safetensors")
+    latents = encode(autoencoder, images)
+    scale = float(1 / latents.std())
+    vocabulary = "".join(sorted({character for text in (*texts, *TEMPLATES) for character in text} - set("{}")))
+    tokenizer = CharTokenizer(vocabulary, CONTEXT_LENGTH)
+    ids = np.array([[tokenizer(template.format(text)) for template in TEMPLATES] for text in texts], np.int32)
+    empty = np.array(tokenizer(""), np.int32)
+    config = {
+        "unet": UNET,
+        "text_encoder": {"context_length": CONTEXT_LENGTH, "vocab_size": tokenizer.vocab_size, **TEXT_WIDTH},
+        "autoencoder": AUTOENCODER, "schedule": SCHEDULE, "scale_factor": scale, "vocabulary": vocabulary,
+    }
+    unet, text_encoder, schedule = UNetModel(**UNET), TextEncoder(**config["text_encoder"]), Schedule(**SCHEDULE)
+    rates = learning_rates(args.rate, args.rate / 20, 200, args.steps)
+    settings = {"stage": "unet", "seed": args.seed, "batch": args.batch, "rate": args.rate, "images": len(images)}
+    trainer = Trainer({"unet": unet, "text_encoder": text_encoder}, TextToImageLoss(unet, text_encoder, schedule),
+                      args.work / "unet", rates, 1e-3, settings, 0.998)
+    indices = batches(len(images), args)
+
+    def batch(step: int) -> tuple[np.ndarray, ...]:
+        rng, rows = np.random.default_rng([args.seed, 2, step]), indices(step)
+        words = ids[rows, rng.integers(0, len(TEMPLATES), args.batch)]
+        words = np.where(rng.random((args.batch, 1)) < DROPPED, empty, words).astype(np.int32)
+        timesteps, noise = draw_noise(rng, (args.batch, *latents.shape[1:]), schedule)
+        return latents[rows] * np.float32(scale), words, timesteps, noise
+
+    def save() -> None:
+        weights = {name: trainer.averaged(name) for name in ("unet", "text_encoder")}
+        fixed = {path: p.asnumpy() for path, p in autoencoder.parameters_and_names()}
+        save_base(args.out, config, weights | {"autoencoder": fixed})
+
+    trainer.run(batch, args.save_every, save)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Reads and checks the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stages = parser.add_subparsers(dest="stage", required=True)
+    here = Path(__file__).resolve().parent
+    for name, steps, batch, rate in (("autoencoder", 2000, 8, 1.5e-3), ("unet", 5000, 64, 1e-3)):
+        stage = stages.add_parser(name)
+        stage.add_argument("--data", type=Path, nargs="+", required=True, help="folders made by prepare_data.py")
+        stage.add_argument("--work", type=Path, default=here / "work" / "base", help="checkpoints and logs (%(default)s)")
+        stage.add_argument("--steps", type=int, default=steps, help="training steps (%(default)s)")
+        stage.add_argument("--batch", type=int, default=batch, help="images per step (%(default)s)")
+        stage.add_argument("--rate", type=float, default=rate, help="highest learning rate (%(default)s)")
+        stage.add_argument("--seed", type=int, default=0, help="of weights, order and noise (%(default)s)")
+        stage.add_argument("--save-every", type=float, default=180, help="seconds between saves (%(default)s)")
+    stages.choices["unet"].add_argument("--out", type=Path, required=True, help="folder the base is written to")
+    args = parser.parse_args(argv)
+    if min(args.steps, args.batch) < 1 or args.seed < 0 or not args.rate > 0 or not args.save_every > 0:
+        parser.error("--steps, --batch, --rate and --save-every must be above 0, and --seed at least 0")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = parse(argv)
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_seed(args.seed)
+    try:
+        {"autoencoder": train_autoencoder, "unet": train_unet}[args.stage](args)
+    except (DataError, BaseError, TrainingError, OSError) as error:
+        print(f"pretrain.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-from layers import GroupNorm, attend, conv2d, name_parameters, upsample
+from layers import GroupNorm, attend, name_parameters, upsample
 from mindspore import Tensor, nn, ops
 
 EPS = 1e-6
@@ -59,7 +59,7 @@ class AutoencoderConfig:
 
 def conv(in_channels: int, out_channels: int, kernel: int) -> nn.Conv2d:
     """A convolution with bias that keeps the side."""
-    return conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
+    return nn.Conv2d(in_channels, out_channels, kernel, pad_mode="pad", padding=kernel // 2, has_bias=True)
 
 
 class ResnetBlock(nn.Cell):
@@ -107,7 +107,7 @@ class Downsample(nn.Cell):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = conv2d(channels, channels, 3, stride=2, padding=(0, 1, 0, 1))
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, pad_mode="pad", padding=(0, 1, 0, 1), has_bias=True)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.conv(x)

@@ -54,61 +54,6 @@ class LayerNorm(nn.LayerNorm):
         return super().construct(x.astype(mindspore.float32)).astype(x.dtype)
 
 
-class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` with bias and explicit padding, as one matrix product over the unfolded picture.
-
-    On CPU, MindSpore 2.10's 3x3 convolution kernel takes 20 to 40 times as long as this. `conv2d` chooses.
-
-    Args:
-        in_channels: Channels of x.
-        out_channels: Channels of the output.
-        kernel: Side of the kernel.
-        stride: Step of the kernel.
-        padding: Zeros added to the picture: one number, or (top, bottom, left, right).
-        init: `weight_init` and `bias_init` of `nn.Conv2d` where they are not the default.
-
-    Inputs:
-        x of shape (batch, in_channels, height, width).
-
-    Outputs:
-        (batch, out_channels, new height, new width).
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1,
-                 padding: int | tuple[int, int, int, int] = 0, **init: str) -> None:
-        super().__init__(in_channels, out_channels, kernel, stride, pad_mode="pad", padding=padding, has_bias=True,
-                         **init)
-        self.side, self.step = kernel, stride
-        sides = (padding,) * 4 if isinstance(padding, int) else padding
-        self.even = sides[0] if len(set(sides)) == 1 else 0
-        self.zeros = ops.Pad(((0, 0), (0, 0), sides[:2], sides[2:])) if len(set(sides)) > 1 else nn.Identity()
-
-    def construct(self, x: Tensor) -> Tensor:
-        x = self.zeros(x)
-        batch, channels = x.shape[0], x.shape[1]
-        height = (x.shape[2] + 2 * self.even - self.side) // self.step + 1
-        width = (x.shape[3] + 2 * self.even - self.side) // self.step + 1
-        columns = ops.unfold(x, self.side, padding=self.even, stride=self.step)
-        size = channels * self.side * self.side
-        kernels = self.weight.reshape(-1, size).astype(x.dtype)
-        if height * width > self.out_channels:  # copying the kernels costs less than turning the columns
-            y = ops.BatchMatMul()(ops.broadcast_to(kernels, (batch, self.out_channels, size)), columns)
-        else:
-            rows = columns.transpose(0, 2, 1).reshape(batch * height * width, size)
-            y = ops.MatMul(transpose_b=True)(rows, kernels).reshape(batch, height * width, self.out_channels)
-            y = y.transpose(0, 2, 1)
-        y = y.reshape(batch, self.out_channels, height, width)
-        return y + self.bias.reshape(1, -1, 1, 1).astype(x.dtype)
-
-
-def conv2d(in_channels: int, out_channels: int, kernel: int, stride: int = 1,
-           padding: int | tuple[int, int, int, int] = 0, **init: str) -> nn.Conv2d:
-    """A convolution with bias: `Conv2d` on CPU where the kernel is larger than 1x1, else the device's own."""
-    if kernel > 1 and mindspore.get_context("device_target") == "CPU":
-        return Conv2d(in_channels, out_channels, kernel, stride, padding, **init)
-    return nn.Conv2d(in_channels, out_channels, kernel, stride, pad_mode="pad", padding=padding, has_bias=True, **init)
-
-
 def upsample(x: Tensor) -> Tensor:
     """Each pixel four times: (batch, channels, h, w) -> (batch, channels, 2h, 2w)."""
     batch, channels, height, width = x.shape

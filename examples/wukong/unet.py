@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mindspore
-from layers import GroupNorm, LayerNorm, attend, conv2d, gelu, name_parameters, upsample
+from layers import GroupNorm, LayerNorm, attend, gelu, name_parameters, upsample
 from mindspore import Tensor, nn, ops
 
 from mindpet_lite.delta import LoRADense
@@ -34,7 +34,8 @@ class Build:
     def conv(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, zero: bool = False) -> nn.Conv2d:
         """A convolution with bias, padded to keep the side; `zero` starts it at 0."""
         init = {"weight_init": "zeros", "bias_init": "zeros"} if zero else {}
-        return self.typed(conv2d(in_channels, out_channels, kernel, stride, kernel // 2, **init))
+        return self.typed(nn.Conv2d(in_channels, out_channels, kernel, stride, pad_mode="pad", padding=kernel // 2,
+                                    has_bias=True, **init))
 
     def attention_dense(self, in_channels: int, out_channels: int, has_bias: bool) -> nn.Dense:
         """A dense layer of the attention: with LoRA where the net has it."""

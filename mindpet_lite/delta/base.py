@@ -5,7 +5,11 @@ import dataclasses
 import difflib
 import math
 import numbers
+import os
+import sys
+import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from mindspore import Parameter, Tensor, nn
@@ -70,6 +74,15 @@ def number_hint(value: object) -> str:
     return ""
 
 
+def warn_user(message: str) -> None:
+    """Warn at the line of the caller's own code: the nearest one outside this package."""
+    package = str(Path(__file__).parents[1]) + os.sep
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
 class Delta:
     """What an adapted cell tells the rest of the package; mixed into the cell class of every method.
 
@@ -122,9 +135,9 @@ class DeltaConfig:
         target_modules: a regular expression that must match a layer's whole path, a list of names (each equal to a
             path or to its last parts), or ``"all-linear"``.
         exclude_modules: layers left alone among those, spelt likewise.
-        freeze_include: patterns (`*` matches anything) of base parameters that stay frozen although `freeze_exclude`
-            names them too.
-        freeze_exclude: patterns of base parameters that train beside the deltas.
+        freeze_include: patterns (`*` matches anything) of parameters to freeze. Everything but the deltas is frozen
+            without it; what both lists name is left alone, as in `freeze_delta`.
+        freeze_exclude: patterns of parameters that train beside the deltas.
     """
 
     pet_type: ClassVar[str]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -25,12 +24,14 @@ from mindpet_lite.delta.base import (
     check_positive,
     check_probability,
     did_you_mean,
+    warn_user,
 )
 
 # What an nn.Dense is made of besides its Parameters and its activation; taken over, not copied, by `from_dense`.
 _DENSE_PARTS = ("in_channels", "out_channels", "has_bias", "reshape", "shape_op", "matmul", "bias_add",
                 "activation_flag")
 _PRECISION_FLAGS = {"fp16": mindspore.float16, "fp32": mindspore.float32, "bf16": mindspore.bfloat16}
+_HE_UNIFORM = HeUniform(negative_slope=math.sqrt(5))
 
 
 def _as(x: Tensor, dtype: mindspore.dtype) -> Tensor:
@@ -88,8 +89,8 @@ class LoRADense(nn.Dense, Delta):
     live_names: ClassVar[tuple[str, ...]] = ("lora_scaling",)
 
     def __init__(self, in_channels: int, out_channels: int, lora_rank: int, lora_alpha: float,
-                 lora_dropout: float = 0.0, lora_a_init: Any = HeUniform(negative_slope=math.sqrt(5)),
-                 lora_b_init: Any = "zeros", param_init_type: mindspore.dtype = mindspore.float32,
+                 lora_dropout: float = 0.0, lora_a_init: Any = _HE_UNIFORM, lora_b_init: Any = "zeros",
+                 param_init_type: mindspore.dtype = mindspore.float32,
                  compute_dtype: mindspore.dtype | None = None, **dense_kwargs: Any) -> None:
         settings = LoraConfig(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init, param_init_type,
                               compute_dtype)
@@ -99,7 +100,7 @@ class LoRADense(nn.Dense, Delta):
 
     @classmethod
     def from_dense(cls, dense: nn.Dense, lora_rank: int, lora_alpha: float, lora_dropout: float = 0.0,
-                   lora_a_init: Any = HeUniform(negative_slope=math.sqrt(5)), lora_b_init: Any = "zeros",
+                   lora_a_init: Any = _HE_UNIFORM, lora_b_init: Any = "zeros",
                    param_init_type: mindspore.dtype = mindspore.float32,
                    compute_dtype: mindspore.dtype | None = None) -> LoRADense:
         """Adapt an existing Dense: same Parameter objects and names, same primitives, same activation.
@@ -126,10 +127,10 @@ class LoRADense(nn.Dense, Delta):
         layer._add_delta(settings)
         # In a tuple, so that the kept layer is no child: `plain_cell` hands back the very same object.
         layer._plain = (dense,)
-        for flag, dtype in _PRECISION_FLAGS.items():
-            if dense.get_flags().get(flag):
-                layer.float_type = dtype
-        return layer
+        # Training state, recomputation and the like; the precision flags become the layer's own.
+        layer.add_flags_recursive(**dense.get_flags())
+        strategy = getattr(dense.matmul, "in_strategy", None)
+        return layer.shard(strategy) if strategy else layer
 
     def _add_delta(self, config: LoraConfig) -> None:
         rank, dtype = config.lora_rank, config.param_init_type
@@ -137,8 +138,8 @@ class LoRADense(nn.Dense, Delta):
         a_value = _initial("lora_a_init", config.lora_a_init, shapes["lora_a_init"], dtype)
         b_value = _initial("lora_b_init", config.lora_b_init, shapes["lora_b_init"], dtype)
         if rank > min(self.in_channels, self.out_channels):
-            warnings.warn(f"lora_rank {rank} is above min(in_channels, out_channels) = "
-                          f"{min(self.in_channels, self.out_channels)}: the update cannot use it.", stacklevel=4)
+            warn_user(f"lora_rank {rank} is above min(in_channels, out_channels) = "
+                      f"{min(self.in_channels, self.out_channels)}: the update cannot use it.")
         self.lora_rank, self.lora_alpha = rank, config.lora_alpha
         self.compute_dtype: mindspore.dtype | None = config.compute_dtype
         self.float_type: mindspore.dtype | None = None
@@ -155,7 +156,7 @@ class LoRADense(nn.Dense, Delta):
         self.mul = ops.Mul()
         self.add = ops.Add()
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         """Apply the layer to `x` (*, in_channels); return (*, out_channels) of the type of `x`."""
         shape, input_type = x.shape, x.dtype
         dtype = self.weight.dtype
@@ -248,20 +249,22 @@ class LoRADense(nn.Dense, Delta):
         self.lora_scaling.set_data(Tensor(factor, mindspore.float32))
 
     def merged_value(self) -> dict[Parameter, Tensor]:
-        """Return {weight: W + strength · alpha / rank · B A}, computed in float32 or the weight's wider type."""
+        """Return {weight: W + s · B A} with the live factor s of the running net, computed in float32."""
         a = self.mindpet_delta_lora_a.astype(mindspore.float32).asnumpy()
         b = self.mindpet_delta_lora_b.astype(mindspore.float32).asnumpy()
-        update = np.matmul(b * np.float32(self.strength * self.lora_alpha / self.lora_rank), a)
+        update = np.matmul(b * self.lora_scaling.asnumpy(), a)
         update += self.weight.astype(mindspore.float32).asnumpy()
         return {self.weight: Tensor(update).astype(self.weight.dtype)}
 
     def plain_cell(self) -> nn.Dense:
         """Return the nn.Dense this layer adapts, or a new one on the same Parameter objects."""
         if self._plain:
-            return self._plain[0]
-        plain = nn.Dense.__new__(nn.Dense)
-        nn.Cell.__init__(plain)
-        _take_over(plain, self)
+            plain = self._plain[0]
+        else:
+            plain = nn.Dense.__new__(nn.Dense)
+            nn.Cell.__init__(plain)
+            _take_over(plain, self)
+        plain.set_train(self.training)
         if self.float_type is not None:
             plain.to_float(self.float_type)
         return plain
@@ -294,7 +297,7 @@ class LoraConfig(DeltaConfig):
     lora_rank: int = 8
     lora_alpha: float = 16
     lora_dropout: float = 0.0
-    lora_a_init: Any = dataclasses.field(default_factory=lambda: HeUniform(negative_slope=math.sqrt(5)))
+    lora_a_init: Any = _HE_UNIFORM
     lora_b_init: Any = "zeros"
     param_init_type: mindspore.dtype = mindspore.float32
     compute_dtype: mindspore.dtype | None = None
@@ -309,6 +312,10 @@ class LoraConfig(DeltaConfig):
             check_float_type("compute_dtype", self.compute_dtype)
         for name in ("lora_a_init", "lora_b_init"):
             _check_init(name, getattr(self, name))
+        # Python's own numbers: what numpy counts as a number, JSON does not.
+        object.__setattr__(self, "lora_rank", int(self.lora_rank))
+        if not isinstance(self.lora_alpha, int):
+            object.__setattr__(self, "lora_alpha", float(self.lora_alpha))
 
     @classmethod
     def refusal(cls, cell: nn.Cell) -> str | None:
@@ -318,9 +325,10 @@ class LoraConfig(DeltaConfig):
             return f"a {kind} is adapted already; merge() it first."
         if not isinstance(cell, nn.Dense):
             return f"LoRA adapts nn.Dense, not {kind}."
-        if type(cell).construct is not nn.Dense.construct:
-            return (f"{kind} overrides nn.Dense.construct, so LoRA cannot know what it computes; "
-                    f"build it with LoRADense, or leave it out with exclude_modules.")
+        for name in ("construct", "bprop", "__call__"):
+            if getattr(type(cell), name, None) is not getattr(nn.Dense, name, None) or name in vars(cell):
+                return (f"{kind} overrides nn.Dense.{name}, so LoRA cannot know what it computes; "
+                        f"build it with LoRADense, or leave it out with exclude_modules.")
         return None
 
     def adapt(self, cell: nn.Cell) -> nn.Cell:
@@ -334,7 +342,11 @@ def _take_over(layer: nn.Dense, source: nn.Dense) -> None:
         if hasattr(source, name):
             setattr(layer, name, getattr(source, name))
     layer.insert_param_to_cell("weight", source.weight)
-    layer.insert_param_to_cell("bias", source.bias)
+    if source.has_bias:
+        layer.insert_param_to_cell("bias", source.bias)
+    else:
+        # As nn.Dense has it: the compiler does not take a Parameter slot that holds None.
+        layer.bias = None
     if isinstance(source.activation, nn.Cell):
         layer.insert_child_to_cell("activation", source.activation)
     else:
@@ -367,7 +379,9 @@ def _initial(name: str, value: Any, shape: tuple[int, int], dtype: mindspore.dty
     if isinstance(value, Tensor):
         if tuple(value.shape) != shape:
             raise ValueError(f"{name} must be a Tensor of shape {shape}, but got shape {tuple(value.shape)}.")
-        return value.astype(dtype)
+        # A Tensor from initializer() holds no data yet; and layers made from one Tensor must not share its memory.
+        data = value.init_data() if value.has_init else value
+        return Tensor(data.astype(mindspore.float32).asnumpy().copy()).astype(dtype)
     return initializer(value, shape, dtype).init_data()
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mindpet_lite.formats.files import read_tensors, write_together
+from mindpet_lite.formats.files import read_tensors, to_bytes, write_together
 from mindpet_lite.formats.state import AdapterState, LayerState
 
 CONFIG_FILE = "adapter_config.json"
@@ -44,9 +44,9 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
         "r": common["lora_rank"], "lora_alpha": common["lora_alpha"], "lora_dropout": common["lora_dropout"],
         "target_modules": sorted(settings), "modules_to_save": None, "task_type": None, "revision": None,
-        "rank_pattern": {path: item["lora_rank"] for path, item in settings.items()
+        "rank_pattern": {_pattern(path, settings): item["lora_rank"] for path, item in settings.items()
                          if item["lora_rank"] != common["lora_rank"]},
-        "alpha_pattern": {path: item["lora_alpha"] for path, item in settings.items()
+        "alpha_pattern": {_pattern(path, settings): item["lora_alpha"] for path, item in settings.items()
                           if item["lora_alpha"] != common["lora_alpha"]},
         "use_rslora": False, "use_dora": False, "lora_bias": False,
     }
@@ -61,6 +61,8 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Adap
             lacks a factor; shapes and rank disagree. All problems stand in one message.
     """
     problems = _config_problems(config)
+    if problems:
+        raise ValueError("\n  ".join(problems))
     layers: dict[str, dict[str, np.ndarray]] = {}
     for key, value in tensors.items():
         path, name = _split(key)
@@ -92,8 +94,8 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Adap
 def save(state: AdapterState, directory: Path) -> None:
     """Write both files of the adapter, whole or not at all."""
     tensors, config = encode(state)
-    write_together(directory, {CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()},
-                   {TENSOR_FILE: tensors})
+    write_together(directory, {CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+                               TENSOR_FILE: to_bytes(tensors)})
 
 
 def load(directory: Path) -> AdapterState:
@@ -125,14 +127,27 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
         return [f"peft_type must be 'LORA', but {CONFIG_FILE} says {config.get('peft_type')!r}."]
     problems = [f"{name} = {config[name]!r} is not supported." for name, unused in _UNUSED.items()
                 if name in config and config[name] not in unused]
-    for name, kind in (("r", int), ("lora_alpha", (int, float))):
-        value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 1e9:
-            problems.append(f"{name} must be a positive number, but {CONFIG_FILE} says {value!r}.")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(name) or {}, dict):
-            problems.append(f"{name} must be an object, but {CONFIG_FILE} says {config[name]!r}.")
+    for name, patterns, kind in (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", (int, float))):
+        by_pattern = config.get(patterns) or {}
+        if not isinstance(by_pattern, dict):
+            problems.append(f"{patterns} must be an object, but {CONFIG_FILE} says {by_pattern!r}.")
+            by_pattern = {}
+        for place, value in ((name, config.get(name)), *((f"{patterns}[{key!r}]", by_pattern[key])
+                                                         for key in by_pattern)):
+            if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 1e9:
+                problems.append(f"{place} must be a positive number, but {CONFIG_FILE} says {value!r}.")
+        for key in by_pattern:
+            try:
+                re.compile(key)
+            except re.error as error:
+                problems.append(f"{patterns}[{key!r}] is no regular expression: {error}.")
     return problems
+
+
+def _pattern(path: str, others: Iterable[str]) -> str:
+    """Return the pattern that means `path` and no other layer: PEFT matches it with the end of every path."""
+    return path if all(other == path or _by_pattern({path: True}, other, False) is False for other in others) \
+        else f"^{re.escape(path)}$"
 
 
 def _split(key: str) -> tuple[str, str | None]:

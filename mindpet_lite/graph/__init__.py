@@ -1,5 +1,6 @@
 """What is done to a whole net: adapt, freeze, merge, save, load. Knows no method by name."""
-from mindpet_lite.graph.checkpoint import TrainableParamsCheckPoint, load_adapter, save_adapter
+from mindpet_lite.graph.callback import TrainableParamsCheckPoint
+from mindpet_lite.graph.checkpoint import load_adapter, save_adapter
 from mindpet_lite.graph.freeze import TrainableReport, freeze_delta, freeze_from_config, freeze_modules
 from mindpet_lite.graph.inject import get_pet_model
 from mindpet_lite.graph.live import adapters_disabled, set_lora_scale

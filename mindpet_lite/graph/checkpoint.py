@@ -1,25 +1,21 @@
 """Adapter files: only the deltas, with what is needed to use them."""
 from __future__ import annotations
 
-import json
 import os
-import time
-from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import mindspore
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
-from mindspore.train import Callback, CheckpointConfig
 
 from mindpet_lite.delta import METHODS
-from mindpet_lite.delta.base import Delta
-from mindpet_lite.formats import peft
-from mindpet_lite.formats.files import atomic_file
+from mindpet_lite.delta.base import Delta, did_you_mean
+from mindpet_lite.formats import mindpet, peft
 from mindpet_lite.formats.state import AdapterState, LayerState
-from mindpet_lite.graph.inject import settle_names
+from mindpet_lite.graph.freeze import net_parameters
+from mindpet_lite.graph.inject import adapt, settle_names
 from mindpet_lite.graph.live import deltas
 from mindpet_lite.graph.tree import cells_by_path, replace, require_cell
 
@@ -66,14 +62,16 @@ def save_adapter(net: nn.Cell, directory: str | os.PathLike[str]) -> Path:
 
 
 def load_adapter(net: nn.Cell, directory: str | os.PathLike[str]) -> nn.Cell:
-    """Load an adapter directory into `net`, all of it or nothing, in place.
+    """Load an adapter into `net`, all of it or nothing, in place.
 
     Layers that the file names and that are still plain are adapted first, with the file's rank and alpha. Where the
     net has another alpha than the file, the file's is taken. Parameters that were trainable or frozen stay so.
 
     Args:
         net: the base, adapted or not.
-        directory: as `save_adapter` or PEFT wrote it.
+        directory: as `save_adapter` or PEFT wrote it; or a ``.ckpt`` file, as `TrainableParamsCheckPoint` or MindPet
+            wrote it. MindPet's names are read in both spellings (``mindpet_delta_lora_a`` and ``..._A``); its files
+            hold no rank and alpha, so they fit a net that is adapted already.
 
     Returns:
         `net`.
@@ -85,48 +83,52 @@ def load_adapter(net: nn.Cell, directory: str | os.PathLike[str]) -> nn.Cell:
             message. The net is unchanged.
     """
     cells = cells_by_path(net)
-    state = peft.load(Path(directory))
-    problems: list[str] = []
-    adapted: dict[str, nn.Cell] = {}
-    for path, layer in state.layers.items():
-        cell = cells.get(path)
-        if cell is None:
-            problems.append(f"unexpected: the net has no layer {path}.")
-        elif isinstance(cell, Delta):
-            problems.extend(_mismatches(path, cell, layer))
-        else:
-            problem, new = _adapt(state.method, path, cell, layer)
-            if new is None:
-                problems.append(problem)
-            else:
-                adapted[path] = new
-                problems.extend(_mismatches(path, new, layer))
-    shared = {id(cells[path]) for path in state.layers if path in cells}
-    problems.extend(f"missing: the net's adapted layer {path} is not in the file." for path, cell in cells.items()
-                    if isinstance(cell, Delta) and path not in state.layers and id(cell) not in shared)
+    path = Path(directory)
+    state = _read_checkpoint(path, cells) if path.suffix == ".ckpt" else peft.load(path)
+    homes, problems = _homes(state, cells)
     if problems:
         raise ValueError(f"The adapter in {directory} does not fit the net, which is unchanged:\n  "
                          + "\n  ".join(problems))
-    settle_names(net, adapted)
-    for path, layer in state.layers.items():
-        _fill(adapted.get(path, cells[path]), layer)
-    if adapted:
-        replace(net, {cells[path]: cell for path, cell in adapted.items()})
+    swaps = {cells[place]: cell for place, cell in homes.items() if cell is not cells[place]}
+    settle_names(net_parameters(net), {place: cell for place, cell in homes.items() if cells[place] in swaps})
+    for place, cell in homes.items():
+        _fill(cell, state.layers[place])
+    if swaps:
+        replace(net, swaps)
     return net
 
 
-def _adapt(method: str, path: str, cell: nn.Cell, layer: LayerState) -> tuple[str, nn.Cell | None]:
-    """Return the problem, or the adapted cell for a plain layer that the file adapts."""
-    try:
-        config = METHODS[method](**layer.settings)
-        reason = config.refusal(cell)
-        return (f"{path}: {reason}", None) if reason else ("", config.adapt(cell))
-    except (TypeError, ValueError) as error:
-        return f"{path}: {error}", None
+def _homes(state: AdapterState, cells: Mapping[str, nn.Cell]) -> tuple[dict[str, Delta], list[str]]:
+    """Return the adapted cell that each layer of the file goes to, new where still plain, and every problem found."""
+    problems: list[str] = []
+    homes: dict[str, Delta] = {}
+    place_of: dict[int, str] = {}
+    for path, layer in state.layers.items():
+        if path not in cells:
+            problems.append(f"unexpected: the net has no layer {path!r}.{did_you_mean(path, cells)}")
+            continue
+        cell = cells[path]
+        if id(cell) in place_of:
+            problems.append(f"unexpected: {path} and {place_of[id(cell)]} are one layer in the net, two in the file.")
+        place_of[id(cell)] = path
+        try:
+            config = METHODS[state.method](**layer.settings)
+            if not isinstance(cell, Delta):
+                if not layer.settings:
+                    raise ValueError("the layer is plain and the file does not say rank and alpha: adapt the net "
+                                     "first, with the values it was trained with.")
+                cell = adapt(config, cell)
+        except (TypeError, ValueError) as error:
+            problems.append(f"{path}: {error}")
+            continue
+        homes[path] = cell
+        problems.extend(_mismatches(path, cell, layer))
+    problems.extend(f"missing: the net's adapted layer {path} is not in the file." for path, cell in cells.items()
+                    if isinstance(cell, Delta) and id(cell) not in place_of)
+    return homes, problems
 
 
-def _mismatches(path: str, cell: nn.Cell, layer: LayerState) -> list[str]:
-    assert isinstance(cell, Delta)
+def _mismatches(path: str, cell: Delta, layer: LayerState) -> list[str]:
     own = cell.delta_parameters()
     problems = [f"missing: {path}.{name}." for name in own if name not in layer.tensors]
     problems += [f"unexpected: {path}.{name}." for name in layer.tensors if name not in own]
@@ -137,11 +139,32 @@ def _mismatches(path: str, cell: nn.Cell, layer: LayerState) -> list[str]:
     return problems
 
 
-def _fill(cell: nn.Cell, layer: LayerState) -> None:
-    assert isinstance(cell, Delta)
+def _fill(cell: Delta, layer: LayerState) -> None:
     for name, parameter in cell.delta_parameters().items():
         parameter.set_data(Tensor(layer.tensors[name]).astype(parameter.dtype))
-    cell.adopt_settings(layer.settings)
+    if layer.settings:
+        cell.adopt_settings(layer.settings)
+
+
+def _read_checkpoint(path: Path, cells: Mapping[str, nn.Cell]) -> AdapterState:
+    """Read a MindSpore checkpoint of deltas; MindPet's name layers by `Parameter.name`, which may not be the path."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}: check the path.")
+    try:
+        entries = mindspore.load_checkpoint(str(path))
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} is not a whole MindSpore checkpoint: it was cut short or damaged; copy or save it "
+                         f"again.") from error
+    settings = entries.pop(mindpet.SETTINGS_KEY, None)
+    try:
+        state = mindpet.decode({name: _to_numpy(value) for name, value in entries.items()}, settings)
+    except ValueError as error:
+        raise ValueError(f"The adapter in {path} cannot be used:\n  {error}") from error
+    if settings is not None:
+        return state
+    path_of = {parameter.name.rpartition(".")[0]: place for place, cell in reversed(list(cells.items()))
+               for parameter in (cell.delta_parameters().values() if isinstance(cell, Delta) else ())}
+    return AdapterState(state.method, {path_of.get(name, name): layer for name, layer in state.layers.items()})
 
 
 def _to_numpy(parameter: Parameter) -> np.ndarray:
@@ -149,111 +172,3 @@ def _to_numpy(parameter: Parameter) -> np.ndarray:
     if parameter.dtype == mstype.bfloat16:
         return parameter.astype(mstype.float32).asnumpy()
     return parameter.asnumpy().copy()
-
-
-class TrainableParamsCheckPoint(Callback):
-    """Callback for `Model.train` that saves only the trainable parameters of the network, as MindPet's.
-
-    Writes ``<prefix>-<epoch>_<step>.ckpt`` with the parameters of the network that train, by `Parameter.name`: no
-    frozen weight, no optimizer state. Under the key ``mindpet_lite`` the file holds a JSON text with the method and
-    for each adapted layer its rank, alpha and dropout. Load it with ``mindspore.load_checkpoint`` and
-    ``load_param_into_net``.
-
-    Args:
-        directory: where to write; absolute or relative to the working directory; made if missing.
-        prefix: start of the file names.
-        config: mindspore.train.CheckpointConfig; `save_checkpoint_steps`, `save_checkpoint_seconds`,
-            `keep_checkpoint_max` and `saved_network` are honoured. Default: at the end of every epoch, the last 5.
-
-    Raises:
-        TypeError: `prefix` is no string, `config` no CheckpointConfig.
-        ValueError: `directory` or `prefix` is empty, or `prefix` holds a path separator.
-    """
-
-    def __init__(self, directory: str | os.PathLike[str], prefix: str = "DELTA_CKP",
-                 config: CheckpointConfig | None = None) -> None:
-        super().__init__()
-        if not isinstance(directory, (str, os.PathLike)) or not os.fspath(directory):
-            raise ValueError(f"directory must be a path to write checkpoints to, but got {directory!r}.")
-        if not isinstance(prefix, str):
-            raise TypeError(f"prefix must be a string, but got {prefix!r}.")
-        if not prefix or os.path.basename(prefix) != prefix:
-            raise ValueError(f"prefix must be the start of a file name, but got {prefix!r}.")
-        if config is not None and not isinstance(config, CheckpointConfig):
-            raise TypeError(f"config must be a mindspore.train.CheckpointConfig, but got {type(config).__name__}.")
-        self.directory, self.prefix, self.config = Path(directory), prefix, config
-        self._written: deque[Path] = deque()
-        self._last_step, self._last_time = 0, time.monotonic()
-
-    def on_train_begin(self, run_context: Any) -> None:
-        """Check that there is something to save and somewhere to save it, before the first step."""
-        trainable_parameters(self._network(run_context.original_args()))
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._last_time = time.monotonic()
-
-    def on_train_step_end(self, run_context: Any) -> None:
-        """Save when the config's steps or seconds have gone by; without a config at the end of each epoch."""
-        params = run_context.original_args()
-        if self._due(params):
-            self._save(params)
-
-    def on_train_end(self, run_context: Any) -> None:
-        """Save the last state if it is not saved yet."""
-        params = run_context.original_args()
-        if params.cur_step_num > self._last_step:
-            self._save(params)
-
-    def _due(self, params: Any) -> bool:
-        steps = self.config.save_checkpoint_steps if self.config else None
-        seconds = self.config.save_checkpoint_seconds if self.config else None
-        if steps:
-            return params.cur_step_num >= self._last_step + steps
-        if seconds:
-            return time.monotonic() >= self._last_time + seconds
-        return params.cur_step_num % params.batch_num == 0
-
-    def _network(self, params: Any) -> nn.Cell:
-        return (self.config.saved_network if self.config else None) or params.network or params.train_network
-
-    def _save(self, params: Any) -> None:
-        network = self._network(params)
-        epoch_step = (params.cur_step_num - 1) % params.batch_num + 1
-        path = self.directory / f"{self.prefix}-{params.cur_epoch_num}_{epoch_step}.ckpt"
-        save_trainable(network, path)
-        self._last_step, self._last_time = params.cur_step_num, time.monotonic()
-        if path in self._written:
-            self._written.remove(path)
-        self._written.append(path)
-        keep = self.config.keep_checkpoint_max if self.config else 5
-        while keep and len(self._written) > keep:
-            self._written.popleft().unlink(missing_ok=True)
-
-
-def save_trainable(network: nn.Cell, path: Path) -> None:
-    """Write the trainable parameters of `network` and the settings of its deltas to a ``.ckpt`` file, atomically."""
-    chosen = trainable_parameters(network)
-    settings = {path_: {"method": cell.method, **cell.settings()} for path_, cell in cells_by_path(network).items()
-                if isinstance(cell, Delta)}
-    with atomic_file(path) as temporary:
-        mindspore.save_checkpoint([{"name": parameter.name, "data": parameter} for parameter in chosen],
-                                  str(temporary), append_dict={"mindpet_lite": json.dumps(settings)})
-
-
-def trainable_parameters(network: nn.Cell) -> list[Parameter]:
-    """Return the trainable Parameters of the network that is trained, without those of optimizers and training steps.
-
-    Raises:
-        ValueError: there is none.
-    """
-    chosen: dict[int, Parameter] = {}
-    skipped: set[int] = set()
-    for cell in cells_by_path(network).values():
-        own = list(cell.parameters_and_names(expand=False))
-        if isinstance(cell, (nn.Optimizer, nn.TrainOneStepCell)):
-            skipped.update(id(parameter) for _, parameter in own)
-        chosen.update({id(parameter): parameter for _, parameter in own})
-    found = [parameter for key, parameter in chosen.items() if key not in skipped and parameter.requires_grad]
-    if not found:
-        raise ValueError("The network has no trainable parameter to save: call freeze_delta() or get_pet_model() "
-                         "before training.")
-    return found

@@ -12,7 +12,7 @@ from mindpet_lite.config import read_freeze
 from mindpet_lite.delta import FREEZE_MODES
 from mindpet_lite.delta.base import Delta, did_you_mean
 from mindpet_lite.graph.match import check_patterns, selector, wildcard
-from mindpet_lite.graph.tree import cells_by_path, paths_of_parameters, require_cell
+from mindpet_lite.graph.tree import cells_by_path, paths_of_parameters, refresh_recomputation, require_cell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,8 @@ def freeze_modules(net: nn.Cell, include: Sequence[str] | None = None,
     if include is None and exclude is None:
         raise ValueError("freeze_modules needs include, exclude or both: lists of patterns such as ['*embedding*'].")
     parameters = net_parameters(net)
-    _apply(parameters, _with_lists(parameters, [p.requires_grad for p, _ in parameters], include, exclude))
+    apply_trains(net, parameters, with_lists(parameters, [p.requires_grad for p, _ in parameters],
+                                             ("include", include), ("exclude", exclude)))
     return count(net)
 
 
@@ -109,10 +110,10 @@ def freeze_delta(net: nn.Cell, mode: str, include: Sequence[str] | None = None,
         raise ValueError(f"mode {mode!r} leaves nothing trainable: the net has no parameter {pattern!r}. " + (
             f"Modes that fit this net: {', '.join(present)}." if present else
             "Adapt the net first, with get_pet_model() or layers such as LoRADense."))
-    trains = _with_lists(parameters, trains, include, exclude)
+    trains = with_lists(parameters, trains, ("include", include), ("exclude", exclude))
     if not any(trains):
         raise ValueError(f"mode {mode!r} with include {include!r} leaves nothing trainable: narrow the include list.")
-    _apply(parameters, trains)
+    apply_trains(net, parameters, trains)
     return count(net)
 
 
@@ -134,17 +135,26 @@ def freeze_from_config(net: nn.Cell, yaml_path: str | os.PathLike[str]) -> Train
     return freeze_modules(net, include, exclude)
 
 
-def _with_lists(parameters: list[tuple[Parameter, list[str]]], trains: list[bool], include: Sequence[str] | None,
-                exclude: Sequence[str] | None) -> list[bool]:
-    """Return `trains` after the two lists: named by one of them changes it, named by both or none does not."""
-    for field, patterns in (("include", include), ("exclude", exclude)):
+def with_lists(parameters: list[tuple[Parameter, list[str]]], trains: list[bool],
+               include: tuple[str, Sequence[str] | None], exclude: tuple[str, Sequence[str] | None]) -> list[bool]:
+    """Return `trains` after the two lists: named by one of them changes it, named by both or none does not.
+
+    Args:
+        parameters: as `net_parameters` lists them.
+        trains: for each of them whether it trains.
+        include: the name of the argument, for messages, and the patterns of what to freeze.
+        exclude: the same for what to train.
+    """
+    for field, patterns in (include, exclude):
         if patterns is not None and not check_patterns(field, patterns):
             raise ValueError(f"{field} is an empty list: leave it out, or name parameters such as ['*embedding*'].")
     names = [spellings for _, spellings in parameters]
-    frozen, thawed = selector("include", include, names), selector("exclude", exclude, names)
+    frozen, thawed = selector(*include, names), selector(*exclude, names)
     return [thawed(index) if frozen(index) != thawed(index) else old for index, old in enumerate(trains)]
 
 
-def _apply(parameters: list[tuple[Parameter, list[str]]], trains: list[bool]) -> None:
+def apply_trains(net: nn.Cell, parameters: list[tuple[Parameter, list[str]]], trains: list[bool]) -> None:
+    """Set for each Parameter of `net` whether it trains."""
     for (parameter, _), value in zip(parameters, trains):
         parameter.requires_grad = value
+    refresh_recomputation(net)

@@ -9,8 +9,8 @@ from mindspore import Parameter, nn
 
 from mindpet_lite.config import as_config
 from mindpet_lite.delta.base import Delta, DeltaConfig
-from mindpet_lite.graph.freeze import net_parameters
-from mindpet_lite.graph.match import selector, targets
+from mindpet_lite.graph.freeze import apply_trains, net_parameters, with_lists
+from mindpet_lite.graph.match import targets
 from mindpet_lite.graph.tree import cells_by_path, replace
 
 
@@ -36,38 +36,62 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
     cells = cells_by_path(net)
     config = as_config(config)
     chosen, problems = targets(cells, config)
-    parameters = net_parameters(net)
+    adapted: dict[str, Delta] = {}
+    for path, cell in chosen.items():
+        try:
+            adapted[path] = adapt(config, cell)
+        except (TypeError, ValueError) as error:
+            problems.append(f"{path}: {error}")
+    base = net_parameters(net)
+    settle_names(base, adapted)
+    kept = {id(parameter) for cell in cells.values() if isinstance(cell, Delta)
+            for parameter in cell.delta_parameters().values()}
+    parameters = base + [(parameter, [f"{path}.{name}"]) for path, delta in adapted.items()
+                         for name, parameter in delta.delta_parameters().items()]
+    trains = [index >= len(base) or (id(parameter) in kept and parameter.requires_grad)
+              for index, (parameter, _) in enumerate(parameters)]
     try:
-        stays, trains = (selector(field, getattr(config, field), [names for _, names in parameters])
-                         for field in ("freeze_include", "freeze_exclude"))
+        trains = with_lists(parameters, trains, ("freeze_include", config.freeze_include),
+                            ("freeze_exclude", config.freeze_exclude))
+        if adapted and not any(trains):
+            problems.append(f"freeze_include {config.freeze_include!r} leaves nothing trainable: narrow it, or name "
+                            f"what trains in freeze_exclude.")
     except ValueError as error:
         problems.append(str(error))
     if problems:
         raise ValueError(f"{type(config).__name__} does not fit the net, which is unchanged:\n  "
                          + "\n  ".join(problems))
-    swaps = {cell: config.adapt(cell) for cell in chosen.values()}
-    settle_names(net, {path: swaps[cell] for path, cell in chosen.items()})
-    kept = {id(parameter) for cell in cells.values() if isinstance(cell, Delta)
-            for parameter in cell.delta_parameters().values()}
-    for index, (parameter, _) in enumerate(parameters):
-        if id(parameter) not in kept:
-            parameter.requires_grad = trains(index) and not stays(index)
-    replace(net, swaps)
+    apply_trains(net, parameters, trains)
+    replace(net, {chosen[path]: delta for path, delta in adapted.items()})
     return net
 
 
-def settle_names(net: nn.Cell, adapted: Mapping[str, nn.Cell]) -> None:
-    """Make the names of new delta Parameters unique in the net: beside the base's name, else by the path."""
-    taken = {parameter.name for parameter, _ in net_parameters(net)}
-    for path, cell in adapted.items():
-        own = _own_parameters(cell)
+def adapt(config: DeltaConfig, cell: nn.Cell) -> Delta:
+    """Return the adapted cell that takes the place of `cell`, which stays as it is.
+
+    Raises:
+        TypeError, ValueError: `cell` cannot be adapted so.
+    """
+    reason = config.refusal(cell)
+    if reason:
+        raise TypeError(reason)
+    delta = config.adapt(cell)
+    if not isinstance(delta, Delta):
+        raise TypeError(f"{type(config).__name__}.adapt() must return a Delta, but got {type(delta).__name__}.")
+    return delta
+
+
+def settle_names(parameters: list[tuple[Parameter, list[str]]], adapted: Mapping[str, Delta]) -> None:
+    """Make the names of new delta Parameters unique: beside the base's name, else by the path.
+
+    Args:
+        parameters: those of the net, as `net_parameters` lists them.
+        adapted: the new cells by the path they will have.
+    """
+    taken = {parameter.name for parameter, _ in parameters}
+    for path, delta in adapted.items():
+        own = {**delta.delta_parameters(), **delta.live_parameters()}
         if any(parameter.name in taken or "." not in parameter.name for parameter in own.values()):
             for name, parameter in own.items():
                 parameter.name = f"{path}.{name}"
         taken.update(parameter.name for parameter in own.values())
-
-
-def _own_parameters(cell: nn.Cell) -> dict[str, Parameter]:
-    if not isinstance(cell, Delta):
-        raise TypeError(f"A config's adapt() must return a Delta, but got {type(cell).__name__}.")
-    return {**cell.delta_parameters(), **cell.live_parameters()}

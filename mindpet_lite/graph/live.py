@@ -12,6 +12,7 @@ from mindspore import nn
 from mindpet_lite.delta.base import Delta, check_number
 from mindpet_lite.graph.tree import cells_by_path
 
+
 def deltas(net: nn.Cell) -> dict[str, Delta]:
     """Return the adapted cells of `net` by path, each once; raise ValueError where there is none."""
     found: dict[str, Delta] = {}

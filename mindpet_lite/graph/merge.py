@@ -8,7 +8,7 @@ from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
 
 from mindpet_lite.graph.live import adapters_are_disabled, deltas
-from mindpet_lite.graph.tree import cells_by_path, replace
+from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, replace
 
 # Where a merged layer keeps what `unmerge` puts back: an attribute, so that it lives and is copied with the layer.
 _KEPT = "mindpet_kept_for_unmerge"
@@ -38,6 +38,7 @@ def merge(net: nn.Cell) -> nn.Cell:
     Raises:
         TypeError: `net` is no Cell.
         ValueError: there is nothing to merge, the adapters are switched off, or a merged weight would not be finite.
+            So is a weight that another layer of the net uses too (tied weights): merged, it would change that layer.
             The net is unchanged.
     """
     found = deltas(net)
@@ -49,6 +50,12 @@ def merge(net: nn.Cell) -> nn.Cell:
     if broken:
         raise ValueError(f"Merging would put NaN or infinite values into {', '.join(broken)}: a delta or base weight "
                          f"is not finite, or does not fit the weight's type. The net is unchanged.")
+    owners = {id(parameter): places for parameter, places in owners_of_parameters(net)}
+    tied = [f"{path}: {parameter.name} is used at {place} too." for path, values in merged.items()
+            for parameter in values for place, cell in owners[id(parameter)] if cell is not found[path]]
+    if tied:
+        raise ValueError("Merging would change other layers that use the same weight. The net is unchanged: use it "
+                         "unmerged, or give each layer a weight of its own first.\n  " + "\n  ".join(tied))
     swaps = {}
     for path, cell in found.items():
         kept = _Kept(cell, tuple((parameter, _copy(parameter)) for parameter in merged[path]))
@@ -92,5 +99,3 @@ def _copy(parameter: Parameter) -> Tensor:
 def _swap(net: nn.Cell, swaps: dict[nn.Cell, nn.Cell]) -> nn.Cell:
     replace(net, swaps)
     return swaps.get(net, net)
-
-

@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import mindspore
 from mindspore import Parameter, nn
 
 # What a cell carries besides its structure, and a cell put in its place must carry on.
 _CARRIED = ("_forward_pre_hook", "_forward_hook", "_backward_pre_hook", "_backward_hook", "_cell_backward_hook",
-            "_scope", "_param_prefix")
+            "_cell_backward_pre_hook", "_forward_pre_hook_with_kwargs", "_forward_hook_with_kwargs",
+            "_forward_hook_always_called", "_scope", "_param_prefix", "_jit_config_dict")
 
 
 def require_cell(net: object) -> nn.Cell:
@@ -36,12 +38,19 @@ def cells_by_path(net: nn.Cell) -> dict[str, nn.Cell]:
 
 def paths_of_parameters(net: nn.Cell) -> list[tuple[Parameter, list[str]]]:
     """Return every Parameter of `net` once, with all its dotted paths, in the order of the net."""
-    paths: dict[int, tuple[Parameter, list[str]]] = {}
+    return [(parameter, [path for path, _ in owners]) for parameter, owners in owners_of_parameters(net)]
+
+
+def owners_of_parameters(net: nn.Cell) -> list[tuple[Parameter, list[tuple[str, nn.Cell]]]]:
+    """Return every Parameter of `net` once, with each of its dotted paths and the cell that holds it there."""
+    owners: dict[int, tuple[Parameter, list[tuple[str, nn.Cell]]]] = {}
     for path, cell in cells_by_path(net).items():
         for name, parameter in cell.parameters_and_names(expand=False):
-            entry = paths.setdefault(id(parameter), (parameter, []))
-            entry[1].append(f"{path}.{name}" if path else name)
-    return list(paths.values())
+            entry = owners.setdefault(id(parameter), (parameter, []))
+            # A ParameterTuple puts Parameters of other cells on a list, by their full names: no path leads there.
+            if "." not in name or not entry[1]:
+                entry[1].append((f"{path}.{name}" if path else name, cell))
+    return list(owners.values())
 
 
 def replace(net: nn.Cell, swaps: Mapping[nn.Cell, nn.Cell]) -> None:
@@ -56,17 +65,34 @@ def replace(net: nn.Cell, swaps: Mapping[nn.Cell, nn.Cell]) -> None:
                 parent._cells[name] = new_of[id(child)]
         # SequentialCell runs a list it keeps beside its children, and users keep such lists too.
         for name, value in list(vars(parent).items()):
-            if isinstance(value, (list, tuple)) and any(id(item) in new_of for item in value):
-                object.__setattr__(parent, name, type(value)(new_of.get(id(item), item) for item in value))
+            swapped = _swapped(value, new_of)
+            if swapped is not value:
+                object.__setattr__(parent, name, swapped)
     for old, new in swaps.items():
         _carry_on(old, new)
-    drop_compiled_graphs()
+    refresh_recomputation(net)
+    drop_compiled_graphs(net)
+
+
+def _swapped(value: Any, new_of: Mapping[int, nn.Cell]) -> Any:
+    """Return `value` with the cells in it replaced, through lists, tuples and dictionaries; itself if there is none."""
+    if isinstance(value, nn.Cell):
+        return new_of.get(id(value), value)
+    if type(value) in (list, tuple):
+        items = [_swapped(item, new_of) for item in value]
+        return type(value)(items) if any(new is not old for new, old in zip(items, value)) else value
+    if type(value) is dict:
+        mapped = {key: _swapped(item, new_of) for key, item in value.items()}
+        return mapped if any(mapped[key] is not item for key, item in value.items()) else value
+    return value
 
 
 def _carry_on(old: nn.Cell, new: nn.Cell) -> None:
     for name in _CARRIED:
-        if name in vars(old):
-            object.__setattr__(new, name, vars(old)[name])
+        # MindSpore 2.10 makes the hook tables when they are first needed, under a name of their own.
+        for spelling in (name, f"_lazy{name}"):
+            if vars(old).get(spelling):
+                object.__setattr__(new, spelling, vars(old)[spelling])
     if old._has_config_recompute and not new._has_config_recompute:
         if old._recompute_cell is not None:
             new.recompute()
@@ -74,10 +100,23 @@ def _carry_on(old: nn.Cell, new: nn.Cell) -> None:
             new._recompute(False, True)
 
 
-def drop_compiled_graphs() -> None:
+def refresh_recomputation(net: nn.Cell) -> None:
+    """Tell the cells set to recompute what trains now.
+
+    In PyNative mode they list it when `recompute()` is called, and give every other Parameter a gradient of zero.
+    """
+    for cell in set(cells_by_path(net).values()):
+        if isinstance(cell._recompute_cell, nn.Cell):
+            object.__setattr__(cell._recompute_cell, "internal_params", cell.trainable_params())
+
+
+def drop_compiled_graphs(net: nn.Cell) -> None:
     """Make every net compile anew at its next call: a compiled graph does not see that a cell was replaced.
 
     All nets, because a loss cell, a training step or a gradient function around the changed net holds a graph of it
     too and cannot be found from the inside.
     """
     mindspore.ms_memory_recycle()
+    # MindSpore's own list of nets lacks those that copy.deepcopy made.
+    for cell in cells_by_path(net).values():
+        cell.compile_cache.clear()

@@ -1,0 +1,133 @@
+"""Checkpoints of what trains, written while `Model.train` runs."""
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import mindspore
+from mindspore import Parameter, nn
+from mindspore.train import Callback, CheckpointConfig
+
+from mindpet_lite.delta.base import Delta
+from mindpet_lite.formats.files import atomic_file
+from mindpet_lite.formats.mindpet import SETTINGS_KEY
+from mindpet_lite.graph.tree import cells_by_path
+
+
+class TrainableParamsCheckPoint(Callback):
+    """Callback for `Model.train` that saves only the trainable parameters of the network, as MindPet's.
+
+    Writes ``<prefix>-<epoch>_<step>.ckpt`` with the parameters of the network that train, by `Parameter.name`: no
+    frozen weight, no optimizer state. Under the key ``mindpet_lite`` the file holds a JSON text with the method, rank,
+    alpha and dropout of each adapted layer, by its path. :func:`mindpet_lite.load_adapter` reads the file, and so do
+    ``mindspore.load_checkpoint`` and ``load_param_into_net`` with an adapted net.
+
+    Args:
+        directory: where to write; absolute or relative to the working directory; made if missing.
+        prefix: start of the file names.
+        config: mindspore.train.CheckpointConfig; `save_checkpoint_steps`, `save_checkpoint_seconds`,
+            `keep_checkpoint_max` and `saved_network` are honoured. Default: at the end of every epoch, the last 5.
+
+    Raises:
+        TypeError: `directory` is no path, `prefix` no string, `config` no CheckpointConfig.
+        ValueError: `directory` or `prefix` is empty, or `prefix` holds a path separator.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], prefix: str = "DELTA_CKP",
+                 config: CheckpointConfig | None = None) -> None:
+        super().__init__()
+        if not isinstance(directory, (str, os.PathLike)):
+            raise TypeError(f"directory must be a path to write checkpoints to, but got {directory!r}.")
+        if not os.fspath(directory):
+            raise ValueError("directory must be a path to write checkpoints to, but got an empty string.")
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix must be a string, but got {prefix!r}.")
+        if not prefix or os.path.basename(prefix) != prefix:
+            raise ValueError(f"prefix must be the start of a file name, but got {prefix!r}.")
+        if config is not None and not isinstance(config, CheckpointConfig):
+            raise TypeError(f"config must be a mindspore.train.CheckpointConfig, but got {type(config).__name__}.")
+        self.directory, self.prefix, self.config = Path(directory), prefix, config
+        self._written: deque[Path] = deque()
+        self._last_step, self._last_time = 0, time.monotonic()
+
+    def on_train_begin(self, run_context: Any) -> None:
+        """Check that there is something to save and somewhere to save it, before the first step."""
+        params = run_context.original_args()
+        trainable_parameters(self._network(params))
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._last_step, self._last_time = params.cur_step_num, time.monotonic()
+
+    def on_train_step_end(self, run_context: Any) -> None:
+        """Save when the config's steps or seconds have gone by; without a config at the end of each epoch."""
+        params = run_context.original_args()
+        if self._due(params):
+            self._save(params)
+
+    def on_train_end(self, run_context: Any) -> None:
+        """Save the last state if it is not saved yet."""
+        params = run_context.original_args()
+        if params.cur_step_num > self._last_step:
+            self._save(params)
+
+    def _due(self, params: Any) -> bool:
+        steps = self.config.save_checkpoint_steps if self.config else None
+        seconds = self.config.save_checkpoint_seconds if self.config else None
+        if steps:
+            return params.cur_step_num >= self._last_step + steps
+        if seconds:
+            return time.monotonic() >= self._last_time + seconds
+        return params.cur_step_num % params.batch_num == 0
+
+    def _network(self, params: Any) -> nn.Cell:
+        return (self.config.saved_network if self.config else None) or params.network or params.train_network
+
+    def _save(self, params: Any) -> None:
+        epoch_step = (params.cur_step_num - 1) % params.batch_num + 1
+        path = self.directory / f"{self.prefix}-{params.cur_epoch_num}_{epoch_step}.ckpt"
+        save_trainable(self._network(params), path)
+        self._last_step, self._last_time = params.cur_step_num, time.monotonic()
+        if path in self._written:
+            self._written.remove(path)
+        self._written.append(path)
+        keep = self.config.keep_checkpoint_max if self.config else 5
+        while keep and len(self._written) > keep:
+            self._written.popleft().unlink(missing_ok=True)
+
+
+def save_trainable(network: nn.Cell, path: Path) -> None:
+    """Write the trainable parameters of `network` and the settings of its deltas to a ``.ckpt`` file, atomically.
+
+    Raises:
+        ValueError: the network has no trainable parameter.
+        OSError: the file cannot be written; what was there is unchanged.
+    """
+    chosen = trainable_parameters(network)
+    settings = {place: {"method": cell.method, "settings": cell.settings(),
+                        "parameters": {own: parameter.name for own, parameter in cell.delta_parameters().items()}}
+                for place, cell in cells_by_path(network).items() if isinstance(cell, Delta)}
+    with atomic_file(path) as temporary:
+        try:
+            mindspore.save_checkpoint([{"name": parameter.name, "data": parameter} for parameter in chosen],
+                                      str(temporary), append_dict={SETTINGS_KEY: json.dumps(settings)})
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
+
+
+def trainable_parameters(network: nn.Cell) -> list[Parameter]:
+    """Return the Parameters that train in `network`; for a training step, those that its optimizers were given.
+
+    Raises:
+        ValueError: there is none.
+    """
+    optimizers = [cell for cell in cells_by_path(network).values() if isinstance(cell, nn.Optimizer)]
+    candidates = [parameter for optimizer in optimizers for parameter in optimizer.parameters] \
+        if optimizers else network.trainable_params()
+    found = list({id(parameter): parameter for parameter in candidates if parameter.requires_grad}.values())
+    if not found:
+        raise ValueError("The network has no trainable parameter to save: call freeze_delta() or get_pet_model() "
+                         "before training.")
+    return found

@@ -29,7 +29,8 @@ def did_you_mean(name: object, candidates: Iterable[str]) -> str:
 def check_int(name: str, value: object) -> None:
     """Raise TypeError unless `value` is an int (a bool is not), ValueError unless it is positive."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be a positive int, but got {value!r} of type {type(value).__name__}.")
+        raise TypeError(f"{name} must be a positive int, but got {value!r} of type {type(value).__name__}."
+                        f"{number_hint(value)}")
     if value <= 0:
         raise ValueError(f"{name} must be a positive int, but got {value}.")
 

@@ -106,7 +106,8 @@ class LoRADense(nn.Dense, Delta):
         """Adapt an existing Dense: same Parameter objects and names, same primitives, same activation.
 
         `dense` itself stays as it is; put the returned layer in its place. With the default `lora_b_init` the output
-        is that of `dense`, bit for bit. The arguments are those of the class.
+        is that of `dense`, bit for bit. (In float16 graphs the CPU backend leaves out roundings between operators of
+        the plain layer, so there the last bit can differ.) The arguments are those of the class.
 
         Raises:
             TypeError: `dense` is no nn.Dense, is adapted already, or overrides `construct`.
@@ -215,7 +216,8 @@ class LoRADense(nn.Dense, Delta):
 
         Raises:
             TypeError: a strategy is no tuple of tuples of ints.
-            ValueError: the activation is made of several operators: split those yourself.
+            ValueError: the dense strategy does not fit a matrix product; or the activation is made of several
+                operators: split those yourself.
         """
         dense = strategy_org_dense_matmul
         strategies = {
@@ -226,6 +228,9 @@ class LoRADense(nn.Dense, Delta):
         for name, strategy in strategies.items():
             _check_strategy(name, strategy)
         if dense is not None:
+            if [len(part) for part in dense] != [2, 2]:
+                raise ValueError(f"strategy_org_dense_matmul must split the two axes of both inputs, such as "
+                                 f"((2, 4), (1, 4)), but got {dense!r}.")
             if strategy_lora_a_matmul is None:
                 strategies["strategy_lora_a_matmul"] = (dense[0], (1, dense[1][1]))
             if strategy_lora_b_matmul is None:

@@ -1,0 +1,53 @@
+"""What every test gets: a folder of its own, fixed seeds, and on request both execution modes."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+MODES = {"graph": ms.GRAPH_MODE, "pynative": ms.PYNATIVE_MODE}
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def own_folder_and_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MindSpore drops files where it runs: let that be the test's own folder."""
+    monkeypatch.chdir(tmp_path)
+    ms.set_seed(1)
+    np.random.seed(1)
+
+
+@pytest.fixture(params=sorted(MODES))
+def mode(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test in graph mode and in PyNative mode."""
+    before = ms.get_context("mode")
+    ms.set_context(mode=MODES[request.param])
+    yield request.param
+    ms.set_context(mode=before)
+
+
+@pytest.fixture
+def graph_mode() -> Iterator[None]:
+    before = ms.get_context("mode")
+    ms.set_context(mode=ms.GRAPH_MODE)
+    yield
+    ms.set_context(mode=before)
+
+
+@pytest.fixture
+def pynative_mode() -> Iterator[None]:
+    before = ms.get_context("mode")
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    yield
+    ms.set_context(mode=before)
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The fixtures beside the repository."""
+    if not SHARED.is_dir():
+        pytest.skip(f"the shared fixtures are not at {SHARED}")
+    return SHARED

@@ -25,11 +25,12 @@ class Attention(nn.Cell):
         self.norm = nn.LayerNorm((width,))
 
     def construct(self, x):
+        x = self.norm(x)
         x = self.to_q(x) + self.to_k(x)
         x = self.to_out(x)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        return x
 
 
 LINEAR_PATHS = ("to_q", "to_k", "to_out.0", "blocks.0", "blocks.1.0")

@@ -257,8 +257,10 @@ class LoRADense(nn.Dense, Delta):
         """Return {weight: W + s · B A} with the live factor s of the running net, computed in float32."""
         a = self.mindpet_delta_lora_a.astype(mindspore.float32).asnumpy()
         b = self.mindpet_delta_lora_b.astype(mindspore.float32).asnumpy()
-        update = np.matmul(b * self.lora_scaling.asnumpy(), a)
-        update += self.weight.astype(mindspore.float32).asnumpy()
+        # What is not finite is for the caller to refuse, by name.
+        with np.errstate(over="ignore", invalid="ignore"):
+            update = np.matmul(b * self.lora_scaling.asnumpy(), a)
+            update += self.weight.astype(mindspore.float32).asnumpy()
         return {self.weight: Tensor(update).astype(self.weight.dtype)}
 
     def plain_cell(self) -> nn.Dense:

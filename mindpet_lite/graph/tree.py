@@ -44,13 +44,13 @@ def paths_of_parameters(net: nn.Cell) -> list[tuple[Parameter, list[str]]]:
 def owners_of_parameters(net: nn.Cell) -> list[tuple[Parameter, list[tuple[str, nn.Cell]]]]:
     """Return every Parameter of `net` once, with each of its dotted paths and the cell that holds it there."""
     owners: dict[int, tuple[Parameter, list[tuple[str, nn.Cell]]]] = {}
+    listed: dict[int, tuple[Parameter, list[tuple[str, nn.Cell]]]] = {}
     for path, cell in cells_by_path(net).items():
         for name, parameter in cell.parameters_and_names(expand=False):
-            entry = owners.setdefault(id(parameter), (parameter, []))
             # A ParameterTuple puts Parameters of other cells on a list, by their full names: no path leads there.
-            if "." not in name or not entry[1]:
-                entry[1].append((f"{path}.{name}" if path else name, cell))
-    return list(owners.values())
+            found = listed if "." in name else owners
+            found.setdefault(id(parameter), (parameter, []))[1].append((f"{path}.{name}" if path else name, cell))
+    return list({**listed, **owners}.values())
 
 
 def replace(net: nn.Cell, swaps: Mapping[nn.Cell, nn.Cell]) -> None:

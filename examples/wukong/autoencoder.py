@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-from layers import GroupNorm, attend, name_parameters, upsample
+from layers import Attend, GroupNorm, name_parameters, upsample
 from mindspore import Tensor, nn, ops
 
 EPS = 1e-6
@@ -90,10 +90,11 @@ class AttnBlock(nn.Cell):
         self.k = conv(channels, channels, 1)
         self.v = conv(channels, channels, 1)
         self.proj_out = conv(channels, channels, 1)
+        self.attend = Attend(heads=1)
 
     def construct(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        out = attend(tokens(self.q(h)), tokens(self.k(h)), tokens(self.v(h)), 1)
+        out = self.attend(tokens(self.q(h)), tokens(self.k(h)), tokens(self.v(h)))
         return x + self.proj_out(out.transpose(0, 2, 1).reshape(x.shape))
 
 

@@ -2,6 +2,7 @@
 
 import os
 
+import cpu_operators
 import mindspore
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
@@ -9,6 +10,11 @@ from mindspore.common.initializer import initializer
 # With AVX-512, oneDNN has no fast kernel for the layout MindSpore hands it and runs 3x3 convolutions on its reference
 # code, about 100 times slower than with AVX2. oneDNN reads the variable when its first operator runs.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
+
+
+def on_cpu() -> bool:
+    """Whether the cells built now are for CPU."""
+    return mindspore.get_context("device_target") == "CPU"
 
 
 class GroupNorm(nn.Cell):
@@ -38,9 +44,14 @@ class GroupNorm(nn.Cell):
         self.beta = Parameter(initializer("zeros", (channels,)), name="beta")
         self.groups = groups
         self.eps = eps
+        self.written_out = cpu_operators.GroupNorm(groups, eps) if on_cpu() else None
 
     def construct(self, x: Tensor) -> Tensor:
-        y = ops.group_norm(x.astype(mindspore.float32), self.groups, self.gamma, self.beta, self.eps)
+        y = x.astype(mindspore.float32)
+        if self.written_out is not None:
+            y = self.written_out(y, self.gamma, self.beta)
+        else:
+            y = ops.group_norm(y, self.groups, self.gamma, self.beta, self.eps)
         return y.astype(x.dtype)
 
 
@@ -69,29 +80,40 @@ def gelu(x: Tensor) -> Tensor:
     return x * ops.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+class Attend(nn.Cell):
     """softmax(Q K^T / sqrt(d) + mask) V for each head (Vaswani et al., 2017), the softmax in float32.
 
     Args:
+        heads: Number of heads.
+
+    Inputs:
         query: (batch, queries, heads * d).
         key: (batch, keys, heads * d).
         value: (batch, keys, heads * d).
-        heads: Number of heads.
         mask: (queries, keys), added to the scores; None for no mask.
 
-    Returns:
+    Outputs:
         (batch, queries, heads * d) in the dtype of `value`.
     """
-    batch, queries, width = query.shape
-    size = width // heads
-    q = query.reshape(batch, queries, heads, size).transpose(0, 2, 1, 3)
-    k = key.reshape(batch, key.shape[1], heads, size).transpose(0, 2, 1, 3)
-    v = value.reshape(batch, key.shape[1], heads, size).transpose(0, 2, 1, 3)
-    scores = ops.BatchMatMul(transpose_b=True)(q * size ** -0.5, k).astype(mindspore.float32)
-    if mask is not None:
-        scores = scores + mask
-    weights = ops.softmax(scores, axis=-1).astype(value.dtype)
-    return ops.BatchMatMul()(weights, v).transpose(0, 2, 1, 3).reshape(batch, queries, width)
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.softmax = cpu_operators.Softmax() if on_cpu() else ops.Softmax(-1)
+        self.scores = ops.BatchMatMul(transpose_b=True)
+        self.average = ops.BatchMatMul()
+
+    def split(self, x: Tensor) -> Tensor:
+        """(batch, tokens, heads * d) -> (batch, heads, tokens, d)."""
+        return x.reshape(x.shape[0], x.shape[1], self.heads, -1).transpose(0, 2, 1, 3)
+
+    def construct(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        scale = (query.shape[-1] // self.heads) ** -0.5
+        scores = self.scores(self.split(query * scale), self.split(key)).astype(mindspore.float32)
+        if mask is not None:
+            scores = scores + mask
+        weights = self.softmax(scores).astype(value.dtype)
+        return self.average(weights, self.split(value)).transpose(0, 2, 1, 3).reshape(query.shape)
 
 
 def name_parameters(net: nn.Cell) -> None:

@@ -2,7 +2,7 @@
 
 import mindspore
 import numpy as np
-from layers import attend, name_parameters
+from layers import Attend, name_parameters
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
@@ -14,11 +14,11 @@ class MultiheadAttention(nn.Cell):
         super().__init__()
         self.in_proj = nn.Dense(width, 3 * width, weight_init=Normal(width ** -0.5))
         self.out_proj = nn.Dense(width, width)
-        self.heads = heads
+        self.attend = Attend(heads)
 
     def construct(self, x: Tensor, mask: Tensor) -> Tensor:
         query, key, value = ops.split(self.in_proj(x), x.shape[-1], axis=-1)
-        return self.out_proj(attend(query, key, value, self.heads, mask))
+        return self.out_proj(self.attend(query, key, value, mask))
 
 
 class Attention(nn.Cell):
@@ -90,7 +90,7 @@ class TextEncoder(nn.Cell):
             raise ValueError(f"TextEncoder has no output projection: output_dim must equal width, "
                              f"got output_dim={output_dim} and width={width}.")
         if width % heads:
-            raise ValueError(f"TextEncoder needs a width that is a multiple of heads, got width={width}, heads={heads}.")
+            raise ValueError(f"width must be a multiple of heads, got width={width} and heads={heads}.")
         self.embedding_table = Parameter(initializer(Normal(0.02), (vocab_size, width)), name="embedding_table")
         self.positional_embedding = Parameter(initializer(Normal(0.01), (context_length, width)),
                                               name="positional_embedding")

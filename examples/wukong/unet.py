@@ -2,50 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import mindspore
-from layers import GroupNorm, LayerNorm, attend, gelu, name_parameters, upsample
+from attention import Build, SpatialTransformer
+from layers import GroupNorm, name_parameters, upsample
 from mindspore import Tensor, nn, ops
-
-from mindpet_lite.delta import LoRADense
-
-
-@dataclass(frozen=True)
-class Build:
-    """What every block of one U-Net is built with.
-
-    Attributes:
-        dropout: Probability, in the residual blocks, the attention's output and the feed-forward part.
-        dtype: Type the convolutions and dense layers compute in.
-        lora_rank: Rank of the LoRA layers in the attention; 0 for plain dense layers.
-        lora_alpha: Their alpha.
-    """
-
-    dropout: float
-    dtype: mindspore.Type
-    lora_rank: int
-    lora_alpha: float
-
-    def dense(self, in_channels: int, out_channels: int) -> nn.Dense:
-        """A dense layer with bias."""
-        return self.typed(nn.Dense(in_channels, out_channels))
-
-    def conv(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, zero: bool = False) -> nn.Conv2d:
-        """A convolution with bias, padded to keep the side; `zero` starts it at 0."""
-        init = {"weight_init": "zeros", "bias_init": "zeros"} if zero else {}
-        return self.typed(nn.Conv2d(in_channels, out_channels, kernel, stride, pad_mode="pad", padding=kernel // 2,
-                                    has_bias=True, **init))
-
-    def attention_dense(self, in_channels: int, out_channels: int, has_bias: bool) -> nn.Dense:
-        """A dense layer of the attention: with LoRA where the net has it."""
-        if self.lora_rank:
-            return self.typed(LoRADense(in_channels, out_channels, self.lora_rank, self.lora_alpha, has_bias=has_bias))
-        return self.typed(nn.Dense(in_channels, out_channels, has_bias=has_bias))
-
-    def typed(self, cell: nn.Cell) -> nn.Cell:
-        """Makes the cell compute in `dtype`."""
-        return cell if self.dtype == mindspore.float32 else cell.to_float(self.dtype)
 
 
 class Conv(nn.Cell):
@@ -61,7 +22,7 @@ class Conv(nn.Cell):
 
 
 class ResBlock(nn.Cell):
-    """skip(x) + conv(silu(norm(conv(silu(norm(x))) + dense(silu(emb))))), skip a 1x1 convolution where widths differ."""
+    """skip(x) + conv(silu(norm(conv(silu(norm(x))) + dense(silu(emb))))); skip: a 1x1 convolution if widths differ."""
 
     reads = "emb"
 
@@ -82,87 +43,6 @@ class ResBlock(nn.Cell):
         h = h + emb.reshape(emb.shape[0], emb.shape[1], 1, 1)
         h = self.out_layers_drop(ops.silu(self.out_layers_norm(h)))
         return self.skip_connection(x) + self.out_layers_conv(h)
-
-
-class CrossAttention(nn.Cell):
-    """Attention from x (batch, tokens, channels) to context (batch, keys, context_dim), output as x."""
-
-    def __init__(self, build: Build, channels: int, context_dim: int, heads: int) -> None:
-        super().__init__()
-        self.to_q = build.attention_dense(channels, channels, has_bias=False)
-        self.to_k = build.attention_dense(context_dim, channels, has_bias=False)
-        self.to_v = build.attention_dense(context_dim, channels, has_bias=False)
-        self.to_out = nn.SequentialCell(build.attention_dense(channels, channels, has_bias=True),
-                                        nn.Dropout(p=build.dropout))
-        self.heads = heads
-
-    def construct(self, x: Tensor, context: Tensor) -> Tensor:
-        return self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
-
-
-class GEGLU(nn.Cell):
-    """a * gelu(b), a and b the two halves of one dense layer's output (Shazeer, 2020)."""
-
-    def __init__(self, build: Build, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.proj = build.dense(in_channels, 2 * out_channels)
-        self.half = out_channels
-
-    def construct(self, x: Tensor) -> Tensor:
-        value, gate = ops.split(self.proj(x), self.half, axis=-1)
-        return value * gelu(gate)
-
-
-class FeedForward(nn.Cell):
-    """dense(dropout(geglu(x))), four times as wide inside."""
-
-    def __init__(self, build: Build, channels: int) -> None:
-        super().__init__()
-        self.net = nn.SequentialCell(GEGLU(build, channels, 4 * channels), nn.Dropout(p=build.dropout),
-                                     build.dense(4 * channels, channels))
-
-    def construct(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-class TransformerBlock(nn.Cell):
-    """Self-attention, attention to the text and feed-forward, each on the normed x and added to x."""
-
-    def __init__(self, build: Build, channels: int, context_dim: int, heads: int) -> None:
-        super().__init__()
-        self.attn1 = CrossAttention(build, channels, channels, heads)
-        self.ff = FeedForward(build, channels)
-        self.attn2 = CrossAttention(build, channels, context_dim, heads)
-        self.norm1 = LayerNorm(channels)
-        self.norm2 = LayerNorm(channels)
-        self.norm3 = LayerNorm(channels)
-
-    def construct(self, x: Tensor, context: Tensor) -> Tensor:
-        h = self.norm1(x)
-        x = x + self.attn1(h, h)
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
-
-
-class SpatialTransformer(nn.Cell):
-    """x + proj_out(transformer blocks(proj_in(norm(x)))), the pixels as tokens."""
-
-    reads = "context"
-
-    def __init__(self, build: Build, channels: int, context_dim: int, heads: int, depth: int) -> None:
-        super().__init__()
-        self.norm = GroupNorm(channels, 1e-6)
-        self.proj_in = build.conv(channels, channels, 1)
-        self.transformer_blocks = nn.CellList([TransformerBlock(build, channels, context_dim, heads)
-                                               for _ in range(depth)])
-        self.proj_out = build.conv(channels, channels, 1, zero=True)
-
-    def construct(self, x: Tensor, context: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        h = self.proj_in(self.norm(x)).reshape(batch, channels, height * width).transpose(0, 2, 1)
-        for block in self.transformer_blocks:
-            h = block(h, context)
-        return x + self.proj_out(h.transpose(0, 2, 1).reshape(x.shape))
 
 
 class Downsample(nn.Cell):
@@ -259,7 +139,8 @@ class UNetModel(nn.Cell):
                  use_fp16: bool = False, enable_lora: bool = False, lora_rank: int | None = None,
                  lora_alpha: float | None = None) -> None:
         super().__init__()
-        check(image_size, channel_mult, use_spatial_transformer, legacy, enable_lora, lora_rank, lora_alpha)
+        check(image_size, channel_mult, attention_resolutions, use_spatial_transformer, legacy, enable_lora, lora_rank,
+              lora_alpha)
         dtype = mindspore.float16 if use_fp16 else mindspore.float32
         build = Build(dropout, dtype, lora_rank or 0, lora_alpha or 0.0)
         emb_channels = 4 * model_channels
@@ -318,13 +199,17 @@ class UNetModel(nn.Cell):
         return self.out(h).astype(x.dtype)
 
 
-def check(image_size: int, channel_mult: Sequence[int], use_spatial_transformer: bool, legacy: bool,
-          enable_lora: bool, lora_rank: int | None, lora_alpha: float | None) -> None:
+def check(image_size: int, channel_mult: Sequence[int], attention_resolutions: Sequence[int],
+          use_spatial_transformer: bool, legacy: bool, enable_lora: bool, lora_rank: int | None,
+          lora_alpha: float | None) -> None:
     """Refuses arguments of `UNetModel` that it does not support or that contradict each other."""
     halvings = 2 ** (len(channel_mult) - 1)
     if image_size % halvings:
-        raise ValueError(f"UNetModel halves the side {len(channel_mult) - 1} times (channel_mult={list(channel_mult)}): "
+        raise ValueError(f"channel_mult={list(channel_mult)} halves the side {len(channel_mult) - 1} times: "
                          f"image_size must be a multiple of {halvings}, got {image_size}.")
+    odd = [factor for factor in attention_resolutions if factor < 1 or factor & (factor - 1)]
+    if odd:
+        raise ValueError(f"attention_resolutions are downsampling factors, so powers of 2; got {odd}.")
     if not use_spatial_transformer:
         raise ValueError("UNetModel needs use_spatial_transformer=True: without it the U-Net cannot read the text.")
     if legacy:

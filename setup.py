@@ -8,7 +8,8 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "mindpet_lite" / "__init__.py").read_text(encoding="utf-8"))[1]
 
 # What the Wukong example needs besides the package. resvg-py draws the emoji; its version decides the pixels.
-EXAMPLES = ["pillow>=10.1", "matplotlib", "tqdm", "resvg-py==0.5.0"]
+# manimgx-fonts-cjk is Noto Sans CJK (SIL Open Font License), for captions in Chinese.
+EXAMPLES = ["pillow>=10.1", "matplotlib", "tqdm", "resvg-py==0.5.0", "manimgx-fonts-cjk"]
 TEST = ["pytest"]
 
 setup(

@@ -1,0 +1,169 @@
+"""The settings of fine-tuning and sampling: a YAML file, overridden by flags, everything checked before any work."""
+
+import argparse
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from errors import UserError
+
+HERE = Path(__file__).resolve().parent
+
+
+def setting(default: Any, text: str, *flags: str, least: float | None = None, above: float | None = None,
+            most: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """A field of Settings: its default, its line in --help, further flags, and the values it may take."""
+    rules = {"text": text, "flags": flags, "least": least, "above": above, "most": most, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=rules)
+    return field(default=default, metadata=rules)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run does; `read` makes one. Relative paths count from the working directory."""
+
+    base: Path = setting(HERE / "base", "folder of the base, or a full Wukong checkpoint (.ckpt; needs model)")
+    model: dict | None = setting(None, "sizes of the models in a .ckpt base; YAML only, see wukong_full_lora.yaml")
+    data: Path = setting(HERE / "data" / "train", "folder with images and a CSV file (columns dir,text)")
+    heldout: Path | None = setting(None, "the same, never trained on (default: the folder heldout beside data, if any)")
+    out: Path = setting(HERE / "out" / "finetune", "folder for the adapter, the loss curve and the figures")
+    image_size: int = setting(32, "side of the images in pixels", least=8)
+    lora_rank: int = setting(4, "rank of LoRA", "--rank", least=1)
+    lora_alpha: float = setting(4.0, "alpha of LoRA: the update is scaled by alpha / rank", "--alpha", above=0)
+    lora_dropout: float = setting(0.0, "dropout before LoRA, in [0, 1)", least=0, most=0.999)
+    target_modules: list | str = setting(["to_q", "to_k", "to_v", "to_out.0"],
+                                         "layers to adapt: last parts of their paths, or one regular expression")
+    steps: int = setting(500, "training steps", least=1)
+    batch_size: int = setting(32, "images per step", "--batch", least=1)
+    learning_rate: float = setting(1e-4, "highest learning rate", "--lr", above=0)
+    final_learning_rate: float = setting(1e-6, "learning rate that the cosine ends at", above=0)
+    warmup_steps: int = setting(20, "steps of linear warm-up", "--warmup", least=1)
+    weight_decay: float = setting(0.01, "weight decay of AdamW", least=0)
+    clip_norm: float = setting(1.0, "largest norm of all gradients together", above=0)
+    caption_dropout: float = setting(0.1, "share of captions replaced by the empty one, for guidance", least=0, most=1)
+    heldout_draws: int = setting(4, "noise draws per held-out image when its loss is measured", least=1)
+    fp16: bool = setting(False, "compute the U-Net in float16, with dynamic loss scale")
+    loss_scale: float = setting(65536.0, "first loss scale with fp16", least=1)
+    seed: int = setting(0, "the same seed gives the same run", least=0)
+    device: str = setting("CPU", "where to run", choices=("CPU", "Ascend"))
+    mode: str = setting("graph", "one compiled graph per step, or operator by operator", choices=("graph", "pynative"))
+
+    def heldout_folder(self) -> Path | None:
+        """The held-out folder that was given, or the one beside the data, or None."""
+        beside = self.data.resolve().parent / "heldout"
+        return self.heldout or (beside if beside.is_dir() else None)
+
+
+DEFAULTS = Settings()
+FIELDS = {one.name: one for one in dataclasses.fields(Settings)}
+KINDS = {Path: "a path", Path | None: "a path", dict | None: "a block of keys", int: "a whole number",
+         float: "a number", bool: "true or false", str: "text", list | str: "a list of names or one text"}
+
+
+def add_flags(parser: argparse.ArgumentParser, names: list[str]) -> None:
+    """Adds --config and a flag for each of these settings."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings; flags override it")
+    for name in names:
+        rules, kind = FIELDS[name].metadata, FIELDS[name].type
+        default = getattr(DEFAULTS, name)
+        text = rules["text"] + ("" if default is None else f" (default: {default})")
+        options: dict[str, Any] = {"dest": name, "default": None, "help": text}
+        if kind is bool:
+            options |= {"action": argparse.BooleanOptionalAction}
+        elif kind == list | str:
+            options |= {"nargs": "+", "metavar": "NAME"}
+        elif rules["choices"]:
+            options |= {"choices": rules["choices"]}
+        else:
+            options |= {"type": Path if kind in (Path, Path | None) else kind, "metavar": name.split("_")[-1].upper()}
+        parser.add_argument("--" + name.replace("_", "-"), *rules["flags"], **options)
+
+
+def read(arguments: argparse.Namespace) -> Settings:
+    """Settings from the YAML file that --config names, overridden by the flags that were given.
+
+    Raises:
+        UserError: The file is missing or no YAML, a key is unknown, or a value is of the wrong type or out of range.
+    """
+    values = read_yaml(arguments.config) if arguments.config else {}
+    flags = {name: value for name, value in vars(arguments).items() if name in FIELDS and value is not None}
+    where = {**dict.fromkeys(values, f"{arguments.config}: "), **dict.fromkeys(flags, "command line: ")}
+    return Settings(**{name: checked(where[name], name, value) for name, value in {**values, **flags}.items()})
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file; all keys are names of settings."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no file {path}: give --config the path of a YAML file, such as "
+                        f"{HERE / 'configs' / 'wukong_tiny.yaml'}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values such as 'steps: 500', found {type(values).__name__}")
+    for key in values:
+        if key not in FIELDS:
+            near = difflib.get_close_matches(str(key), FIELDS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(FIELDS)}"
+            raise UserError(f"{path}: unknown key {key!r}; {hint}")
+    return values
+
+
+def checked(where: str, name: str, value: Any) -> Any:
+    """The value of a setting in its own type.
+
+    Raises:
+        UserError: It is of another type or out of range; the text names file or flag, key and value.
+    """
+    kind, rules = FIELDS[name].type, FIELDS[name].metadata
+    if value is None and FIELDS[name].default is None:
+        return None
+    if not fits(kind, value):
+        raise UserError(f"{where}{name} must be {KINDS[kind]}, got {value!r}{hint(kind, value)}")
+    if kind in (Path, Path | None):
+        return Path(value).expanduser()
+    if rules["choices"] and value not in rules["choices"]:
+        raise UserError(f"{where}{name} must be {' or '.join(rules['choices'])}, got {value!r}")
+    bounds = {"at least": rules["least"], "above": rules["above"], "at most": rules["most"]}
+    good = {"at least": lambda b: value >= b, "above": lambda b: value > b, "at most": lambda b: value <= b}
+    if any(bound is not None and not good[word](bound) for word, bound in bounds.items()):
+        raise UserError(f"{where}{name} must be "
+                        + " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+                        + f", got {value!r}")
+    return float(value) if kind is float else value
+
+
+def fits(kind: Any, value: Any) -> bool:
+    """Whether a value is of a setting's type; true is no number, and neither are NaN and infinity."""
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind in (Path, Path | None):
+        return isinstance(value, str | Path) and str(value) not in ("", ".")
+    if kind == list | str:
+        names = value if isinstance(value, list) else [value]
+        return bool(names) and all(isinstance(item, str) and item for item in names)
+    return isinstance(value, kind)
+
+
+def hint(kind: Any, value: Any) -> str:
+    """Why YAML gives text where a number was written."""
+    if kind not in (int, float) or not isinstance(value, str):
+        return ""
+    try:
+        number = float(value)
+    except ValueError:
+        return ""
+    if kind is int or "e" not in value.lower():
+        return ": write it without quotes"
+    mantissa, _, exponent = f"{number:e}".partition("e")
+    mantissa = mantissa.rstrip("0")
+    return f", which YAML reads as text: write {mantissa}{'0' if mantissa.endswith('.') else ''}e{exponent}"

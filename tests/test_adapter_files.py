@@ -1,0 +1,464 @@
+"""save_adapter and load_adapter: PEFT's layout, round trips, all or nothing, atomic writes; MindPet's checkpoints."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+from nets import Attention, config, inputs, load_values, randomise, unchanged
+from safetensors.numpy import load_file, save_file
+
+import mindpet_lite as mp
+from mindpet_lite.delta import LoRADense
+from mindpet_lite.formats import peft
+from mindpet_lite.formats.files import read_tensors
+
+TARGETS = ["to_q", "to_out.0", "blocks.1.0"]
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def adapted(targets=TARGETS, **fields) -> Attention:
+    net = mp.get_pet_model(Attention(), config(targets, **fields))
+    randomise(net)
+    return net
+
+
+def fresh_like(net: nn.Cell) -> Attention:
+    other = Attention()
+    load_values(other, net)
+    return other
+
+
+def edit_config(directory: str, **fields) -> None:
+    path = Path(directory, CONFIG)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def edit_tensors(directory: str, change) -> None:
+    tensors = load_file(Path(directory, TENSORS))
+    change(tensors)
+    save_file(tensors, Path(directory, TENSORS))
+
+
+# Layout
+
+def test_pefts_layout_and_keys():
+    net = adapted()
+    assert mp.save_adapter(net, "a/b/adapter") == Path("a/b/adapter")
+    assert sorted(os.listdir("a/b/adapter")) == [CONFIG, TENSORS]
+    tensors = load_file(f"a/b/adapter/{TENSORS}")
+    assert {name: (value.shape, value.dtype) for name, value in tensors.items()} == {
+        f"base_model.model.{path}.lora_{factor}.weight": (shape, np.float32)
+        for path in TARGETS for factor, shape in (("A", (2, 6)), ("B", (6, 2)))}
+    assert np.array_equal(tensors["base_model.model.to_q.lora_A.weight"], net.to_q.mindpet_delta_lora_a.asnumpy())
+    assert np.array_equal(tensors["base_model.model.to_q.lora_B.weight"], net.to_q.mindpet_delta_lora_b.asnumpy())
+    text = json.loads(Path("a/b/adapter", CONFIG).read_text(encoding="utf-8"))
+    wanted = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "lora_dropout": 0.0, "bias": "none",
+              "fan_in_fan_out": False, "target_modules": sorted(TARGETS), "rank_pattern": {}, "alpha_pattern": {}}
+    assert {name: text[name] for name in wanted} == wanted
+
+
+def test_files_can_be_read_by_others():
+    mp.save_adapter(adapted(), "adapter")
+    mask = os.umask(0)
+    os.umask(mask)
+    for name in (CONFIG, TENSORS):
+        assert Path("adapter", name).stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+# Round trips
+
+def test_round_trip_into_a_plain_and_an_adapted_net(mode):
+    net = adapted()
+    before = net(inputs(5, 6)).asnumpy()
+    mp.save_adapter(net, "adapter")
+    plain = fresh_like(net)
+    called = plain(inputs(5, 6)).asnumpy()
+    assert not np.allclose(called, before)
+    assert mp.load_adapter(plain, "adapter") is plain
+    assert np.array_equal(plain(inputs(5, 6)).asnumpy(), before)
+    other = mp.get_pet_model(fresh_like(net), config(TARGETS, lora_alpha=100))
+    mp.load_adapter(other, Path("adapter"))
+    assert np.array_equal(other(inputs(5, 6)).asnumpy(), before) and other.to_q.lora_alpha == 3
+    mp.save_adapter(plain, "again")
+    for name in (CONFIG, TENSORS):
+        assert Path("adapter", name).read_bytes() == Path("again", name).read_bytes()
+
+
+def test_what_trains_stays_what_trains():
+    mp.save_adapter(adapted(), "adapter")
+    net = Attention()
+    mp.load_adapter(net, "adapter")
+    assert net.to_q.weight.requires_grad and net.to_q.mindpet_delta_lora_a.requires_grad
+    frozen = adapted()
+    mp.freeze_modules(frozen, include=["*"])
+    mp.load_adapter(frozen, "adapter")
+    assert not frozen.trainable_params()
+
+
+@pytest.mark.parametrize("delta_type", [ms.float16, ms.bfloat16], ids=str)
+def test_half_precision_deltas(delta_type, pynative_mode):
+    net = mp.get_pet_model(Attention(), config(["to_q"], param_init_type=delta_type))
+    mp.save_adapter(net, "adapter")
+    other = mp.get_pet_model(Attention(), config(["to_q"], param_init_type=delta_type))
+    mp.load_adapter(other, "adapter")
+    for ours, theirs in zip(other.to_q.delta_parameters().values(), net.to_q.delta_parameters().values()):
+        assert ours.dtype == delta_type
+        assert np.array_equal(ours.astype(ms.float32).asnumpy(), theirs.astype(ms.float32).asnumpy())
+
+
+def test_bfloat16_files_are_read():
+    values = np.array([[1.0, -2.5], [3.140625, 1e-30]], np.float32)
+    bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+    header = json.dumps({"x": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}}).encode()
+    Path("x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bits.tobytes())
+    expected = (bits.astype(np.uint32) << 16).view(np.float32)
+    assert np.array_equal(read_tensors(Path("x.safetensors"))["x"], expected) and expected[1, 0] == 3.140625
+
+
+def test_ranks_and_alphas_by_layer(mode):
+    net = Attention()
+    mp.get_pet_model(net, config(["to_q", "blocks.0"]))
+    mp.get_pet_model(net, config(["to_k", "blocks.1.0"], lora_rank=3, lora_alpha=7.5))
+    mp.get_pet_model(net, config(["to_out.0"], lora_rank=2, lora_alpha=12))
+    randomise(net)
+    mp.save_adapter(net, "adapter")
+    other = mp.load_adapter(fresh_like(net), "adapter")
+    assert np.array_equal(other(inputs(5, 6)).asnumpy(), net(inputs(5, 6)).asnumpy())
+    assert (other.to_k.lora_rank, other.to_k.lora_alpha, other.to_out[0].lora_alpha) == (3, 7.5, 12)
+
+
+def test_a_pattern_means_one_layer_where_a_path_ends_like_another():
+    class Inner(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Dense(6, 6)
+            self.inner = nn.SequentialCell(nn.SequentialCell(nn.Dense(6, 6)))
+            self.inner[0].insert_child_to_cell("q", nn.Dense(6, 6))
+
+    net = Inner()
+    mp.get_pet_model(net, config(["inner.0.q", "inner.0.0"]))
+    mp.get_pet_model(net, mp.LoraConfig(lora_rank=3, lora_alpha=9, target_modules="q"))
+    mp.save_adapter(net, "adapter")
+    other = mp.load_adapter(Inner(), "adapter")
+    assert (other.q.lora_rank, other.q.lora_alpha) == (3, 9)
+    assert (other.inner[0].q.lora_rank, other.inner[0].q.lora_alpha) == (2, 3)
+
+
+def test_a_running_scale_is_not_written():
+    net = adapted()
+    mp.save_adapter(net, "one")
+    mp.set_lora_scale(net, 0.5)
+    with mp.adapters_disabled(net):
+        mp.save_adapter(net, "two")
+    assert Path("one", CONFIG).read_bytes() == Path("two", CONFIG).read_bytes()
+
+
+def test_loading_keeps_the_running_scale_and_the_switch(pynative_mode):
+    net = adapted()
+    base = fresh_like(net)(inputs(5, 6)).asnumpy()
+    mp.save_adapter(net, "adapter")
+    mp.set_lora_scale(net, 0.5)
+    half = net(inputs(5, 6)).asnumpy()
+    with mp.adapters_disabled(net):
+        mp.load_adapter(net, "adapter")
+        assert np.array_equal(net(inputs(5, 6)).asnumpy(), base)
+    assert np.array_equal(net(inputs(5, 6)).asnumpy(), half)
+
+
+def test_a_shared_layer_is_written_once_and_read():
+    class Shared(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Dense(6, 6)
+            self.second = self.first
+
+    net = mp.get_pet_model(Shared(), config(["second"]))
+    randomise(net)
+    mp.save_adapter(net, "adapter")
+    assert len(load_file(f"adapter/{TENSORS}")) == 2
+    for other in (Shared(), mp.get_pet_model(Shared(), config(["first"]))):
+        mp.load_adapter(other, "adapter")
+        assert other.first is other.second
+        assert np.array_equal(other.first.mindpet_delta_lora_b.asnumpy(), net.first.mindpet_delta_lora_b.asnumpy())
+
+
+# PEFT's own files
+
+@pytest.mark.parametrize("name", ["lora_plain", "lora_rank_alpha_pattern"])
+def test_pefts_files_load_and_merge_to_its_weights(name, shared):
+    folder = shared / "fixtures/peft/llama_tiny"
+    base, merged = load_file(folder / "base/model.safetensors"), np.load(folder / name / "io.npz")
+    state = peft.load(folder / name)
+    checked = 0
+    for path, layer in state.layers.items():
+        if f"merged_weight.{path}.weight" in merged.files:
+            settings = layer.settings
+            update = layer.tensors["mindpet_delta_lora_b"].astype(np.float64) @ layer.tensors["mindpet_delta_lora_a"]
+            np.testing.assert_allclose(
+                base[f"{path}.weight"] + settings["lora_alpha"] / settings["lora_rank"] * update,
+                merged[f"merged_weight.{path}.weight"], rtol=1e-5, atol=1e-6)
+            checked += 1
+    assert checked
+
+
+def test_a_peft_file_loads_into_a_net_of_the_same_paths(shared):
+    folder = shared / "fixtures/peft/llama_tiny"
+    base, merged = load_file(folder / "base/model.safetensors"), np.load(folder / "lora_plain/io.npz")
+
+    def tree(paths: list[list[str]], values) -> nn.Cell:
+        cell = nn.Cell()
+        for first in dict.fromkeys(path[0] for path in paths):
+            below = [path[1:] for path in paths if path[0] == first]
+            where = [*values, first]
+            weight = base.get(".".join(where) + ".weight")
+            cell.insert_child_to_cell(first, tree(below, where) if below[0] else nn.Dense(
+                weight.shape[1], weight.shape[0], weight_init=Tensor(weight), has_bias=False))
+        return cell
+
+    net = tree([path[:-len(".weight")].split(".") for path in base if "proj.weight" in path], [])
+    mp.load_adapter(net, folder / "lora_plain")
+    assert len(mp.summary(net).rows) == 4
+    mp.merge(net)
+    weights = {path: item.asnumpy() for path, item in net.parameters_and_names()}
+    for key in merged.files:
+        if key.startswith("merged_weight."):
+            np.testing.assert_allclose(weights[key[len("merged_weight."):]], merged[key], rtol=0, atol=1e-7)
+
+
+# All or nothing
+
+def test_missing_unexpected_and_misshapen_stand_in_one_message():
+    mp.save_adapter(adapted(), "adapter")
+
+    def change(tensors):
+        tensors["base_model.model.to_v.lora_A.weight"] = tensors.pop("base_model.model.to_q.lora_A.weight")
+        tensors["base_model.model.to_v.lora_B.weight"] = tensors.pop("base_model.model.to_q.lora_B.weight")
+        key = "base_model.model.to_out.0.lora_B.weight"
+        tensors[key] = np.zeros((5, 2), np.float32)
+        tensors["base_model.model.blocks.1.0.lora_B.weight"][0, 0] = np.nan
+
+    edit_tensors("adapter", change)
+    net = adapted()
+    with unchanged(net), pytest.raises(ValueError) as caught:
+        mp.load_adapter(net, "adapter")
+    for part in ("unexpected: the net has no layer 'to_v'", "missing: the net's adapted layer to_q",
+                 "misshapen: to_out.0.mindpet_delta_lora_b is (6, 2) in the net, (5, 2) in the file",
+                 "not finite: blocks.1.0.mindpet_delta_lora_b", "which is unchanged"):
+        assert part in str(caught.value), str(caught.value)
+
+
+CONFIG_DAMAGE = [
+    ({"peft_type": "LOHA"}, "peft_type must be 'LORA'"), ({"peft_type": None}, "peft_type"),
+    ({"r": 3}, "do not fit rank 3"), ({"r": "2"}, "r must be a positive number"), ({"r": 0}, "r must be"),
+    ({"r": True}, "r must be"), ({"lora_alpha": None}, "lora_alpha must be"), ({"lora_alpha": -1}, "lora_alpha must"),
+    ({"lora_alpha": float("nan")}, "lora_alpha must"), ({"use_dora": True}, "use_dora = True is not supported"),
+    ({"use_rslora": True}, "use_rslora"), ({"bias": "all"}, "bias = 'all'"), ({"fan_in_fan_out": True}, "fan_in"),
+    ({"modules_to_save": ["head"]}, "modules_to_save"), ({"rank_pattern": [1]}, "rank_pattern must be an object"),
+    ({"rank_pattern": {"(": 2}}, "no regular expression"), ({"alpha_pattern": {"to_q": "x"}}, "alpha_pattern"),
+    ({"alpha_pattern": {"to_q": 0}}, "alpha_pattern"), ({"lora_dropout": 2}, "lora_dropout"),
+    ({"lora_dropout": "x"}, "lora_dropout"), ({"rank_pattern": {"to_q": 2.5}}, "rank_pattern"),
+]
+
+
+@pytest.mark.parametrize("fields, message", CONFIG_DAMAGE, ids=lambda item: str(item)[:40])
+@pytest.mark.parametrize("build", [Attention, adapted], ids=["plain", "adapted"])
+def test_a_config_that_cannot_be_honoured_is_refused(fields, message, build):
+    mp.save_adapter(adapted(), "adapter")
+    edit_config("adapter", **fields)
+    net = build()
+    with unchanged(net), pytest.raises(ValueError, match=message):
+        mp.load_adapter(net, "adapter")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda tensors: tensors.clear(), "no tensor"),
+    (lambda tensors: tensors.pop("base_model.model.to_q.lora_B.weight"), "to_q lacks lora_B.weight"),
+    (lambda tensors: tensors.update({"model.to_q.weight": np.zeros(3, np.float32)}), "model.to_q.weight is no tensor"),
+    (lambda tensors: tensors.update({"base_model.model.to_q.lora_A.weight": np.zeros((2, 5), np.float32)}), "misshapen"),
+    (lambda tensors: tensors.update({"base_model.model.to_q.lora_A.weight": np.zeros((3, 6), np.float32)}), "rank 2"),
+    (lambda tensors: tensors.update({"base_model.model.norm.lora_A.weight": np.zeros((2, 6), np.float32),
+                                     "base_model.model.norm.lora_B.weight": np.zeros((6, 2), np.float32)}),
+     "norm: LoRA adapts nn.Dense"),
+])
+@pytest.mark.parametrize("build", [Attention, adapted], ids=["plain", "adapted"])
+def test_tensors_that_do_not_fit_are_refused(change, message, build):
+    mp.save_adapter(adapted(), "adapter")
+    edit_tensors("adapter", change)
+    net = build()
+    with unchanged(net), pytest.raises(ValueError, match=message):
+        mp.load_adapter(net, "adapter")
+
+
+@pytest.mark.parametrize("name", [CONFIG, TENSORS])
+@pytest.mark.parametrize("keep", [0, 1, 7, 0.5, -1])
+def test_a_truncated_file_names_itself(name, keep):
+    mp.save_adapter(adapted(), "adapter")
+    path = Path("adapter", name)
+    data = path.read_bytes()
+    # The config ends with a line break that nothing needs.
+    path.write_bytes(data[:int(len(data) * keep)] if isinstance(keep, float) else data[:keep - (name == CONFIG)]
+                     if keep < 0 else data[:keep])
+    net = Attention()
+    with unchanged(net), pytest.raises(ValueError, match=name):
+        mp.load_adapter(net, "adapter")
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "\x00"])
+def test_a_config_of_the_wrong_kind_names_itself(text):
+    mp.save_adapter(adapted(), "adapter")
+    Path("adapter", CONFIG).write_text(text)
+    with pytest.raises(ValueError, match=CONFIG):
+        mp.load_adapter(Attention(), "adapter")
+
+
+def test_missing_files_are_named():
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        mp.load_adapter(Attention(), "nowhere")
+    mp.save_adapter(adapted(), "adapter")
+    for name in (TENSORS, CONFIG):
+        os.rename(f"adapter/{name}", "away")
+        with pytest.raises(FileNotFoundError, match=name):
+            mp.load_adapter(Attention(), "adapter")
+        os.rename("away", f"adapter/{name}")
+    Path("file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        mp.load_adapter(Attention(), "file")
+
+
+def test_two_paths_of_the_file_for_one_layer_of_the_net_are_refused():
+    class Shared(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.to_q = nn.Dense(6, 6)
+            self.to_k = self.to_q
+
+    mp.save_adapter(adapted(["to_q", "to_k"]), "adapter")
+    net = Shared()
+    with unchanged(net), pytest.raises(ValueError, match="one layer in the net"):
+        mp.load_adapter(net, "adapter")
+
+
+# Writing
+
+def test_refusals_write_nothing():
+    for net, error in ((Attention(), ValueError), ("net", TypeError), (LoRADense(6, 4, 2, 3), ValueError)):
+        with pytest.raises(error):
+            mp.save_adapter(net, "adapter")
+    assert not Path("adapter").exists()
+
+
+@pytest.mark.parametrize("place", ["/proc/adapter", "/dev/null/adapter", "file", "file/adapter", "taken"])
+def test_a_folder_that_cannot_be_written_says_what_to_do(place):
+    Path("file").write_text("mine")
+    Path("taken", TENSORS).mkdir(parents=True)
+    with pytest.raises(OSError, match="could not be written.*check that the disk has space"):
+        mp.save_adapter(adapted(), place)
+    assert Path("file").read_text() == "mine" and os.listdir("taken") == [TENSORS]
+
+
+@pytest.mark.parametrize("broken", ["write_bytes", "fsync", "replace"])
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_failing_disk_leaves_the_old_files(broken, nth, monkeypatch):
+    mp.save_adapter(adapted(), "adapter")
+    old = {name: Path("adapter", name).read_bytes() for name in (CONFIG, TENSORS)}
+    calls = []
+    owner = Path if broken == "write_bytes" else os
+    original = getattr(owner, broken)
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == nth:
+            raise OSError(28, "No space left on device")
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, broken, failing)
+        with pytest.raises(OSError, match="adapter could not be written .No space left on device"):
+            mp.save_adapter(adapted(lora_rank=4), "adapter")
+    assert sorted(os.listdir("adapter")) == [CONFIG, TENSORS]
+    now = {name: Path("adapter", name).read_bytes() for name in (CONFIG, TENSORS)}
+    # Only between the two renames can one file be the new one.
+    assert now == old or (broken, nth) in {("replace", 2), ("fsync", 2)}
+
+
+FULL_DISK = """
+import resource, signal, sys
+from mindspore import nn
+import mindpet_lite as mp
+net = mp.get_pet_model(nn.SequentialCell(nn.Dense(300, 300)), mp.LoraConfig(target_modules=["0"]))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+try:
+    mp.save_adapter(net, "adapter")
+except OSError as error:
+    sys.exit(f"said: {error}")
+"""
+
+
+def test_a_disk_that_takes_no_more_leaves_nothing_behind():
+    result = subprocess.run([sys.executable, "-c", FULL_DISK], capture_output=True, text=True, timeout=120,
+                            env={**os.environ, "PYTHONPATH": str(Path(mp.__file__).parents[1])})
+    assert "said: adapter could not be written (File too large)" in result.stderr, result.stderr
+    assert os.listdir("adapter") == []
+
+
+# MindPet's checkpoints and our own
+
+def by_hand(alpha: float = 3) -> nn.Cell:
+    return nn.SequentialCell(nn.SequentialCell(LoRADense(6, 4, 2, alpha)), nn.Dense(4, 4))
+
+
+@pytest.mark.parametrize("spelling", [str.lower, lambda name: name.replace("lora_a", "lora_A").replace("lora_b", "lora_B")],
+                         ids=["lower case", "upper case"])
+def test_mindpets_checkpoint_in_both_spellings(spelling):
+    source, net = by_hand(), by_hand()
+    randomise(source)
+    deltas = [item for item in source.get_parameters() if "mindpet_delta" in item.name]
+    ms.save_checkpoint([{"name": spelling(item.name), "data": item} for item in deltas], "mindpet.ckpt")
+    mp.load_adapter(net, "mindpet.ckpt")
+    for name in ("mindpet_delta_lora_a", "mindpet_delta_lora_b"):
+        assert np.array_equal(getattr(net[0][0], name).asnumpy(), getattr(source[0][0], name).asnumpy())
+    assert net[0][0].lora_alpha == 3
+
+
+def test_mindpets_checkpoint_of_a_layer_that_stands_alone():
+    values = {"mindpet_delta_lora_A": np.ones((2, 6)), "mindpet_delta_lora_B": np.ones((4, 2))}
+    ms.save_checkpoint([{"name": name, "data": Tensor(value, ms.float32)} for name, value in values.items()], "a.ckpt")
+    layer = mp.load_adapter(LoRADense(6, 4, 2, 3), "a.ckpt")
+    assert np.all(layer.mindpet_delta_lora_a.asnumpy() == 1) and np.all(layer.mindpet_delta_lora_b.asnumpy() == 1)
+
+
+@pytest.mark.parametrize("names, message", [
+    (["0.0.mindpet_delta_lora_a"], "missing: 0.0.mindpet_delta_lora_b"),
+    (["0.0.mindpet_delta_lora_a", "0.0.mindpet_delta_lora_A", "0.0.mindpet_delta_lora_b"], "both spellings"),
+    (["0.0.mindpet_delta_lora_a", "0.0.mindpet_delta_lora_b", "1.weight"], "1.weight belongs to no adapted layer"),
+    (["9.mindpet_delta_lora_a", "9.mindpet_delta_lora_b"], "the net has no layer '9'"),
+    (["1.mindpet_delta_lora_a", "1.mindpet_delta_lora_b"], "does not say rank and alpha"),
+])
+def test_a_checkpoint_that_does_not_fit_is_refused(names, message):
+    shapes = {"a": (2, 6), "b": (4, 2), "t": (4, 4)}
+    ms.save_checkpoint([{"name": name, "data": Tensor(np.ones(shapes[name[-1].lower()], np.float32))}
+                        for name in names], "a.ckpt")
+    net = by_hand()
+    with unchanged(net), pytest.raises(ValueError, match=message):
+        mp.load_adapter(net, "a.ckpt")
+
+
+def test_a_truncated_or_missing_checkpoint_names_itself():
+    ms.save_checkpoint(by_hand(), "a.ckpt")
+    data = Path("a.ckpt").read_bytes()
+    Path("b.ckpt").write_bytes(data[:-20])
+    Path("c.ckpt").write_bytes(b"")
+    net = by_hand()
+    for name in ("b.ckpt", "c.ckpt"):
+        with unchanged(net), pytest.raises(ValueError, match=name):
+            mp.load_adapter(net, name)
+    with pytest.raises(FileNotFoundError, match="d.ckpt"):
+        mp.load_adapter(net, "d.ckpt")

@@ -42,12 +42,12 @@ def as_config(config: DeltaConfig | Mapping[str, Any] | str | os.PathLike[str]) 
         return config
     if isinstance(config, (str, os.PathLike)):
         document = read_yaml(config)
-        block = _find_block(document, "pet_config")
-        if block is None:
+        place = _place_of("pet_config", document)
+        if place is None:
             raise ValueError(f"{config}: expected a 'pet_config' block, but the file has the keys "
                              f"{', '.join(map(str, document)) or '(none)'}.{did_you_mean('pet_config', document)}")
         try:
-            return from_mapping(block)
+            return from_mapping(place["pet_config"])
         except (TypeError, ValueError) as error:
             raise type(error)(f"{config}: {error}") from error
     if isinstance(config, Mapping):
@@ -116,15 +116,14 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     return document
 
 
-def _find_block(document: Mapping[str, Any], name: str) -> Any:
-    """Return the block `name` at the top, or below MindFormers' `model` and `model_config`; None if there is none."""
-    place: Any = document
-    for step in ("", "model", "model_config"):
-        place = place.get(step) if step and isinstance(place, Mapping) else place
+def _place_of(name: str, document: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return what holds the block `name`: the document, or MindFormers' `model` or `model_config`; else None."""
+    model = document.get("model")
+    inner = model.get("model_config") if isinstance(model, Mapping) else None
+    for place in (document, model, inner, document.get("model_config")):
         if isinstance(place, Mapping) and name in place:
-            return place[name]
-    inner = document.get("model_config")
-    return inner.get(name) if isinstance(inner, Mapping) else None
+            return place
+    return None
 
 
 def _type_of(field: str, value: Any) -> mindspore.dtype | None:

@@ -281,7 +281,7 @@ def test_a_config_that_cannot_be_honoured_is_refused(fields, message, build):
     (lambda tensors: tensors.clear(), "no tensor"),
     (lambda tensors: tensors.pop("base_model.model.to_q.lora_B.weight"), "to_q lacks lora_B.weight"),
     (lambda tensors: tensors.update({"model.to_q.weight": np.zeros(3, np.float32)}), "model.to_q.weight is no tensor"),
-    (lambda tensors: tensors.update({"base_model.model.to_q.lora_A.weight": np.zeros((2, 5), np.float32)}), "misshapen"),
+    (lambda tensors: tensors.update({"base_model.model.to_q.lora_A.weight": np.zeros((2, 5), np.float32)}), "missh"),
     (lambda tensors: tensors.update({"base_model.model.to_q.lora_A.weight": np.zeros((3, 6), np.float32)}), "rank 2"),
     (lambda tensors: tensors.update({"base_model.model.norm.lora_A.weight": np.zeros((2, 6), np.float32),
                                      "base_model.model.norm.lora_B.weight": np.zeros((6, 2), np.float32)}),
@@ -415,13 +415,13 @@ def by_hand(alpha: float = 3) -> nn.Cell:
     return nn.SequentialCell(nn.SequentialCell(LoRADense(6, 4, 2, alpha)), nn.Dense(4, 4))
 
 
-@pytest.mark.parametrize("spelling", [str.lower, lambda name: name.replace("lora_a", "lora_A").replace("lora_b", "lora_B")],
-                         ids=["lower case", "upper case"])
-def test_mindpets_checkpoint_in_both_spellings(spelling):
+@pytest.mark.parametrize("upper", [False, True])
+def test_mindpets_checkpoint_in_both_spellings(upper):
     source, net = by_hand(), by_hand()
     randomise(source)
     deltas = [item for item in source.get_parameters() if "mindpet_delta" in item.name]
-    ms.save_checkpoint([{"name": spelling(item.name), "data": item} for item in deltas], "mindpet.ckpt")
+    names = [item.name[:-1] + (item.name[-1].upper() if upper else item.name[-1]) for item in deltas]
+    ms.save_checkpoint([{"name": name, "data": item} for name, item in zip(names, deltas)], "mindpet.ckpt")
     mp.load_adapter(net, "mindpet.ckpt")
     for name in ("mindpet_delta_lora_a", "mindpet_delta_lora_b"):
         assert np.array_equal(getattr(net[0][0], name).asnumpy(), getattr(source[0][0], name).asnumpy())

@@ -69,7 +69,8 @@ def test_targets(targets, expected):
 
 
 @pytest.mark.parametrize("exclude, left", [
-    (["lm_head"], "lm_head"), ("lm_head|.*feed_forward", "lm_head"), (["layers.1.attention.wq2", "lm_head"], "lm_head")])
+    (["lm_head"], "lm_head"), ("lm_head|.*feed_forward", "layers.1.feed_forward"),
+    (["layers.1.attention.wq2", "lm_head"], "layers.1.attention.wq2")])
 def test_exclude(exclude, left):
     net = Llama()
     mp.get_pet_model(net, config("all-linear", exclude_modules=exclude))
@@ -506,7 +507,8 @@ def test_a_non_config_is_refused(given):
 # What trains
 
 def test_freeze_lists():
-    net = mp.get_pet_model(Attention(), config(["to_q"], freeze_exclude=["norm.*", "*bias"], freeze_include=["*k.bias"]))
+    net = mp.get_pet_model(Attention(), config(["to_q"], freeze_include=["*k.bias"],
+                                               freeze_exclude=["norm.*", "*bias"]))
     trains = {item.name for item in net.trainable_params()}
     assert {"norm.gamma", "norm.beta", "to_q.mindpet_delta_lora_a", "blocks.0.bias"} <= trains
     assert "to_k.bias" not in trains and "to_k.weight" not in trains

@@ -309,7 +309,8 @@ BAD = [
 
 @pytest.mark.parametrize("build", [
     lambda **fields: LoRADense(6, 4, **fields), lambda **fields: LoRADense.from_dense(nn.Dense(6, 4), **fields),
-    lambda **fields: mp.get_pet_model(nn.SequentialCell(nn.Dense(6, 4)), mp.LoraConfig(**fields, target_modules=["0"]))],
+    lambda **fields: mp.get_pet_model(nn.SequentialCell(nn.Dense(6, 4)),
+                                      mp.LoraConfig(**fields, target_modules=["0"]))],
     ids=["class", "from_dense", "config"])
 @pytest.mark.parametrize("fields, error, text", BAD, ids=lambda item: str(item)[:40])
 def test_validation(build, fields, error, text):
@@ -489,7 +490,8 @@ def test_a_wrong_scale_is_refused(scale, error):
         mp.set_lora_scale(layer, scale)
 
 
-@pytest.mark.parametrize("call", [lambda net: mp.set_lora_scale(net, 1), lambda net: mp.adapters_disabled(net).__enter__()])
+@pytest.mark.parametrize("call", [lambda net: mp.set_lora_scale(net, 1),
+                                  lambda net: mp.adapters_disabled(net).__enter__()])
 def test_scale_and_switch_need_an_adapted_net(call):
     with pytest.raises(ValueError, match="no adapted layer"):
         call(nn.Dense(6, 4))

@@ -1,0 +1,120 @@
+"""The package as a whole: public names, what import does, and which file may import which."""
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mindpet_lite
+
+ROOT = Path(mindpet_lite.__file__).parent
+FILES = sorted(path for path in ROOT.rglob("*.py"))
+PUBLIC = {"LoRADense", "LoraConfig", "get_pet_model", "merge", "unmerge", "summary", "save_adapter", "load_adapter",
+          "set_lora_scale", "adapters_disabled", "TrainableParamsCheckPoint", "freeze_delta", "freeze_modules",
+          "freeze_from_config"}
+
+IMPORT = """
+import builtins, logging, os, sys
+import mindspore
+modules, handlers = set(sys.modules), list(logging.root.handlers)
+loggers = {name: list(getattr(item, "handlers", [])) for name, item in logging.root.manager.loggerDict.items()}
+opened, original = [], builtins.open
+def recording(file, mode="r", *args, **kwargs):
+    opened.append((file, mode))
+    return original(file, mode, *args, **kwargs)
+builtins.open = recording
+import mindpet_lite
+assert not [item for item in opened if set(item[1]) & set("wax+")], opened
+assert handlers == logging.root.handlers
+for name, item in logging.root.manager.loggerDict.items():
+    assert list(getattr(item, "handlers", [])) == loggers.get(name, []), name
+assert os.listdir(".") == [] and os.listdir(os.environ["HOME"]) == [], "import wrote a file"
+print(" ".join(sorted(set(sys.modules) - modules)))
+"""
+
+
+def imports_of(path: Path) -> set[str]:
+    """Return the modules that a file imports, those inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} uses a relative import"
+            found.add(node.module)
+    return found
+
+
+def test_public_names():
+    assert set(mindpet_lite.__all__) == PUBLIC
+    assert all(hasattr(mindpet_lite, name) for name in [*PUBLIC, "__version__"])
+    from mindpet_lite import delta, graph
+    assert delta.LoRADense is mindpet_lite.LoRADense and delta.LoraConfig is mindpet_lite.LoraConfig
+    for name in PUBLIC - {"LoRADense", "LoraConfig"}:
+        assert getattr(graph, name) is getattr(mindpet_lite, name)
+    for module in (mindpet_lite, delta, graph):
+        assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_import_writes_nothing_and_loads_nothing_heavy(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORT], cwd=tmp_path / "here", capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT.parent), "HOME": str(tmp_path / "home"),
+             "PYTHONDONTWRITEBYTECODE": "1"})
+    assert result.returncode == 0, result.stderr
+    added = {name.partition(".")[0] for name in result.stdout.split()}
+    assert not added & {"matplotlib", "PIL", "torch", "tqdm", "pandas", "scipy", "resvg_py", "transformers", "pytest"}
+
+
+def test_arrows_point_one_way():
+    for path in FILES:
+        room = path.relative_to(ROOT).parts[0] if path.parent != ROOT else ""
+        own = {name for name in imports_of(path) if name.split(".")[0] == "mindpet_lite"}
+        outside = {name.split(".")[0] for name in imports_of(path)} - set(sys.stdlib_module_names) - {"mindpet_lite"}
+        name = path.relative_to(ROOT)
+        if room == "formats":
+            assert outside <= {"numpy", "safetensors"}, name
+            assert all(item.startswith("mindpet_lite.formats") for item in own), name
+        elif room == "delta" and path.name != "__init__.py":
+            assert own <= {"mindpet_lite.delta.base"}, name
+        elif room == "graph":
+            methods = {item for item in own if item.startswith("mindpet_lite.delta.")} - {"mindpet_lite.delta.base"}
+            assert not methods, f"{name} imports a method's file: {methods}"
+            assert "mindpet_lite" not in own and "mindpet_lite.cli" not in own, name
+        assert "yaml" not in outside or path == ROOT / "config.py", f"{name}: only config.py reads YAML"
+        assert outside <= {"mindspore", "numpy", "yaml", "safetensors"}, name
+
+
+def test_graph_knows_no_method_by_name():
+    for path in (ROOT / "graph").glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+        assert not (names | imported) & {"LoRADense", "LoraConfig"}, path.name
+        assert not any(isinstance(node, ast.Constant) and node.value == "lora" for node in ast.walk(tree)), path.name
+
+
+def test_mindspores_privates_stay_in_one_file():
+    privates = {"_cells", "_params", "cell_list", "compile_cache", "_compile_cache", "_recompute", "_recompute_cell",
+                "_scope", "_forward_hook", "_has_config_recompute", "_func_graph_flags", "_param_prefix"}
+    for path in FILES:
+        used = {node.attr for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                if isinstance(node, ast.Attribute)}
+        if path != ROOT / "graph" / "tree.py":
+            assert not used & privates, path
+        assert not any(name.startswith("mindspore.") and "._" in name for name in imports_of(path)), path
+
+
+def test_no_asserts_prints_exits_or_logging_in_the_package():
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree)), f"{path} asserts"
+        calls = {node.func.id for node in ast.walk(tree)
+                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        assert not calls & {"exit", "quit", "exec", "eval"}, path
+        assert "print" not in calls or path == ROOT / "graph" / "summary.py", path
+        assert not imports_of(path) & {"logging", "pickle", "subprocess"}, path

@@ -191,8 +191,8 @@ def test_tokenizer():
             CharTokenizer(vocabulary, length)
 
 
-@pytest.mark.parametrize("arguments", [["autoencoder", "--data", "nowhere"], ["unet", "--data", "nowhere", "--out", "b"]])
+@pytest.mark.parametrize("arguments", [["autoencoder"], ["unet", "--out", "b"]])
 def test_user_errors_end_with_2(arguments, capsys):
-    assert pretrain.main([*arguments, "--work", "w"]) == 2
+    assert pretrain.main([*arguments, "--data", "nowhere", "--work", "w"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("pretrain.py: error: no data folder nowhere") and said.count("\n") == 1

@@ -4,8 +4,8 @@ The forward process mixes clean latents ``x0`` with Gaussian noise ``eps`` at a 
 
     x_t = a_t x0 + s_t eps,    a_t = sqrt(abar_t),    s_t = sqrt(1 - abar_t),    abar_t = prod_{i <= t} (1 - beta_i)
 
-The network predicts ``eps``. Latents are what the autoencoder gives times ``scale_factor`` (Rombach et al. 2022), so that
-their standard deviation is about one.
+The network predicts ``eps``. Latents are what the autoencoder gives times ``scale_factor`` (Rombach et al. 2022), so
+that their standard deviation is about one.
 """
 
 from dataclasses import dataclass
@@ -119,8 +119,8 @@ def draw_noise(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws the timesteps (B,) int32 and the noise (B, C, H, W) float32 of one training batch.
 
-    The timesteps are stratified, one from each of B equal slices of [0, T) in shuffled order: every one is still uniform
-    over [0, T), and the loss of a small batch varies less (low-discrepancy sampling, Kingma et al. 2021).
+    The timesteps are stratified, one from each of B equal slices of [0, T) in shuffled order: every one is still
+    uniform over [0, T), and the loss of a small batch varies less (low-discrepancy sampling, Kingma et al. 2021).
 
     Args:
         rng: The generator everything is drawn from.

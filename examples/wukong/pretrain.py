@@ -4,9 +4,9 @@
     python pretrain.py autoencoder --data work/data/flat work/data/noto --work work/base
     python pretrain.py unet        --data work/data/flat                --work work/base --out base
 
-The first stage learns to compress pictures; the second learns the U-Net and the text encoder on the latents. A run that was
-stopped goes on where it was saved last when it is started again with the same arguments. Everything random follows from the seed
-and the step, so a continued run sees what an unbroken one would have seen.
+The first stage learns to compress pictures; the second learns the U-Net and the text encoder on the latents. A run that
+was stopped goes on where it was saved last when it is started again with the same arguments. Everything random follows
+from the seed and the step, so a continued run sees what an unbroken one would have seen.
 """
 
 import argparse
@@ -42,7 +42,7 @@ SCHEDULE = {"timesteps": 1000, "linear_start": 0.00085, "linear_end": 0.012}
 KL_WEIGHT = 2e-4
 GAMMA = 5.0
 DROPPED = 0.1
-# Ways people ask for a picture, so that a prompt need not be the bare caption; the bare caption is four times as frequent.
+# Ways people ask for a picture, so that a prompt need not be the bare caption, which stays the most frequent by far.
 TEMPLATES = ("{}",) * 12 + ("一个{}", "{}的图片", "{}的图案")
 
 
@@ -108,16 +108,9 @@ def load_pictures(folders: list[Path]) -> tuple[np.ndarray, list[str]]:
     return np.concatenate(images), texts
 
 
-def batches(count: int, args: argparse.Namespace):
-    """A function from step to the indices of its batch, made for steps that are asked one after the other."""
-    state: dict = {}
-
-    def indices(step: int) -> np.ndarray:
-        if "rows" not in state:
-            state["rows"] = epochs(count, args.batch, args.seed, step)
-        return next(state["rows"])
-
-    return indices
+def settings(args: argparse.Namespace, images: int) -> dict:
+    """What must be the same when a run is continued. The number of steps may change: it only bends the rate."""
+    return {"stage": args.stage, "seed": args.seed, "batch": args.batch, "rate": args.rate, "images": images}
 
 
 def encode(autoencoder: AutoencoderKL, images: np.ndarray) -> np.ndarray:
@@ -147,15 +140,14 @@ def train_autoencoder(args: argparse.Namespace) -> None:
     images, _ = load_pictures(args.data)
     autoencoder = AutoencoderKL(**AUTOENCODER)
     rates = learning_rates(args.rate, args.rate / 100, 100, args.steps)
-    settings = {"stage": "autoencoder", "seed": args.seed, "batch": args.batch, "rate": args.rate, "images": len(images)}
     trainer = Trainer({"autoencoder": autoencoder}, AutoencoderLoss(autoencoder), args.work / "autoencoder", rates,
-                      1e-4, settings, 0.99)
-    indices = batches(len(images), args)
+                      1e-4, settings(args, len(images)), 0.99)
+    rows = epochs(len(images), args.batch, args.seed, trainer.step)
 
     def batch(step: int) -> tuple[np.ndarray, ...]:
         rng = np.random.default_rng([args.seed, 1, step])
         noise = rng.standard_normal((args.batch, LATENTS, SIZE // 4, SIZE // 4), dtype=np.float32)
-        return augment(images[indices(step)], rng), noise
+        return augment(images[next(rows)], rng), noise
 
     def save() -> None:
         target = args.work / "autoencoder.safetensors"
@@ -187,17 +179,16 @@ def train_unet(args: argparse.Namespace) -> None:
     }
     unet, text_encoder, schedule = UNetModel(**UNET), TextEncoder(**config["text_encoder"]), Schedule(**SCHEDULE)
     rates = learning_rates(args.rate, args.rate / 20, 200, args.steps)
-    settings = {"stage": "unet", "seed": args.seed, "batch": args.batch, "rate": args.rate, "images": len(images)}
     trainer = Trainer({"unet": unet, "text_encoder": text_encoder}, TextToImageLoss(unet, text_encoder, schedule),
-                      args.work / "unet", rates, 1e-3, settings, 0.998)
-    indices = batches(len(images), args)
+                      args.work / "unet", rates, 1e-3, settings(args, len(images)), 0.998)
+    rows = epochs(len(images), args.batch, args.seed, trainer.step)
 
     def batch(step: int) -> tuple[np.ndarray, ...]:
-        rng, rows = np.random.default_rng([args.seed, 2, step]), indices(step)
-        words = ids[rows, rng.integers(0, len(TEMPLATES), args.batch)]
+        rng, chosen = np.random.default_rng([args.seed, 2, step]), next(rows)
+        words = ids[chosen, rng.integers(0, len(TEMPLATES), args.batch)]
         words = np.where(rng.random((args.batch, 1)) < DROPPED, empty, words).astype(np.int32)
         timesteps, noise = draw_noise(rng, (args.batch, *latents.shape[1:]), schedule)
-        return latents[rows] * np.float32(scale), words, timesteps, noise
+        return latents[chosen] * np.float32(scale), words, timesteps, noise
 
     def save() -> None:
         weights = {name: trainer.averaged(name) for name in ("unet", "text_encoder")}
@@ -215,7 +206,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, steps, batch, rate in (("autoencoder", 2000, 8, 1.5e-3), ("unet", 5000, 64, 1e-3)):
         stage = stages.add_parser(name)
         stage.add_argument("--data", type=Path, nargs="+", required=True, help="folders made by prepare_data.py")
-        stage.add_argument("--work", type=Path, default=here / "work" / "base", help="checkpoints and logs (%(default)s)")
+        stage.add_argument("--work", type=Path, default=here / "work" / "base",
+                           help="checkpoints and logs (%(default)s)")
         stage.add_argument("--steps", type=int, default=steps, help="training steps (%(default)s)")
         stage.add_argument("--batch", type=int, default=batch, help="images per step (%(default)s)")
         stage.add_argument("--rate", type=float, default=rate, help="highest learning rate (%(default)s)")

@@ -4,8 +4,8 @@ Both solvers follow the same ordinary differential equation, and each of their s
 
     x_next = cx x + c0 x0 + cp x0_previous,    x0 = (x - s_t eps) / a_t
 
-of the current latents, the network's present guess at the clean ones and its guess one step earlier. The coefficients are
-computed here in float64 and enter the one compiled step as a tensor, so all steps of all solvers share one graph.
+of the current latents, the network's present guess at the clean ones and its guess one step earlier. The coefficients
+are computed here in float64 and enter the one compiled step as a tensor, so all steps of all solvers share one graph.
 """
 
 from collections.abc import Iterator
@@ -83,7 +83,9 @@ def sampling_plan(schedule: Schedule, solver: str, steps: int) -> Iterator[tuple
 
 
 class GuidedStep(nn.Cell):
-    """One step of a sampler with classifier-free guidance (Ho and Salimans 2022): eps = e_empty + g (e_prompt - e_empty).
+    """One step of a sampler with classifier-free guidance (Ho and Salimans 2022).
+
+    eps = e_empty + g (e_prompt - e_empty).
 
     Both predictions are one batch of twice the size. The names of the network's parameters stay as they are.
 

@@ -1,4 +1,4 @@
-"""One training loop for the stages of pretrain.py: a step in one graph, moving averages, a log, resumable checkpoints."""
+"""The training loop of pretrain.py: a step in one graph, moving averages, a log, checkpoints that are continued."""
 
 import json
 import os
@@ -127,7 +127,7 @@ class Trainer:
         write_atomically(self.state_file, lambda path: save_file(arrays, path, about))
 
     def average(self) -> None:
-        """Moves the averages towards the weights; slower from the start on only as fast as there is history."""
+        """Moves the averages towards the weights, faster at the start, where there is little history."""
         decay = min(self.ema, (1 + self.step) / (10 + self.step)) ** EMA_EVERY
         for path, parameter in self.weights.items():
             self.averages[path] += (1 - decay) * (parameter.asnumpy() - self.averages[path])

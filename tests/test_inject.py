@@ -315,6 +315,19 @@ def test_deltas_get_names_of_their_own_where_base_names_collide():
     assert len(set(deltas)) == len(deltas) == 6
 
 
+def test_a_base_checkpoint_loads_before_or_after_injection(pynative_mode):
+    source = Attention()
+    ms.save_checkpoint(source, "base.ckpt")
+    before, after = Attention(), Attention()
+    ms.load_param_into_net(before, ms.load_checkpoint("base.ckpt"))
+    for net in (before, after):
+        mp.get_pet_model(net, config("all-linear"))
+    unloaded, unread = ms.load_param_into_net(after, ms.load_checkpoint("base.ckpt"))
+    assert unread == [] and all("lora" in name for name in unloaded)
+    for net in (before, after):
+        assert np.array_equal(net(inputs(5, 6)).asnumpy(), source(inputs(5, 6)).asnumpy())
+
+
 # Nets around the net that were compiled before
 
 def test_a_loss_cell_compiled_before_sees_the_change(mode):
@@ -534,6 +547,9 @@ def test_summary(capsys):
         assert part in printed, printed
     mp.set_lora_scale(net, 0.5)
     assert "strength=0.5" in str(mp.summary(net))
+    assert "casts" not in printed
+    half = mp.get_pet_model(SharedTwice(), config(["first"], compute_dtype=ms.float16))
+    assert "casts its Float32 weight to Float16 on every call" in str(mp.summary(half))
     assert mp.summary(nn.Dense(2, 2)).rows == ()
     with pytest.raises(TypeError, match="Cell"):
         mp.summary("net")

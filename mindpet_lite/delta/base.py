@@ -123,6 +123,10 @@ class Delta:
         """Return what a file must hold besides the tensors to rebuild this cell, by config field name."""
         raise NotImplementedError(f"{type(self).__name__} has no settings.")
 
+    def cost(self) -> str:
+        """Return in a few words what this cell's settings cost at run time beyond the method itself, or nothing."""
+        return ""
+
     def adopt_settings(self, settings: Mapping[str, Any]) -> None:
         """Take over from a file the settings that are values (not shapes) of this cell."""
         raise NotImplementedError(f"{type(self).__name__} has no settings.")

@@ -280,6 +280,11 @@ class LoRADense(nn.Dense, Delta):
         """Return lora_rank, lora_alpha and lora_dropout."""
         return {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha, "lora_dropout": float(self.lora_dropout.p)}
 
+    def cost(self) -> str:
+        """Say that the weight is cast on every call, where the layer computes in another type."""
+        dtype = self.compute_dtype or self.float_type or self.weight.dtype
+        return "" if dtype == self.weight.dtype else f"casts its {self.weight.dtype} weight to {dtype} on every call"
+
     def adopt_settings(self, settings: Mapping[str, Any]) -> None:
         """Take over lora_alpha: it is a value; the rank is a shape."""
         self.lora_alpha = settings["lora_alpha"]

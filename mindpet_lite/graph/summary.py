@@ -43,6 +43,8 @@ def summary(net: nn.Cell) -> Summary:
         settings = ", ".join(f"{name}={value:g}" for name, value in cell.settings().items())
         if cell.strength != 1.0:
             settings += f", strength={cell.strength:g}"
+        if cell.cost():
+            settings += f"; {cell.cost()}"
         rows.append((path or "(the net itself)", type(cell).__name__, cell.method, settings,
                      " ".join(str(tuple(parameter.shape)) for parameter in parameters),
                      f"{sum(math.prod(parameter.shape) for parameter in parameters):,}"))

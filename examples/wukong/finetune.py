@@ -26,7 +26,7 @@ import pipeline
 from base import Base, BaseError
 from data import DataError, epochs, load_folder
 from diffusion import DiffusionLoss, draw_noise
-from errors import Parser, UserError, explained, run
+from errors import Parser, UserError, explained, run, sentence
 from mindspore import nn, ops
 from pictures import save_loss_curve
 from settings import FIELDS, Settings, add_flags, read
@@ -160,23 +160,31 @@ def train(loss: DiffusionLoss, base: Base, examples: Examples, settings: Setting
 
 @contextlib.contextmanager
 def all_or_nothing(out: Path) -> Iterator[Path]:
-    """Gives a folder beside `out`; when the block ends well, what is in it takes its place in `out`."""
+    """Gives a folder beside `out`; when the block ends well, what is in it takes its place in `out`.
+
+    Raises:
+        UserError: A folder cannot be made or written, or the disk is full; nothing is left behind.
+    """
     out = out.resolve()
     made = [parent for parent in out.parents if not parent.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
     try:
         if out.exists() and not out.is_dir():
             raise UserError(f"{out} is a file: give --out a folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
             yield Path(work)
             for new in [path for path in sorted(Path(work).rglob("*")) if path.is_file()]:
                 target = out / new.relative_to(work)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 new.replace(target)
-    except BaseException:
+    except BaseException as error:
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
+        if isinstance(error, OSError):
+            reason = error.strerror or sentence(error)
+            raise UserError(f"nothing was written to {out}, because writing failed ({reason}): make room on the disk, "
+                            "or give --out a folder that can be written to") from error
         raise
 
 

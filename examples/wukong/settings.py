@@ -37,7 +37,7 @@ class Settings:
     lora_alpha: float = setting(4.0, "alpha of LoRA: the update is scaled by alpha / rank", "--alpha", above=0)
     lora_dropout: float = setting(0.0, "dropout before LoRA, in [0, 1)", least=0, most=0.999)
     target_modules: list | str = setting(["to_q", "to_k", "to_v", "to_out.0"],
-                                         "layers to adapt: last parts of their paths, or one regular expression")
+                                         "layers to adapt: last parts of their paths; in YAML also a regular expression")
     steps: int = setting(500, "training steps", least=1)
     batch_size: int = setting(32, "images per step", "--batch", least=1)
     learning_rate: float = setting(1e-4, "highest learning rate", "--lr", above=0)

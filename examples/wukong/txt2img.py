@@ -11,6 +11,7 @@ prompts, whatever the adapter. A file of prompts holds one a line. --config name
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -95,6 +96,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.adapter is None and (arguments.scale is not None or arguments.merge):
         parser.error("--scale and --merge need --adapter FOLDER")
+    if not math.isfinite(arguments.guidance):
+        parser.error(f"--guidance must be a finite number, got {arguments.guidance}")
     arguments.scale = 1.0 if arguments.scale is None else arguments.scale
     return arguments
 

@@ -23,7 +23,9 @@ def use_device(settings: Settings) -> None:
     """
     logging.disable(logging.WARNING)  # MindSpore would tell in ten warnings what the sentence below says
     try:
-        ms.set_device(settings.device)
+        # MindSpore refuses to be told again once an operator ran, even the device it is on.
+        if ms.get_context("device_target") != settings.device:
+            ms.set_device(settings.device)
     except (RuntimeError, ValueError):
         raise UserError(f"MindSpore finds no {settings.device} on this machine: give --device CPU, or install "
                         "Ascend's driver and CANN and source its set_env.sh") from None

@@ -202,6 +202,9 @@ def test_sink_mode_writes_at_the_end_of_epochs(graph_mode):
     (("",), ValueError, "directory"), ((None,), TypeError, "directory"), ((3,), TypeError, "directory"),
     (("out", ""), ValueError, "prefix"), (("out", None), TypeError, "prefix"), (("out", "a/b"), ValueError, "prefix"),
     (("out", "x", {"keep": 3}), TypeError, "config"),
+    (("out", "x", CheckpointConfig(enc_key=b"0" * 16)), ValueError, "enc_key"),
+    (("out", "x", CheckpointConfig(append_info=["epoch_num"])), ValueError, "append_info"),
+    (("out", "x", CheckpointConfig(keep_checkpoint_max=0, keep_checkpoint_per_n_minutes=3)), ValueError, "n_minutes"),
 ])
 def test_wrong_arguments(arguments, error, message):
     with pytest.raises(error, match=message):

@@ -17,6 +17,10 @@ from mindpet_lite.formats.files import atomic_file
 from mindpet_lite.formats.mindpet import SETTINGS_KEY
 from mindpet_lite.graph.tree import cells_by_path
 
+# Options of CheckpointConfig that would change what is written or kept, with the name of its argument.
+_NOT_HONOURED = {"enc_key": "enc_key", "append_dict": "append_info",
+                 "keep_checkpoint_per_n_minutes": "keep_checkpoint_per_n_minutes"}
+
 
 class TrainableParamsCheckPoint(Callback):
     """Callback for `Model.train` that saves only the trainable parameters of the network, as MindPet's.
@@ -34,7 +38,8 @@ class TrainableParamsCheckPoint(Callback):
 
     Raises:
         TypeError: `directory` is no path, `prefix` no string, `config` no CheckpointConfig.
-        ValueError: `directory` or `prefix` is empty, or `prefix` holds a path separator.
+        ValueError: `directory` or `prefix` is empty, or `prefix` holds a path separator; or `config` asks for
+            encryption, additional entries, files of another format, or files kept by the minute.
     """
 
     def __init__(self, directory: str | os.PathLike[str], prefix: str = "DELTA_CKP",
@@ -50,6 +55,12 @@ class TrainableParamsCheckPoint(Callback):
             raise ValueError(f"prefix must be the start of a file name, but got {prefix!r}.")
         if config is not None and not isinstance(config, CheckpointConfig):
             raise TypeError(f"config must be a mindspore.train.CheckpointConfig, but got {type(config).__name__}.")
+        for option, argument in _NOT_HONOURED.items():
+            if config is not None and getattr(config, option):
+                raise ValueError(f"TrainableParamsCheckPoint does not support {argument} of CheckpointConfig.")
+        file_format = getattr(config, "format", "ckpt")
+        if file_format != "ckpt":
+            raise ValueError(f"TrainableParamsCheckPoint writes format 'ckpt', but config says {file_format!r}.")
         self.directory, self.prefix, self.config = Path(directory), prefix, config
         self._written: deque[Path] = deque()
         self._last_step, self._last_time = 0, time.monotonic()

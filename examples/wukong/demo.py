@@ -27,7 +27,7 @@ from settings import HERE, Settings, add_flags, read
 from mindpet_lite import merge, set_lora_scale
 
 FLAGS = ["base", "data", "out", "steps", "seed", "device", "mode"]
-DRAWING = {"solver": "dpm++", "steps": 25, "guidance": 4.0}
+DRAWING = {"solver": "dpm++", "steps": 25, "guidance": 3.0}
 
 
 def read_prompts() -> list[str]:

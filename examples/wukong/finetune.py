@@ -134,7 +134,7 @@ def batches(base: Base, examples: Examples, settings: Settings) -> Iterator[tupl
         yield latents, np.where(dropped, empty, examples.context[rows]), *draw_noise(rng, latents.shape, base.schedule)
 
 
-def train(loss: DiffusionLoss, base: Base, examples: Examples, settings: Settings) -> list[float]:
+def train(base: Base, examples: Examples, settings: Settings) -> list[float]:
     """Trains the adapter; returns the loss of every step.
 
     Raises:
@@ -142,6 +142,7 @@ def train(loss: DiffusionLoss, base: Base, examples: Examples, settings: Setting
     """
     rates = learning_rates(settings.learning_rate, settings.final_learning_rate, settings.warmup_steps, settings.steps)
     optimizer = nn.AdamWeightDecay(base.unet.trainable_params(), rates, weight_decay=settings.weight_decay)
+    loss = DiffusionLoss(base.unet, base.schedule, settings.min_snr_gamma)
     step = TrainStep(loss, optimizer, settings.clip_norm, settings.loss_scale if settings.fp16 else None)
     base.unet.set_train(True)
     losses: list[float] = []
@@ -221,7 +222,7 @@ def finetune(settings: Settings, base: Base, out: Path) -> dict[str, float]:
     unseen = encode(base, *heldout) if heldout else None
     if unseen:
         measured["heldout_loss_base"] = denoising_loss(loss, base, unseen, settings)
-    losses = train(loss, base, examples, settings)
+    losses = train(base, examples, settings)
     if unseen:
         measured["heldout_loss_adapter"] = denoising_loss(loss, base, unseen, settings)
         before, after = measured["heldout_loss_base"], measured["heldout_loss_adapter"]

@@ -37,7 +37,7 @@ class Settings:
     lora_alpha: float = setting(4.0, "alpha of LoRA: the update is scaled by alpha / rank", "--alpha", above=0)
     lora_dropout: float = setting(0.0, "dropout before LoRA, in [0, 1)", least=0, most=0.999)
     target_modules: list | str = setting(["to_q", "to_k", "to_v", "to_out.0"],
-                                         "layers to adapt: last parts of their paths; in YAML also a regular expression")
+                                         "layers to adapt: last parts of paths; in YAML also one regular expression")
     steps: int = setting(500, "training steps", least=1)
     batch_size: int = setting(32, "images per step", "--batch", least=1)
     learning_rate: float = setting(1e-4, "highest learning rate", "--lr", above=0)
@@ -46,6 +46,8 @@ class Settings:
     weight_decay: float = setting(0.01, "weight decay of AdamW", least=0)
     clip_norm: float = setting(1.0, "largest norm of all gradients together", above=0)
     caption_dropout: float = setting(0.1, "share of captions replaced by the empty one, for guidance", least=0, most=1)
+    min_snr_gamma: float | None = setting(None, "cap on the weight of nearly clean images (Hang et al., 2023)",
+                                          above=0)
     heldout_draws: int = setting(4, "noise draws per held-out image when its loss is measured", least=1)
     fp16: bool = setting(False, "compute the U-Net in float16, with dynamic loss scale")
     loss_scale: float = setting(65536.0, "first loss scale with fp16", least=1)
@@ -62,7 +64,9 @@ class Settings:
 DEFAULTS = Settings()
 FIELDS = {one.name: one for one in dataclasses.fields(Settings)}
 KINDS = {Path: "a path", Path | None: "a path", dict | None: "a block of keys", int: "a whole number",
-         float: "a number", bool: "true or false", str: "text", list | str: "a list of names or one text"}
+         float: "a number", float | None: "a number", bool: "true or false", str: "text",
+         list | str: "a list of names or one text"}
+NUMBERS = (float, float | None)
 
 
 def add_flags(parser: argparse.ArgumentParser, names: list[str]) -> None:
@@ -80,7 +84,8 @@ def add_flags(parser: argparse.ArgumentParser, names: list[str]) -> None:
         elif rules["choices"]:
             options |= {"choices": rules["choices"]}
         else:
-            options |= {"type": Path if kind in (Path, Path | None) else kind, "metavar": name.split("_")[-1].upper()}
+            types = {Path | None: Path, float | None: float}
+            options |= {"type": types.get(kind, kind), "metavar": name.split("_")[-1].upper()}
         parser.add_argument("--" + name.replace("_", "-"), *rules["flags"], **options)
 
 
@@ -137,14 +142,14 @@ def checked(where: str, name: str, value: Any) -> Any:
         raise UserError(f"{where}{name} must be "
                         + " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
                         + f", got {value!r}")
-    return float(value) if kind is float else value
+    return float(value) if kind in NUMBERS else value
 
 
 def fits(kind: Any, value: Any) -> bool:
     """Whether a value is of a setting's type; true is no number, and neither are NaN and infinity."""
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if kind is float:
+    if kind in NUMBERS:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if kind in (Path, Path | None):
         return isinstance(value, str | Path) and str(value) not in ("", ".")
@@ -156,7 +161,7 @@ def fits(kind: Any, value: Any) -> bool:
 
 def hint(kind: Any, value: Any) -> str:
     """Why YAML gives text where a number was written."""
-    if kind not in (int, float) or not isinstance(value, str):
+    if kind not in (int, *NUMBERS) or not isinstance(value, str):
         return ""
     try:
         number = float(value)

@@ -151,7 +151,7 @@ def train(base: Base, examples: Examples, settings: Settings) -> list[float]:
             losses.append(float(step(*map(ms.Tensor, batch)).asnumpy()))
             if not settings.fp16 and not math.isfinite(losses[-1]):
                 raise UserError(f"the loss became {losses[-1]} at step {len(losses)}: lower learning_rate")
-            bar.set_postfix(loss=f"{np.mean(losses[-20:]):.4f}", refresh=False)
+            bar.set_postfix(loss=f"{np.mean(losses[-20:]):.4f}", lr=f"{rates[len(losses) - 1]:.1e}", refresh=False)
             bar.update()
             if len(losses) == settings.steps:
                 break

@@ -196,3 +196,11 @@ def test_user_errors_end_with_2(arguments, capsys):
     assert pretrain.main([*arguments, "--data", "nowhere", "--work", "w"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("pretrain.py: error: no data folder nowhere") and said.count("\n") == 1
+
+
+def test_a_base_loads_below_lora_layers_built_by_hand():
+    base = Path(__file__).parents[1] / "examples" / "wukong" / "base"
+    plain, adapted = load_base(base), load_base(base, enable_lora=True, lora_rank=4, lora_alpha=4)
+    own = dict(adapted.unet.parameters_and_names())
+    for path, parameter in plain.unet.parameters_and_names():
+        assert np.array_equal(own[path].asnumpy(), parameter.asnumpy()), path

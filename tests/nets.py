@@ -103,12 +103,15 @@ def compile_count():
 
 
 def gradients_of(net: nn.Cell, parameters: list[Parameter], x: Tensor, weights: np.ndarray) -> tuple:
-    """Return the output and the gradients of sum(y · weights) by x and the parameters."""
+    """Return the output and the gradients of sum(y · weights) by x (None for ids) and the parameters."""
     factor = Tensor(weights.astype(np.float32))
 
     def loss(value):
         y = net(value)
         return (y.astype(ms.float32) * factor).sum(), y
 
+    if x.dtype == ms.int32:
+        (_, y), by_parameters = ms.value_and_grad(loss, None, parameters, has_aux=True)(x)
+        return y, None, by_parameters
     (_, y), (by_x, by_parameters) = ms.value_and_grad(loss, 0, parameters, has_aux=True)(x)
     return y, by_x, by_parameters

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import mindpet_lite as mp
 from mindpet_lite.delta import LoRADense
-from mindpet_lite.formats import peft
+from mindpet_lite.formats import directory as folder_format
 from mindpet_lite.formats.files import read_tensors
 
 TARGETS = ["to_q", "to_out.0", "blocks.1.0"]
@@ -195,7 +195,7 @@ def test_a_shared_layer_is_written_once_and_read():
 def test_pefts_files_load_and_merge_to_its_weights(name, shared):
     folder = shared / "fixtures/peft/llama_tiny"
     base, merged = load_file(folder / "base/model.safetensors"), np.load(folder / name / "io.npz")
-    state = peft.load(folder / name)
+    state = folder_format.load(folder / name)
     checked = 0
     for path, layer in state.layers.items():
         if f"merged_weight.{path}.weight" in merged.files:

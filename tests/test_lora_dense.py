@@ -418,9 +418,10 @@ def test_a_wrong_strategy_changes_nothing(strategy):
     assert in_strategy(layer.matmul) is None
 
 
-def test_a_strategy_for_an_activation_of_several_operators_is_refused():
-    layer = LoRADense(8, 8, 4, 4, activation="logsigmoid")
-    with pytest.raises(ValueError, match="strategy_activation.*LogSigmoid"):
+@pytest.mark.parametrize(("activation", "kind"), [("logsoftmax", "LogSoftmax"), ("hardtanh", "Hardtanh")])
+def test_a_strategy_for_an_activation_that_cannot_be_split_is_refused(activation, kind):
+    layer = LoRADense(8, 8, 4, 4, activation=activation)
+    with pytest.raises(ValueError, match=f"strategy_activation.*{kind}"):
         layer.shard(((2, 4), (1, 4)), strategy_activation=((2, 4),))
     assert in_strategy(layer.matmul) is None
 

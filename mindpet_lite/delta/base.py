@@ -18,6 +18,14 @@ from mindspore import dtype as mstype
 FLOAT_TYPES = (mstype.float16, mstype.bfloat16, mstype.float32)
 
 
+class UnknownNameError(KeyError, ValueError):
+    """A name that is not in a table: the KeyError that MindPet and MindSpore raise, and the ValueError that it is."""
+
+    def __str__(self) -> str:
+        # KeyError would show the quoted text.
+        return str(self.args[0])
+
+
 def did_you_mean(name: object, candidates: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the candidates close to `name`, or an empty string."""
     known = list(dict.fromkeys(candidates))
@@ -33,6 +41,12 @@ def check_int(name: str, value: object) -> None:
                         f"{number_hint(value)}")
     if value <= 0:
         raise ValueError(f"{name} must be a positive int, but got {value}.")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, but got {value!r} of type {type(value).__name__}.")
 
 
 def check_number(name: str, value: object) -> float:
@@ -85,51 +99,65 @@ def warn_user(message: str) -> None:
 
 
 class Delta:
-    """What an adapted cell tells the rest of the package; mixed into the cell class of every method.
+    """What a method tells the rest of the package about one layer; mixed into the cell class of most methods.
 
-    The cell owns its trained Parameters under the names in `delta_names`, and the Parameters that only steer it
-    (never trained, never counted, never written to a file) under the names in `live_names`. `strength` multiplies the
-    delta (1 is the trained adapter, 0 the base), `enabled` switches it; `refresh` puts both into effect.
+    `delta_names` names the attributes that hold what it trains: Parameters, or cells of them. `live_names` names
+    Parameters that are never trained, counted or written to a file: those that steer a compiled graph by their value,
+    and constants. `strength` multiplies the delta (1 is the trained adapter, 0 the base), `enabled` switches it;
+    `refresh` puts both into effect. `fixed` and `unmergeable` say why a method cannot be steered or merged.
     """
 
     method: ClassVar[str]
-    delta_names: ClassVar[tuple[str, ...]]
-    live_names: ClassVar[tuple[str, ...]]
+    delta_names: tuple[str, ...]
+    live_names: tuple[str, ...] = ()
 
     strength: float = 1.0
     enabled: bool = True
+    fixed: str = ""
+    unmergeable: str = ""
 
     def delta_parameters(self) -> dict[str, Parameter]:
-        """Return the trained Parameters of this cell by attribute name."""
-        return {name: getattr(self, name) for name in self.delta_names}
+        """Return the trained Parameters of this layer by their path below it."""
+        found: dict[str, Parameter] = {}
+        for name in self.delta_names:
+            part = getattr(self, name)
+            if isinstance(part, nn.Cell):
+                found.update({f"{name}.{path}": item for path, item in part.parameters_and_names()})
+            else:
+                found[name] = part
+        return found
 
     def live_parameters(self) -> dict[str, Parameter]:
-        """Return the Parameters whose value steers the compiled graph, by attribute name."""
+        """Return the Parameters that are never trained, by attribute name."""
         return {name: getattr(self, name) for name in self.live_names}
 
     def refresh(self) -> None:
         """Write `strength` and `enabled` into the live Parameters; a running graph sees it at its next call."""
-        raise NotImplementedError(f"{type(self).__name__} has no strength that can change while it runs.")
+        raise NotImplementedError(f"{type(self).__name__}.refresh() is missing: {self.fixed or 'write it'}")
 
     def merged_value(self) -> dict[Parameter, Tensor]:
         """Return the new value of every base Parameter that absorbs this delta; change nothing."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be merged into its base.")
+        raise NotImplementedError(f"{type(self).__name__}.merged_value() is missing: {self.unmergeable or 'write it'}")
 
     def plain_cell(self) -> nn.Cell:
         """Return the layer without the delta, on the same base Parameter objects; change nothing."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be merged into its base.")
+        raise NotImplementedError(f"{type(self).__name__}.plain_cell() is missing: {self.unmergeable or 'write it'}")
 
     def settings(self) -> dict[str, Any]:
-        """Return what a file must hold besides the tensors to rebuild this cell, by config field name."""
-        raise NotImplementedError(f"{type(self).__name__} has no settings.")
+        """Return what a file must hold besides the tensors to rebuild this layer, by config field name."""
+        return {}
 
     def cost(self) -> str:
-        """Return in a few words what this cell's settings cost at run time beyond the method itself, or nothing."""
+        """Return in a few words what this layer's settings cost at run time beyond the method itself, or nothing."""
         return ""
 
+    def unlike(self, settings: Mapping[str, Any]) -> list[str]:
+        """Return, a sentence each, which settings of a file are not this layer's and cannot be taken over."""
+        return [f"{name} is {value!r} in the net, {settings[name]!r} in the file." for name, value in
+                self.settings().items() if name in settings and settings[name] != value]
+
     def adopt_settings(self, settings: Mapping[str, Any]) -> None:
-        """Take over from a file the settings that are values (not shapes) of this cell."""
-        raise NotImplementedError(f"{type(self).__name__} has no settings.")
+        """Take over from a file the settings that are values of this layer, such as a scale."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +174,10 @@ class DeltaConfig:
     """
 
     pet_type: ClassVar[str]
-    file_type: ClassVar[str]
+    # What else `freeze_delta` may call it.
+    other_names: ClassVar[tuple[str, ...]] = ()
+    # Without target_modules every layer that the method can adapt is meant.
+    all_by_default: ClassVar[bool] = False
 
     target_modules: str | tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
@@ -160,11 +191,21 @@ class DeltaConfig:
             object.__setattr__(self, name, _names(name, getattr(self, name), allow_text=False))
 
     @classmethod
+    def trained_pattern(cls) -> str:
+        """Return the pattern (`*` is any text) of the parameters that `freeze_delta` leaves trainable."""
+        return f"*mindpet_delta_{cls.pet_type}*"
+
+    @classmethod
+    def thawed(cls, cells: Mapping[str, nn.Cell]) -> dict[str, Delta]:
+        """Return the deltas that have no cell of their own in a net of these cells: for methods that add nothing."""
+        return {}
+
+    @classmethod
     def refusal(cls, cell: nn.Cell) -> str | None:
         """Return why `cell` cannot be adapted by this method, or None if it can."""
         raise NotImplementedError(f"{cls.__name__} adapts no layer.")
 
-    def adapt(self, cell: nn.Cell) -> nn.Cell:
+    def adapt(self, cell: nn.Cell) -> Delta:
         """Return the adapted cell built on the Parameter objects of `cell`, which stays as it is."""
         raise NotImplementedError(f"{type(self).__name__} adapts no layer.")
 

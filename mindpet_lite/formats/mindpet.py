@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,17 +13,19 @@ from mindpet_lite.formats.state import AdapterState, LayerState
 # The entry of our own checkpoints that says what adapts which layer: JSON, by path the `method`, its `settings`, and
 # `parameters`, the `Parameter.name` of each tensor. MindPet's have none.
 SETTINGS_KEY = "mindpet_lite"
-# MindPet names the factors ..._A and ..._B where a layer stands alone, ..._a and ..._b where it sits in a net.
-_NAME = re.compile(r"(?:(?P<layer>.*)\.)?mindpet_delta_lora_(?P<factor>[abAB])")
+_NAME = re.compile(r"(?:(?P<layer>.*?)\.)?(?P<own>mindpet_delta_.*)")
+# MindPet names LoRA's factors ..._A and ..._B where a layer stands alone, ..._a and ..._b where it sits in a net.
+_LOWER = {"mindpet_delta_lora_A": "mindpet_delta_lora_a", "mindpet_delta_lora_B": "mindpet_delta_lora_b"}
 
 
-def decode(tensors: Mapping[str, np.ndarray], settings: str | None) -> AdapterState:
+def decode(tensors: Mapping[str, np.ndarray], settings: str | None, methods: Iterable[str]) -> AdapterState:
     """Return the adapter in a checkpoint.
 
     Args:
         tensors: by `Parameter.name`.
+        methods: the names of the methods there are.
         settings: the JSON text under `SETTINGS_KEY`, or None for a checkpoint of MindPet's own. Without it the
-            layers go by what stands before a factor's name, and their settings are empty.
+            layers go by what stands before a delta's name, and their settings are None.
 
     Raises:
         ValueError: a tensor belongs to no adapted layer, two differ in spelling only, or the settings are damaged.
@@ -31,26 +33,33 @@ def decode(tensors: Mapping[str, np.ndarray], settings: str | None) -> AdapterSt
     """
     by_layer = _read_settings(settings)
     place_of = {name: (path, own) for path, layer in by_layer.items() for own, name in layer["parameters"].items()}
-    methods = {layer["method"] for layer in by_layer.values()} or {"lora"}
-    problems: list[str] = [] if len(methods) == 1 else [f"it mixes the methods {' and '.join(sorted(methods))}."]
+    problems: list[str] = []
     layers: dict[str, dict[str, np.ndarray]] = {}
+    used = {layer["method"] for layer in by_layer.values()}
     for name, value in tensors.items():
         match = _NAME.fullmatch(name)
-        if name not in place_of and match is None:
+        method = next((item for item in sorted(methods, key=len, reverse=True) if match is not None
+                       and match["own"].startswith(f"mindpet_delta_{item}")), None)
+        if name in place_of:
+            path, own = place_of[name]
+        elif match is not None and method is not None and settings is None:
+            path, own = match["layer"] or "", _LOWER.get(match["own"], match["own"])
+            used.add(method)
+        else:
             problems.append(f"{name} belongs to no adapted layer: adapt the net as it was trained, and load the file "
                             f"with mindspore.load_param_into_net.")
             continue
-        path, own = place_of[name] if name in place_of or match is None else (
-            match["layer"] or "", f"mindpet_delta_lora_{match['factor'].lower()}")
         if own in layers.setdefault(path, {}):
             problems.append(f"{name} stands twice in the file, in both spellings.")
         layers[path][own] = value
     if not layers and not problems:
         problems.append("it holds no tensor.")
+    if len(used) > 1:
+        problems.append(f"it mixes the methods {' and '.join(sorted(used))}.")
     if problems:
         raise ValueError("\n  ".join(problems))
-    return AdapterState(methods.pop(), {
-        path: LayerState(parts, by_layer[path]["settings"] if path in by_layer else {})
+    return AdapterState(used.pop(), {
+        path: LayerState(parts, by_layer[path]["settings"] if path in by_layer else None)
         for path, parts in layers.items()})
 
 

@@ -1,20 +1,17 @@
-"""Hugging Face PEFT's adapter directory: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""Hugging Face PEFT's adapters: the tensors by PEFT's keys, and its config."""
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mindpet_lite.formats.files import read_tensors, to_bytes, write_together
 from mindpet_lite.formats.state import AdapterState, LayerState
 
-CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
+# The methods that this format can hold.
+METHODS = ("lora",)
 _PREFIX = "base_model.model."
 # PEFT's name of each tensor of a layer, by ours.
 _KEYS = {"mindpet_delta_lora_a": "lora_A.weight", "mindpet_delta_lora_b": "lora_B.weight"}
@@ -32,11 +29,11 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
 
 def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return PEFT's tensors by key and its config; the most common rank and alpha go to `r` and `lora_alpha`."""
-    if state.method != "lora":
-        raise ValueError(f"PEFT's LoRA file cannot hold an adapter of method {state.method!r}.")
+    if state.method not in METHODS:
+        raise ValueError(f"PEFT's files cannot hold an adapter of method {state.method!r}.")
     tensors = {f"{_PREFIX}{path}.{_KEYS[name]}": value
                for path, layer in state.layers.items() for name, value in layer.tensors.items()}
-    settings = {path: layer.settings for path, layer in state.layers.items()}
+    settings = {path: layer.settings or {} for path, layer in state.layers.items()}
     common = {name: Counter(item[name] for item in settings.values()).most_common(1)[0][0]
               for name in ("lora_rank", "lora_alpha", "lora_dropout")}
     config = {
@@ -82,7 +79,7 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Adap
         rank = _by_pattern(config.get("rank_pattern"), path, config.get("r"))
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
             problems.append(f"{path}: lora_A of shape {a.shape} and lora_B of shape {b.shape} do not fit rank {rank} "
-                            f"of {CONFIG_FILE}.")
+                            f"of the config.")
         found[path] = LayerState(parts, {
             "lora_rank": rank, "lora_alpha": _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha")),
             "lora_dropout": config.get("lora_dropout") or 0.0})
@@ -91,51 +88,20 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Adap
     return AdapterState("lora", found)
 
 
-def save(state: AdapterState, directory: Path) -> None:
-    """Write both files of the adapter, whole or not at all."""
-    tensors, config = encode(state)
-    write_together(directory, {CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-                               TENSOR_FILE: to_bytes(tensors)})
-
-
-def load(directory: Path) -> AdapterState:
-    """Read an adapter directory; every error names the file.
-
-    Raises:
-        FileNotFoundError: the directory or one of its two files is missing.
-        ValueError: a file is damaged, or as `decode`.
-    """
-    for path in (directory, directory / CONFIG_FILE, directory / TENSOR_FILE):
-        if not path.exists():
-            raise FileNotFoundError(f"There is no {path}: an adapter is a directory with {CONFIG_FILE} and "
-                                    f"{TENSOR_FILE}, as save_adapter() writes it.")
-    try:
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{directory / CONFIG_FILE} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{directory / CONFIG_FILE} must hold an object, but holds a {type(config).__name__}.")
-    tensors = read_tensors(directory / TENSOR_FILE)
-    try:
-        return decode(tensors, config)
-    except ValueError as error:
-        raise ValueError(f"The adapter in {directory} cannot be used:\n  {error}") from error
-
-
 def _config_problems(config: Mapping[str, Any]) -> list[str]:
     if config.get("peft_type") != "LORA":
-        return [f"peft_type must be 'LORA', but {CONFIG_FILE} says {config.get('peft_type')!r}."]
+        return [f"peft_type must be 'LORA', but the config says {config.get('peft_type')!r}."]
     problems = [f"{name} = {config[name]!r} is not supported." for name, unused in _UNUSED.items()
                 if name in config and config[name] not in unused]
     for name, patterns, kind in (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", (int, float))):
         by_pattern = config.get(patterns) or {}
         if not isinstance(by_pattern, dict):
-            problems.append(f"{patterns} must be an object, but {CONFIG_FILE} says {by_pattern!r}.")
+            problems.append(f"{patterns} must be an object, but the config says {by_pattern!r}.")
             by_pattern = {}
         for place, value in ((name, config.get(name)), *((f"{patterns}[{key!r}]", by_pattern[key])
                                                          for key in by_pattern)):
             if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 1e9:
-                problems.append(f"{place} must be a positive number, but {CONFIG_FILE} says {value!r}.")
+                problems.append(f"{place} must be a positive number, but the config says {value!r}.")
         for key in by_pattern:
             try:
                 re.compile(key)

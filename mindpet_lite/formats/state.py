@@ -9,10 +9,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class LayerState:
-    """The delta of one layer: its tensors by the cell's attribute names, and its settings by config field name."""
+    """The delta of one layer: its tensors by their path below the layer, its settings by config field name.
+
+    `settings` is None where the file does not tell them.
+    """
 
     tensors: dict[str, np.ndarray]
-    settings: dict[str, Any]
+    settings: dict[str, Any] | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,9 @@ import mindspore
 from mindspore import Parameter, nn
 from mindspore.train import Callback, CheckpointConfig
 
-from mindpet_lite.delta.base import Delta
 from mindpet_lite.formats.files import atomic_file
 from mindpet_lite.formats.mindpet import SETTINGS_KEY
+from mindpet_lite.graph.live import deltas_in
 from mindpet_lite.graph.tree import cells_by_path
 
 # Options of CheckpointConfig that would change what is written or kept, with the name of its argument.
@@ -119,7 +119,7 @@ def save_trainable(network: nn.Cell, path: Path) -> None:
     chosen = trainable_parameters(network)
     settings = {place: {"method": cell.method, "settings": cell.settings(),
                         "parameters": {own: parameter.name for own, parameter in cell.delta_parameters().items()}}
-                for place, cell in cells_by_path(network).items() if isinstance(cell, Delta)}
+                for place, cell in deltas_in(cells_by_path(network)).items()}
     with atomic_file(path) as temporary:
         try:
             mindspore.save_checkpoint([{"name": parameter.name, "data": parameter} for parameter in chosen],

@@ -11,12 +11,13 @@ from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
 
 from mindpet_lite.delta import METHODS
-from mindpet_lite.delta.base import Delta, did_you_mean
-from mindpet_lite.formats import mindpet, peft
+from mindpet_lite.delta.base import Delta, DeltaConfig, did_you_mean
+from mindpet_lite.formats import directory as folder
+from mindpet_lite.formats import mindpet
 from mindpet_lite.formats.state import AdapterState, LayerState
-from mindpet_lite.graph.freeze import net_parameters
+from mindpet_lite.graph.freeze import apply_trains, net_parameters
 from mindpet_lite.graph.inject import adapt, settle_names
-from mindpet_lite.graph.live import deltas
+from mindpet_lite.graph.live import deltas, deltas_in
 from mindpet_lite.graph.tree import cells_by_path, replace, require_cell
 
 
@@ -36,11 +37,11 @@ def adapter_state(net: nn.Cell) -> AdapterState:
 
 
 def save_adapter(net: nn.Cell, directory: str | os.PathLike[str]) -> Path:
-    """Write the deltas of `net` as a PEFT adapter directory; the base is not in it.
+    """Write the deltas of `net` as an adapter directory; the base is not in it.
 
-    ``adapter_config.json`` and ``adapter_model.safetensors`` with keys ``base_model.model.<path>.lora_A.weight`` are
-    written whole or not at all. The strength of :func:`mindpet_lite.set_lora_scale` is a state of the running net and
-    is not written.
+    ``adapter_config.json`` and ``adapter_model.safetensors`` are written whole or not at all: LoRA as PEFT has it, with
+    keys ``base_model.model.<path>.lora_A.weight``; other methods under ``<path>.<our parameter name>``. The
+    strength of :func:`mindpet_lite.set_lora_scale` is a state of the running net and is not written.
 
     Args:
         net: a net with adapted layers.
@@ -51,21 +52,23 @@ def save_adapter(net: nn.Cell, directory: str | os.PathLike[str]) -> Path:
 
     Raises:
         TypeError: `net` is no Cell.
-        ValueError: the net has no adapted layer, or the net itself is one (a layer needs a path).
+        ValueError: the net has no adapted layer, layers of several methods, or the net itself is one (a layer needs a
+            path).
         OSError: the directory cannot be written, or the disk is full; what was there is unchanged.
     """
     state = adapter_state(require_cell(net))
     if "" in state.layers:
         raise ValueError("The net itself is the adapted layer, so it has no path to be saved under: put it in a cell.")
-    peft.save(state, Path(directory))
+    folder.save(state, Path(directory))
     return Path(directory)
 
 
 def load_adapter(net: nn.Cell, directory: str | os.PathLike[str]) -> nn.Cell:
     """Load an adapter into `net`, all of it or nothing, in place.
 
-    Layers that the file names and that are still plain are adapted first, with the file's rank and alpha. Where the
-    net has another alpha than the file, the file's is taken. Parameters that were trainable or frozen stay so.
+    Layers that the file names and that are still plain are adapted first, with the file's settings. Where the net has
+    another alpha than the file, the file's is taken. Parameters that were trainable or frozen stay so; only a BitFit
+    file, whose parameters are the net's own, makes them train and freezes the rest.
 
     Args:
         net: the base, adapted or not.
@@ -84,15 +87,21 @@ def load_adapter(net: nn.Cell, directory: str | os.PathLike[str]) -> nn.Cell:
     """
     cells = cells_by_path(net)
     path = Path(directory)
-    state = _read_checkpoint(path, cells) if path.suffix == ".ckpt" else peft.load(path)
+    state = _read_checkpoint(path, cells) if path.suffix == ".ckpt" else folder.load(path)
     homes, problems = _homes(state, cells)
     if problems:
         raise ValueError(f"The adapter in {directory} does not fit the net, which is unchanged:\n  "
                          + "\n  ".join(problems))
-    swaps = {cells[place]: cell for place, cell in homes.items() if cell is not cells[place]}
-    settle_names(net_parameters(net), {place: cell for place, cell in homes.items() if cells[place] in swaps})
-    for place, cell in homes.items():
-        _fill(cell, state.layers[place])
+    swaps = {cells[place]: delta for place, delta in homes.items()
+             if isinstance(delta, nn.Cell) and delta is not cells[place]}
+    parameters = net_parameters(net)
+    settle_names(parameters, {place: delta for place, delta in homes.items() if cells[place] in swaps})
+    for place, delta in homes.items():
+        _fill(delta, state.layers[place])
+    thawed = {id(item) for delta in homes.values() if not isinstance(delta, nn.Cell)
+              for item in delta.delta_parameters().values()}
+    if thawed:
+        apply_trains(net, parameters, [id(item) in thawed for item, _ in parameters])
     if swaps:
         replace(net, swaps)
     return net
@@ -101,8 +110,11 @@ def load_adapter(net: nn.Cell, directory: str | os.PathLike[str]) -> nn.Cell:
 def _homes(state: AdapterState, cells: Mapping[str, nn.Cell]) -> tuple[dict[str, Delta], list[str]]:
     """Return the adapted cell that each layer of the file goes to, new where still plain, and every problem found."""
     problems: list[str] = []
+    if state.method not in METHODS:
+        return {}, [f"the file is of method {state.method!r}, which is none of {', '.join(METHODS)}."]
     homes: dict[str, Delta] = {}
     place_of: dict[int, str] = {}
+    present = deltas_in(cells)
     for path, layer in state.layers.items():
         if path not in cells:
             problems.append(f"unexpected: the net has no layer {path!r}.{did_you_mean(path, cells)}")
@@ -112,25 +124,33 @@ def _homes(state: AdapterState, cells: Mapping[str, nn.Cell]) -> tuple[dict[str,
             problems.append(f"unexpected: {path} and {place_of[id(cell)]} are one layer in the net, two in the file.")
         place_of[id(cell)] = path
         try:
-            config = METHODS[state.method](**layer.settings)
-            if not isinstance(cell, Delta):
-                if not layer.settings:
-                    raise ValueError("the layer is plain and the file does not say rank and alpha: adapt the net "
-                                     "first, with the values it was trained with.")
-                cell = adapt(config, cell)
+            homes[path] = _home(METHODS[state.method], state.method, cell, layer)
         except (TypeError, ValueError) as error:
             problems.append(f"{path}: {error}")
             continue
-        homes[path] = cell
-        problems.extend(_mismatches(path, cell, layer))
-    problems.extend(f"missing: the net's adapted layer {path} is not in the file." for path, cell in cells.items()
-                    if isinstance(cell, Delta) and id(cell) not in place_of)
+        problems.extend(_mismatches(path, homes[path], layer))
+    problems.extend(f"missing: the net's adapted layer {path} is not in the file." for path in present
+                    if id(cells[path]) not in place_of)
     return homes, problems
 
 
-def _mismatches(path: str, cell: Delta, layer: LayerState) -> list[str]:
-    own = cell.delta_parameters()
-    problems = [f"missing: {path}.{name}." for name in own if name not in layer.tensors]
+def _home(kind: type[DeltaConfig], method: str, cell: nn.Cell, layer: LayerState) -> Delta:
+    """Return the delta of `cell` that takes the layer of a file: its own, or a new one where the cell is plain."""
+    if isinstance(cell, Delta):
+        if cell.method != method:
+            raise ValueError(f"the file is of method {method!r}, the layer in the net is of {cell.method!r}.")
+        kind(**(layer.settings or {}))
+        return cell
+    if layer.settings is None:
+        raise ValueError("the layer is plain and the file does not say rank and alpha or whatever its method needs: "
+                         "adapt the net first, with the values it was trained with.")
+    return adapt(kind(**layer.settings), cell)
+
+
+def _mismatches(path: str, delta: Delta, layer: LayerState) -> list[str]:
+    own = delta.delta_parameters()
+    problems = [f"{path}: {text}" for text in delta.unlike(layer.settings or {})]
+    problems += [f"missing: {path}.{name}." for name in own if name not in layer.tensors]
     problems += [f"unexpected: {path}.{name}." for name in layer.tensors if name not in own]
     problems += [f"misshapen: {path}.{name} is {tuple(own[name].shape)} in the net, {value.shape} in the file."
                  for name, value in layer.tensors.items() if name in own and tuple(own[name].shape) != value.shape]
@@ -139,11 +159,11 @@ def _mismatches(path: str, cell: Delta, layer: LayerState) -> list[str]:
     return problems
 
 
-def _fill(cell: Delta, layer: LayerState) -> None:
-    for name, parameter in cell.delta_parameters().items():
+def _fill(delta: Delta, layer: LayerState) -> None:
+    for name, parameter in delta.delta_parameters().items():
         parameter.set_data(Tensor(layer.tensors[name]).astype(parameter.dtype))
-    if layer.settings:
-        cell.adopt_settings(layer.settings)
+    if layer.settings is not None:
+        delta.adopt_settings(layer.settings)
 
 
 def _read_checkpoint(path: Path, cells: Mapping[str, nn.Cell]) -> AdapterState:
@@ -157,13 +177,13 @@ def _read_checkpoint(path: Path, cells: Mapping[str, nn.Cell]) -> AdapterState:
                          f"again.") from error
     settings = entries.pop(mindpet.SETTINGS_KEY, None)
     try:
-        state = mindpet.decode({name: _to_numpy(value) for name, value in entries.items()}, settings)
+        state = mindpet.decode({name: _to_numpy(value) for name, value in entries.items()}, settings, METHODS)
     except ValueError as error:
         raise ValueError(f"The adapter in {path} cannot be used:\n  {error}") from error
     if settings is not None:
         return state
-    path_of = {parameter.name.rpartition(".")[0]: place for place, cell in reversed(list(cells.items()))
-               for parameter in (cell.delta_parameters().values() if isinstance(cell, Delta) else ())}
+    path_of = {parameter.name.removesuffix(name).removesuffix("."): place
+               for place, delta in deltas_in(cells).items() for name, parameter in delta.delta_parameters().items()}
     return AdapterState(state.method, {path_of.get(name, name): layer for name, layer in state.layers.items()})
 
 

@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from mindspore import Parameter, nn
 
 from mindpet_lite.config import read_freeze
-from mindpet_lite.delta import FREEZE_MODES
+from mindpet_lite.delta import METHODS
 from mindpet_lite.delta.base import Delta, did_you_mean
 from mindpet_lite.graph.match import check_patterns, selector, wildcard
 from mindpet_lite.graph.tree import cells_by_path, paths_of_parameters, refresh_recomputation, require_cell
+
+# What each mode of freeze_delta leaves trainable.
+FREEZE_MODES = {mode: kind.trained_pattern() for name, kind in METHODS.items() for mode in (name, *kind.other_names)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +85,7 @@ def freeze_delta(net: nn.Cell, mode: str, include: Sequence[str] | None = None,
 
     Args:
         net: any Cell.
-        mode: 'lora', 'prefixtuning', 'adapter', 'low_rank_adapter', 'ptuning2' or 'bitfit', in any case.
+        mode: 'lora', 'prefixtuning' (or 'prefix'), 'adapter', 'low_rank_adapter', 'ptuning2' or 'bitfit', in any case.
         include: patterns of parameters to freeze besides.
         exclude: patterns of parameters to train besides, such as ``['*classifier*']``.
 

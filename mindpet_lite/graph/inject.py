@@ -42,14 +42,20 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
             adapted[path] = adapt(config, cell)
         except (TypeError, ValueError) as error:
             problems.append(f"{path}: {error}")
+    if isinstance(adapted.get(""), nn.Cell):
+        problems.append("the net itself is the layer to adapt, and it cannot be replaced in place: "
+                        "use the adapted layer's own from_dense(), or wrap it in a cell.")
     base = net_parameters(net)
     settle_names(base, adapted)
     kept = {id(parameter) for cell in cells.values() if isinstance(cell, Delta)
             for parameter in cell.delta_parameters().values()}
-    parameters = base + [(parameter, [f"{path}.{name}"]) for path, delta in adapted.items()
-                         for name, parameter in delta.delta_parameters().items()]
-    trains = [index >= len(base) or (id(parameter) in kept and parameter.requires_grad)
-              for index, (parameter, _) in enumerate(parameters)]
+    own = {id(parameter): (parameter, [f"{path}.{name}"]) for path, delta in adapted.items()
+           for name, parameter in delta.delta_parameters().items()}
+    parameters = [item for item in base if id(item[0]) not in own] + [
+        (parameter, next((names for item, names in base if item is parameter), names))
+        for parameter, names in own.values()]
+    trains = [id(parameter) in own or (id(parameter) in kept and parameter.requires_grad)
+              for parameter, _ in parameters]
     try:
         trains = with_lists(parameters, trains, ("freeze_include", config.freeze_include),
                             ("freeze_exclude", config.freeze_exclude))
@@ -62,7 +68,7 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
         raise ValueError(f"{type(config).__name__} does not fit the net, which is unchanged:\n  "
                          + "\n  ".join(problems))
     apply_trains(net, parameters, trains)
-    replace(net, {chosen[path]: delta for path, delta in adapted.items()})
+    replace(net, {chosen[path]: delta for path, delta in adapted.items() if isinstance(delta, nn.Cell)})
     return net
 
 
@@ -89,8 +95,10 @@ def settle_names(parameters: list[tuple[Parameter, list[str]]], adapted: Mapping
         adapted: the new cells by the path they will have.
     """
     taken = {parameter.name for parameter, _ in parameters}
+    base = {id(parameter) for parameter, _ in parameters}
     for path, delta in adapted.items():
-        own = {**delta.delta_parameters(), **delta.live_parameters()}
+        own = {name: parameter for name, parameter in {**delta.delta_parameters(), **delta.live_parameters()}.items()
+               if id(parameter) not in base}
         if any(parameter.name in taken or "." not in parameter.name for parameter in own.values()):
             for name, parameter in own.items():
                 parameter.name = f"{path}.{name}"

@@ -3,26 +3,35 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from mindspore import dtype as mstype
 from mindspore import nn
 
+from mindpet_lite.delta import METHODS
 from mindpet_lite.delta.base import Delta, check_number
-from mindpet_lite.graph.tree import cells_by_path
+from mindpet_lite.graph.tree import cells_by_path, without_inner
 
 
 def deltas(net: nn.Cell) -> dict[str, Delta]:
-    """Return the adapted cells of `net` by path, each once; raise ValueError where there is none."""
-    found: dict[str, Delta] = {}
-    for path, cell in cells_by_path(net).items():
-        if isinstance(cell, Delta) and not any(cell is other for other in found.values()):
-            found[path] = cell
+    """Return the deltas of `net` by the path of their layer, each once; raise ValueError where there is none."""
+    found = deltas_in(cells_by_path(net))
     if not found:
         raise ValueError("The net has no adapted layer: adapt it with get_pet_model(), or build it with layers such "
                          "as LoRADense. (After merge() the layers are plain.)")
     return found
+
+
+def deltas_in(cells: Mapping[str, nn.Cell]) -> dict[str, Delta]:
+    """Return the deltas of a net of these cells: adapted cells, and what methods without a cell of their own train."""
+    outer = without_inner(cells)
+    found: dict[int, tuple[str, Delta]] = {}
+    for path, cell in outer.items():
+        if isinstance(cell, Delta):
+            found.setdefault(id(cell), (path, cell))
+    views = {path: delta for kind in METHODS.values() for path, delta in kind.thawed(cells).items()}
+    return {**dict(found.values()), **views}
 
 
 def set_lora_scale(net: nn.Cell, scale: float) -> None:
@@ -37,13 +46,15 @@ def set_lora_scale(net: nn.Cell, scale: float) -> None:
 
     Raises:
         TypeError: `scale` is no number, or `net` no Cell.
-        ValueError: `scale` is not finite; the net has no adapted layer, or its adapters are switched off; or `scale`
-            is 0 and a delta holds NaN or infinite values, which 0 does not cancel.
+        ValueError: `scale` is not finite; the net has no adapted layer, one of a method without a strength, or its
+            adapters are switched off; or `scale` is 0 and a delta holds NaN or infinite values, which 0 does not
+            cancel.
     """
     number = check_number("scale", scale)
     if not math.isfinite(number):
         raise ValueError(f"scale must be finite, but got {scale}.")
     found = deltas(net)
+    _require_steerable(found)
     if adapters_are_disabled(net):
         raise ValueError("The adapters are switched off by adapters_disabled(): leave the block before you scale them.")
     if number == 0:
@@ -61,9 +72,11 @@ def adapters_disabled(net: nn.Cell) -> Iterator[nn.Cell]:
 
     Raises:
         TypeError: `net` is no Cell.
-        ValueError: the net has no adapted layer, or a delta holds NaN or infinite values.
+        ValueError: the net has no adapted layer, one of a method without a strength, or a delta holds NaN or
+            infinite values.
     """
     found = deltas(net)
+    _require_steerable(found)
     _require_finite(found)
     changed = [cell for cell in found.values() if cell.enabled]
     _switch(changed, False)
@@ -82,6 +95,12 @@ def _switch(cells: list[Delta], enabled: bool) -> None:
     for cell in cells:
         cell.enabled = enabled
         cell.refresh()
+
+
+def _require_steerable(found: Mapping[str, Delta]) -> None:
+    stiff = [f"{path or type(delta).__name__}: {delta.fixed}" for path, delta in found.items() if delta.fixed]
+    if stiff:
+        raise ValueError("The strength of this adapter cannot change while the net runs:\n  " + "\n  ".join(stiff))
 
 
 def _require_finite(found: dict[str, Delta]) -> None:

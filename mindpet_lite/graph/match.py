@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from mindspore import nn
 
 from mindpet_lite.delta.base import Delta, DeltaConfig, did_you_mean
+from mindpet_lite.graph.tree import without_inner
 
 ALL_LINEAR = "all-linear"
 
@@ -24,11 +25,13 @@ def targets(cells: Mapping[str, nn.Cell], config: DeltaConfig) -> tuple[dict[str
         config: its `target_modules` and `exclude_modules` say which; its class says which can be adapted.
     """
     problems: list[str] = []
+    cells = without_inner(cells)
     wanted = config.target_modules
-    if wanted is None:
+    if wanted is None and not config.all_by_default:
         return {}, ["target_modules is missing: give a regular expression, a list of names or 'all-linear'."]
     excluded = {id(cells[path]) for path in _hits("exclude_modules", config.exclude_modules, cells, config, problems)}
-    hits = _hits("target_modules", wanted, cells, config, problems)
+    hits = [path for path, cell in cells.items() if config.refusal(cell) is None] if wanted is None else \
+        _hits("target_modules", wanted, cells, config, problems)
     chosen: dict[str, nn.Cell] = {}
     seen: set[int] = set()
     for path in hits:
@@ -41,12 +44,10 @@ def targets(cells: Mapping[str, nn.Cell], config: DeltaConfig) -> tuple[dict[str
             chosen[path] = cell
         elif _owns_parameters(cell):
             problems.append(f"{path or 'the net itself'}: {reason}")
-    if "" in chosen:
-        problems.append("the net itself is the layer to adapt, and it cannot be replaced in place: "
-                        "use LoRADense.from_dense(net, ...) or wrap it in a cell.")
     if not chosen and not problems:
         problems.append(f"target_modules {wanted!r} leaves no layer to adapt: " + (
-            "all of its hits are excluded." if hits and all(id(cells[path]) in excluded for path in hits) else
+            "the net has none." if not hits else
+            "all of its hits are excluded." if all(id(cells[path]) in excluded for path in hits) else
             f"it hits only {', '.join(sorted({type(cells[path]).__name__ for path in hits}))} "
             f"without parameters of their own."))
     return chosen, problems

@@ -16,10 +16,11 @@ _KEPT = "mindpet_kept_for_unmerge"
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """An adapted cell and the base values from before the merge (subtracting would change a quarter of them)."""
+    """A layer from before the merge: its cell, the base values (subtracting would change some), and what trained."""
 
     cell: nn.Cell
     values: tuple[tuple[Parameter, Tensor], ...]
+    trained: tuple[Parameter, ...]
 
 
 def merge(net: nn.Cell) -> nn.Cell:
@@ -37,14 +38,18 @@ def merge(net: nn.Cell) -> nn.Cell:
 
     Raises:
         TypeError: `net` is no Cell.
-        ValueError: there is nothing to merge, the adapters are switched off, or a merged weight would not be finite.
-            So is a weight that another layer of the net uses too (tied weights): merged, it would change that layer.
-            The net is unchanged.
+        ValueError: there is nothing to merge, a method cannot be merged, the adapters are switched off, or a merged
+            weight would not be finite. So is a weight that another layer of the net uses too (tied weights): merged,
+            it would change that layer. The net is unchanged.
     """
     found = deltas(net)
+    stiff = [f"{path or type(delta).__name__}: {delta.unmergeable}" for path, delta in found.items()
+             if delta.unmergeable]
+    if stiff:
+        raise ValueError("This adapter cannot be merged. The net is unchanged:\n  " + "\n  ".join(stiff))
     if adapters_are_disabled(net):
         raise ValueError("merge() inside adapters_disabled() would merge nothing: leave the block first.")
-    merged = {path: cell.merged_value() for path, cell in found.items()}
+    merged = {path: delta.merged_value() for path, delta in found.items()}
     broken = [path or parameter.name for path, values in merged.items() for parameter, value in values.items()
               if not np.isfinite(value.astype(mstype.float32).asnumpy()).all()]
     if broken:
@@ -56,13 +61,17 @@ def merge(net: nn.Cell) -> nn.Cell:
     if tied:
         raise ValueError("Merging would change other layers that use the same weight. The net is unchanged: use it "
                          "unmerged, or give each layer a weight of its own first.\n  " + "\n  ".join(tied))
+    cells = cells_by_path(net)
     swaps = {}
-    for path, cell in found.items():
-        kept = _Kept(cell, tuple((parameter, _copy(parameter)) for parameter in merged[path]))
+    for path, delta in found.items():
+        kept = _Kept(cells[path], tuple((parameter, _copy(parameter)) for parameter in merged[path]),
+                     tuple(item for item in delta.delta_parameters().values() if item.requires_grad))
         for parameter, value in merged[path].items():
             parameter.set_data(value)
-        swaps[cell] = cell.plain_cell()
-        setattr(swaps[cell], _KEPT, kept)
+        for parameter in kept.trained:
+            parameter.requires_grad = False
+        swaps[cells[path]] = delta.plain_cell()
+        setattr(swaps[cells[path]], _KEPT, kept)
     return _swap(net, swaps)
 
 
@@ -85,6 +94,8 @@ def unmerge(net: nn.Cell) -> nn.Cell:
     for cell, kept in merged.items():
         for parameter, value in kept.values:
             parameter.set_data(value)
+        for parameter in kept.trained:
+            parameter.requires_grad = True
         delattr(cell, _KEPT)
     return _swap(net, {cell: kept.cell for cell, kept in merged.items()})
 
@@ -97,5 +108,5 @@ def _copy(parameter: Parameter) -> Tensor:
 
 
 def _swap(net: nn.Cell, swaps: dict[nn.Cell, nn.Cell]) -> nn.Cell:
-    replace(net, swaps)
+    replace(net, {old: new for old, new in swaps.items() if new is not old})
     return swaps.get(net, net)

@@ -6,8 +6,8 @@ import math
 
 from mindspore import nn
 
-from mindpet_lite.delta.base import Delta
 from mindpet_lite.graph.freeze import TrainableReport, count
+from mindpet_lite.graph.live import deltas_in
 from mindpet_lite.graph.tree import cells_by_path
 
 
@@ -27,6 +27,10 @@ class Summary:
         return "\n".join([*lines, f"{len(self.rows)} adapted layers", str(self.report)])
 
 
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+
+
 def summary(net: nn.Cell) -> Summary:
     """Print and return the adapted layers of `net`, with shapes, ranks and counts.
 
@@ -34,13 +38,9 @@ def summary(net: nn.Cell) -> Summary:
         TypeError: `net` is no Cell.
     """
     rows = []
-    seen: set[int] = set()
-    for path, cell in cells_by_path(net).items():
-        if not isinstance(cell, Delta) or id(cell) in seen:
-            continue
-        seen.add(id(cell))
+    for path, cell in deltas_in(cells_by_path(net)).items():
         parameters = cell.delta_parameters().values()
-        settings = ", ".join(f"{name}={value:g}" for name, value in cell.settings().items())
+        settings = ", ".join(f"{name}={_shown(value)}" for name, value in cell.settings().items())
         if cell.strength != 1.0:
             settings += f", strength={cell.strength:g}"
         if cell.cost():

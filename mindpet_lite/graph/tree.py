@@ -7,6 +7,8 @@ from typing import Any
 import mindspore
 from mindspore import Parameter, nn
 
+from mindpet_lite.delta.base import Delta
+
 # What a cell carries besides its structure, and a cell put in its place must carry on.
 _CARRIED = ("_forward_pre_hook", "_forward_hook", "_backward_pre_hook", "_backward_hook", "_cell_backward_hook",
             "_cell_backward_pre_hook", "_forward_pre_hook_with_kwargs", "_forward_hook_with_kwargs",
@@ -34,6 +36,13 @@ def cells_by_path(net: nn.Cell) -> dict[str, nn.Cell]:
                     for name, child in cell._cells.items() if child is not None]
         pending.extend(reversed(children))
     return found
+
+
+def without_inner(cells: Mapping[str, nn.Cell]) -> dict[str, nn.Cell]:
+    """Return the cells of a net without those below an adapted one."""
+    inner = {id(part) for cell in cells.values() if isinstance(cell, Delta)
+             for part in cells_by_path(cell).values() if part is not cell}
+    return {path: cell for path, cell in cells.items() if id(cell) not in inner}
 
 
 def paths_of_parameters(net: nn.Cell) -> list[tuple[Parameter, list[str]]]:

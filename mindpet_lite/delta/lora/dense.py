@@ -1,0 +1,167 @@
+"""LoRA on `nn.Dense`."""
+from __future__ import annotations
+
+from typing import Any
+
+import mindspore
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from mindpet_lite.delta.dense import AdaptedDense, dense_refusal
+from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, LoraSettings, LowRank, absorbed
+from mindpet_lite.delta.parts import as_type, check_strategies, set_strategies
+
+
+class LoRADense(AdaptedDense, LowRank):
+    r"""A Dense layer with a trainable low-rank update beside its frozen weight.
+
+    .. math:: y = act(x W^T + b + \frac{\alpha}{r} drop(x) A^T B^T)
+
+    `weight` (out_channels, in_channels) and `bias` (out_channels,) are where nn.Dense has them. The layer adds
+    `mindpet_delta_lora_a` (lora_rank, in_channels) and `mindpet_delta_lora_b` (out_channels, lora_rank), and
+    `lora_scaling` (), a Parameter that is never trained: it holds the live factor, so that it can change in a
+    compiled graph (:func:`mindpet_lite.set_lora_scale`, :func:`mindpet_lite.adapters_disabled`).
+
+    Dtype rule: parameters keep their type. The layer computes in `compute_dtype` if given, else in what
+    `to_float()` set, else in the type of `weight`; what differs from it is cast on the way. The output has the type
+    of the input. (MindPet computes in float16 unless told otherwise; this is the one deliberate difference.)
+
+    Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685, eq. 3 and section 4.1.
+
+    Args:
+        in_channels (int): size of the last axis of the input.
+        out_channels (int): size of the last axis of the output.
+        lora_rank (int): rows of A, columns of B; positive. Above min(in, out) a warning says that it is wasted.
+        lora_alpha (int | float): finite and positive; the update is scaled by lora_alpha / lora_rank.
+        lora_dropout (int | float): probability in [0, 1) of dropping an input of A in training. At 0 there is no
+            dropout operator.
+        lora_a_init (Tensor | str | Initializer | number): start of A. Default: He-uniform with negative slope √5.
+        lora_b_init (Tensor | str | Initializer | number): start of B. Default: zeros, so that the layer starts equal
+            to its base.
+        param_init_type (mindspore.dtype): type of A and B: float16, bfloat16 or float32.
+        compute_dtype (mindspore.dtype | None): see the dtype rule.
+        **dense_kwargs: weight_init, bias_init, has_bias, activation and dtype of nn.Dense.
+
+    Inputs:
+        - **x** (Tensor): `(*, in_channels)`, any number of leading axes, none included.
+
+    Outputs:
+        Tensor `(*, out_channels)` of the type of `x`.
+
+    Raises:
+        TypeError: lora_rank is a bool or no int; lora_alpha or lora_dropout is a bool or no number; a type is not
+            float16, bfloat16 or float32; an initialiser is of no known kind.
+        ValueError: lora_rank or lora_alpha is not positive (or alpha not finite); lora_dropout is outside [0, 1); an
+            initial Tensor has the wrong shape; the activation's or initialiser's name is unknown.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, lora_rank: int, lora_alpha: float,
+                 lora_dropout: float = 0.0, lora_a_init: Any = HE_UNIFORM, lora_b_init: Any = "zeros",
+                 param_init_type: mindspore.dtype = mindspore.float32,
+                 compute_dtype: mindspore.dtype | None = None, **dense_kwargs: Any) -> None:
+        settings = LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init, param_init_type,
+                                compute_dtype)
+        super().__init__(in_channels, out_channels, **dense_kwargs)
+        self._add_delta(settings)
+
+    @classmethod
+    def from_dense(cls, dense: nn.Dense, lora_rank: int, lora_alpha: float, lora_dropout: float = 0.0,
+                   lora_a_init: Any = HE_UNIFORM, lora_b_init: Any = "zeros",
+                   param_init_type: mindspore.dtype = mindspore.float32,
+                   compute_dtype: mindspore.dtype | None = None) -> LoRADense:
+        """Adapt an existing Dense: same Parameter objects and names, same primitives, same activation.
+
+        `dense` itself stays as it is; put the returned layer in its place. With the default `lora_b_init` the output
+        is that of `dense`, bit for bit. (In float16 graphs the CPU backend leaves out roundings between operators of
+        the plain layer, so there the last bit can differ.) The arguments are those of the class.
+
+        Raises:
+            TypeError: `dense` is no nn.Dense, is adapted already, or overrides `construct`.
+            ValueError: as the class.
+        """
+        reason = dense_refusal(dense, "LoRA")
+        if reason:
+            raise TypeError(reason)
+        return cls._on(dense, LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init,
+                                           param_init_type, compute_dtype))
+
+    @classmethod
+    def _on(cls, dense: nn.Dense, settings: LoraSettings) -> LoRADense:
+        layer = super()._on(dense, settings)
+        strategy = getattr(dense.matmul, "in_strategy", None)
+        return layer.shard(strategy) if strategy else layer
+
+    def _add_delta(self, config: LoraSettings) -> None:
+        self.compute_dtype = config.compute_dtype
+        self._add_factors(config, (config.lora_rank, self.in_channels), (self.out_channels, config.lora_rank),
+                          self.weight, min(self.in_channels, self.out_channels))
+        self.lora_dropout = nn.Dropout(p=self.dropout_rate)
+        self.has_dropout = self.dropout_rate > 0
+        self.lora_a_matmul = ops.MatMul(transpose_b=True)
+        self.lora_b_matmul = ops.MatMul(transpose_b=True)
+        self.mul = ops.Mul()
+        self.add = ops.Add()
+
+    def construct(self, x: Tensor) -> Tensor:
+        """Apply the layer to `x` (*, in_channels); return (*, out_channels) of the type of `x`."""
+        shape, input_type, dtype = x.shape, x.dtype, self._compute_type()
+        x = as_type(x, dtype)
+        if len(shape) != 2:
+            x = self.reshape(x, (-1, shape[-1]))
+        y = self._affine(x, dtype)
+        if self.has_dropout:
+            x = self.lora_dropout(x)
+        low = self.lora_a_matmul(x, as_type(self.mindpet_delta_lora_a, dtype))
+        # On the [tokens, rank] side: rank is far below out_channels.
+        low = self.mul(low, as_type(self.lora_scaling, dtype))
+        y = self.add(y, self.lora_b_matmul(low, as_type(self.mindpet_delta_lora_b, dtype)))
+        if self.activation_flag:
+            y = self.activation(y)
+        if len(shape) != 2:
+            y = self.reshape(y, shape[:-1] + (self.out_channels,))
+        return as_type(y, input_type)
+
+    def shard(self, strategy_org_dense_matmul: tuple | None = None, strategy_org_bias_add: tuple | None = None,
+              strategy_lora_dropout: tuple | None = None, strategy_lora_a_matmul: tuple | None = None,
+              strategy_lora_b_matmul: tuple | None = None, strategy_lora_mul: tuple | None = None,
+              strategy_lora_add: tuple | None = None, strategy_activation: tuple | None = None) -> LoRADense:
+        """Set how the operators are split in (semi-)auto-parallel training; each strategy is optional.
+
+        A strategy is a tuple with a tuple of ints for every input of its operator, as `Primitive.shard` takes it.
+        Where only the dense strategy ``(s0, s1)`` is given, A's is ``(s0, (1, s1[1]))`` and B's is
+        ``((s0[0], 1), (s1[0], 1))``. What the layer lacks (bias, activation) has nothing to split.
+
+        Raises:
+            TypeError: a strategy is no tuple of tuples of ints.
+            ValueError: the dense strategy does not fit a matrix product; or the activation is LogSoftmax, or not made
+                of one operator: split those yourself.
+        """
+        dense = strategy_org_dense_matmul
+        check_strategies({"strategy_org_dense_matmul": dense})
+        if dense is not None:
+            if [len(part) for part in dense] != [2, 2]:
+                raise ValueError(f"strategy_org_dense_matmul must split the two axes of both inputs, such as "
+                                 f"((2, 4), (1, 4)), but got {dense!r}.")
+            if strategy_lora_a_matmul is None:
+                strategy_lora_a_matmul = (dense[0], (1, dense[1][1]))
+            if strategy_lora_b_matmul is None:
+                strategy_lora_b_matmul = ((dense[0][0], 1), (dense[1][0], 1))
+        set_strategies([
+            ("strategy_org_dense_matmul", self.matmul, dense),
+            ("strategy_org_bias_add", self.bias_add if self.has_bias else None, strategy_org_bias_add),
+            ("strategy_lora_dropout", self.lora_dropout.dropout, strategy_lora_dropout),
+            ("strategy_lora_a_matmul", self.lora_a_matmul, strategy_lora_a_matmul),
+            ("strategy_lora_b_matmul", self.lora_b_matmul, strategy_lora_b_matmul),
+            ("strategy_lora_mul", self.mul, strategy_lora_mul), ("strategy_lora_add", self.add, strategy_lora_add),
+            ("strategy_activation", self.activation, strategy_activation)])
+        return self
+
+    def merged_value(self) -> dict[Parameter, Tensor]:
+        """Return {weight: W + s · B A} with the live factor s of the running net, computed in float32."""
+        a, b = self._factors()
+        with np.errstate(over="ignore", invalid="ignore"):
+            return absorbed(self.weight, np.matmul(b, a))
+
+    def extend_repr(self) -> str:
+        """Show the low-rank settings beside those of nn.Dense."""
+        return super().extend_repr() + f", lora_rank={self.lora_rank}, lora_alpha={self.lora_alpha}"

@@ -1,0 +1,89 @@
+"""Small parts that several methods are made of: casts, initial values, parallel strategies."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mindspore
+from mindspore import Tensor, ops
+from mindspore.common.initializer import Initializer, initializer
+
+from mindpet_lite.delta.activation import activation_strategies
+from mindpet_lite.delta.base import did_you_mean
+
+
+def as_type(x: Tensor, dtype: mindspore.dtype) -> Tensor:
+    """Cast only where the type differs: a cast to the same type still costs a launch in PyNative mode."""
+    if x.dtype == dtype:
+        return x
+    return ops.cast(x, dtype)
+
+
+def prefix_of(weight_name: str) -> str:
+    """Return what stands before ``weight`` in a Parameter name: the delta's names go beside it."""
+    return weight_name[:-len("weight")] if weight_name.endswith(".weight") else ""
+
+
+def check_init(name: str, value: object) -> None:
+    """Raise unless `value` is something MindSpore's initializer takes."""
+    if isinstance(value, bool) or not isinstance(value, (Tensor, str, Initializer, int, float)):
+        raise TypeError(f"{name} must be a Tensor, a number, an initialiser or its name, "
+                        f"but got {value!r} of type {type(value).__name__}.")
+    if isinstance(value, str):
+        try:
+            initializer(value, (2, 2))
+        except ValueError as error:
+            known = [item.__name__.lower() for item in Initializer.__subclasses__()] + ["zeros", "ones", "normal"]
+            raise ValueError(f"{name} {value!r} is no initialiser of mindspore.common.initializer."
+                             f"{did_you_mean(value, known)}") from error
+
+
+def initial(name: str, value: Any, shape: tuple[int, ...], dtype: mindspore.dtype) -> Tensor:
+    """Return the initial value of a delta, already filled: a net that ran before will not fill it later.
+
+    Raises:
+        ValueError: `value` is a Tensor of another shape.
+    """
+    if isinstance(value, Tensor):
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{name} must be a Tensor of shape {shape}, but got shape {tuple(value.shape)}.")
+        # A Tensor from initializer() holds no data yet; and layers made from one Tensor must not share its memory.
+        data = value.init_data() if value.has_init else value
+        return Tensor(data.astype(mindspore.float32).asnumpy().copy()).astype(dtype)
+    return initializer(value, shape, dtype).init_data()
+
+
+def check_strategies(strategies: Mapping[str, object]) -> None:
+    """Raise TypeError unless every parallel strategy is None or a tuple with a tuple of ints for each input."""
+    for name, strategy in strategies.items():
+        good = strategy is None or isinstance(strategy, tuple) and all(
+            isinstance(part, tuple) and all(isinstance(item, int) and not isinstance(item, bool) for item in part)
+            for part in strategy)
+        if not good:
+            raise TypeError(f"{name} must be a tuple of tuples of ints, one for each input, but got {strategy!r}.")
+
+
+def set_strategies(pairs: list[tuple[str, Any, tuple | None]]) -> None:
+    """Give operators and activations their strategies: all are checked before the first is set.
+
+    Args:
+        pairs: for each the argument's name, the operator or activation (None where the layer lacks it), and the
+            strategy (None leaves it alone).
+
+    Raises:
+        TypeError: a strategy is no tuple of tuples of ints.
+        ValueError: an activation cannot be split; the message starts with the argument's name.
+    """
+    check_strategies({name: strategy for name, _, strategy in pairs})
+    chosen: list[tuple[ops.Primitive, tuple]] = []
+    for name, part, strategy in pairs:
+        # What a layer lacks (a bias, an activation) has nothing to split.
+        if strategy is None or part is None:
+            continue
+        try:
+            chosen.extend([(part, strategy)] if isinstance(part, ops.Primitive) else
+                          activation_strategies(part, strategy))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    for primitive, strategy in chosen:
+        primitive.shard(strategy)

@@ -1,5 +1,6 @@
 """Parameter-efficient tuning native to MindSpore and Ascend."""
-from mindpet_lite.delta import LoraConfig, LoRADense
+from mindpet_lite.compat import install_as_mindpet
+from mindpet_lite.delta import BitFitConfig, LoraConfig, LoRADense
 from mindpet_lite.graph import (
     TrainableParamsCheckPoint,
     adapters_disabled,
@@ -17,6 +18,6 @@ from mindpet_lite.graph import (
 
 __version__ = "0.1.0"
 
-__all__ = ["LoRADense", "LoraConfig", "TrainableParamsCheckPoint", "adapters_disabled", "freeze_delta",
-           "freeze_from_config", "freeze_modules", "get_pet_model", "load_adapter", "merge", "save_adapter",
-           "set_lora_scale", "summary", "unmerge"]
+__all__ = ["BitFitConfig", "LoRADense", "LoraConfig", "TrainableParamsCheckPoint", "adapters_disabled", "freeze_delta",
+           "freeze_from_config", "freeze_modules", "get_pet_model", "install_as_mindpet", "load_adapter", "merge",
+           "save_adapter", "set_lora_scale", "summary", "unmerge"]

@@ -11,9 +11,11 @@ import mindpet_lite
 
 ROOT = Path(mindpet_lite.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py"))
-PUBLIC = {"LoRADense", "LoraConfig", "get_pet_model", "merge", "unmerge", "summary", "save_adapter", "load_adapter",
-          "set_lora_scale", "adapters_disabled", "TrainableParamsCheckPoint", "freeze_delta", "freeze_modules",
-          "freeze_from_config"}
+METHOD_NAMES = {"LoRADense", "LoraConfig", "BitFitConfig"}
+PUBLIC = METHOD_NAMES | {
+    "install_as_mindpet", "get_pet_model", "merge", "unmerge", "summary", "save_adapter", "load_adapter",
+    "set_lora_scale", "adapters_disabled", "TrainableParamsCheckPoint", "freeze_delta", "freeze_modules",
+    "freeze_from_config"}
 
 IMPORT = """
 import builtins, logging, os, sys
@@ -51,8 +53,10 @@ def test_public_names():
     assert set(mindpet_lite.__all__) == PUBLIC
     assert all(hasattr(mindpet_lite, name) for name in [*PUBLIC, "__version__"])
     from mindpet_lite import delta, graph
-    assert delta.LoRADense is mindpet_lite.LoRADense and delta.LoraConfig is mindpet_lite.LoraConfig
-    for name in PUBLIC - {"LoRADense", "LoraConfig"}:
+    for name in METHOD_NAMES:
+        assert getattr(delta, name) is getattr(mindpet_lite, name)
+    assert {kind.__name__ for kind in delta.METHODS.values()} <= METHOD_NAMES
+    for name in PUBLIC - METHOD_NAMES - {"install_as_mindpet"}:
         assert getattr(graph, name) is getattr(mindpet_lite, name)
     for module in (mindpet_lite, delta, graph):
         assert all(hasattr(module, name) for name in module.__all__)

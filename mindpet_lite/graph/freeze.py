@@ -49,14 +49,14 @@ def count(net: nn.Cell) -> TrainableReport:
     return TrainableReport(sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes))
 
 
-def freeze_modules(net: nn.Cell, include: Sequence[str] | None = None,
+def freeze_modules(model: nn.Cell, include: Sequence[str] | None = None,
                    exclude: Sequence[str] | None = None) -> TrainableReport:
     """Freeze the parameters that `include` names and thaw those that `exclude` names; leave the rest as they are.
 
     A parameter that both name is left as it is.
 
     Args:
-        net: any Cell.
+        model: any Cell.
         include: patterns of parameters to freeze. `*` stands for any text, every other character for itself; a
             pattern must match the whole path of a parameter, or its `Parameter.name` where that differs.
         exclude: patterns of parameters to make trainable.
@@ -65,26 +65,26 @@ def freeze_modules(net: nn.Cell, include: Sequence[str] | None = None,
         How many elements train now.
 
     Raises:
-        TypeError: `net` is no Cell, or a list is no list of strings.
+        TypeError: `model` is no Cell, or a list is no list of strings.
         ValueError: neither list is given, a list is empty, or a pattern matches nothing. The net is unchanged.
     """
-    require_cell(net)
+    require_cell(model)
     if include is None and exclude is None:
         raise ValueError("freeze_modules needs include, exclude or both: lists of patterns such as ['*embedding*'].")
-    parameters = net_parameters(net)
-    apply_trains(net, parameters, with_lists(parameters, [p.requires_grad for p, _ in parameters],
+    parameters = net_parameters(model)
+    apply_trains(model, parameters, with_lists(parameters, [p.requires_grad for p, _ in parameters],
                                              ("include", include), ("exclude", exclude)))
-    return count(net)
+    return count(model)
 
 
-def freeze_delta(net: nn.Cell, mode: str, include: Sequence[str] | None = None,
+def freeze_delta(model: nn.Cell, mode: str, include: Sequence[str] | None = None,
                  exclude: Sequence[str] | None = None) -> TrainableReport:
     """Freeze everything but the parameters of one method; then apply the two lists as `freeze_modules` does.
 
     The result does not depend on what was frozen before. Call it before the optimizer is made.
 
     Args:
-        net: any Cell.
+        model: any Cell.
         mode: 'lora', 'prefixtuning' (or 'prefix'), 'adapter', 'low_rank_adapter', 'ptuning2' or 'bitfit', in any case.
         include: patterns of parameters to freeze besides.
         exclude: patterns of parameters to train besides, such as ``['*classifier*']``.
@@ -93,18 +93,18 @@ def freeze_delta(net: nn.Cell, mode: str, include: Sequence[str] | None = None,
         How many elements train now.
 
     Raises:
-        TypeError: `net` is no Cell, `mode` is no string, or a list is no list of strings.
+        TypeError: `model` is no Cell, `mode` is no string, or a list is no list of strings.
         ValueError: the mode is unknown or leaves nothing trainable; a list is empty; a pattern matches nothing. The
             net is unchanged.
     """
-    require_cell(net)
+    require_cell(model)
     if not isinstance(mode, str):
         raise TypeError(f"mode must be one of {', '.join(FREEZE_MODES)}, but got {mode!r}.")
     if mode.lower() not in FREEZE_MODES:
         raise ValueError(f"mode must be one of {', '.join(FREEZE_MODES)}, but got {mode!r}."
                          f"{did_you_mean(mode, FREEZE_MODES)}")
     pattern = FREEZE_MODES[mode.lower()]
-    parameters = net_parameters(net)
+    parameters = net_parameters(model)
     expression = wildcard(pattern)
     trains = [any(expression.fullmatch(name) for name in names) for _, names in parameters]
     if not any(trains):
@@ -116,11 +116,11 @@ def freeze_delta(net: nn.Cell, mode: str, include: Sequence[str] | None = None,
     trains = with_lists(parameters, trains, ("include", include), ("exclude", exclude))
     if not any(trains):
         raise ValueError(f"mode {mode!r} with include {include!r} leaves nothing trainable: narrow the include list.")
-    apply_trains(net, parameters, trains)
-    return count(net)
+    apply_trains(model, parameters, trains)
+    return count(model)
 
 
-def freeze_from_config(net: nn.Cell, yaml_path: str | os.PathLike[str]) -> TrainableReport:
+def freeze_from_config(model: nn.Cell, config_path: str | os.PathLike[str]) -> TrainableReport:
     """Apply the `freeze` block of a YAML file as `freeze_modules` does.
 
     .. code-block:: yaml
@@ -133,9 +133,9 @@ def freeze_from_config(net: nn.Cell, yaml_path: str | os.PathLike[str]) -> Train
         FileNotFoundError, ValueError, TypeError: the file is missing, is no YAML, has no such block or an unknown key
             in it; or as `freeze_modules`. The net is unchanged.
     """
-    require_cell(net)
-    include, exclude = read_freeze(yaml_path)
-    return freeze_modules(net, include, exclude)
+    require_cell(model)
+    include, exclude = read_freeze(config_path)
+    return freeze_modules(model, include, exclude)
 
 
 def with_lists(parameters: list[tuple[Parameter, list[str]]], trains: list[bool],

@@ -20,7 +20,16 @@ class LayerState:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterState:
-    """An adapter: the method's name (`pet_type`) and the state of each adapted layer by its path in the net."""
+    """An adapter as every format is read to and written from.
+
+    Args:
+        method: the method's name (`pet_type`).
+        layers: the state of each adapted layer by its path in the net.
+        trained: base parameters that trained beside the deltas, by their path in the net.
+        config: fields of the source's config that are no setting of a layer, kept for writing the same format again.
+    """
 
     method: str
     layers: dict[str, LayerState]
+    trained: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -15,6 +15,7 @@ _DENSE_PARTS = ("in_channels", "out_channels", "has_bias", "reshape", "shape_op"
                 "activation_flag")
 _PRECISION_FLAGS = {"fp16": mindspore.float16, "fp32": mindspore.float32, "bf16": mindspore.bfloat16}
 
+Typed = TypeVar("Typed", bound="TypedCell")
 Self = TypeVar("Self", bound="AdaptedDense")
 
 
@@ -32,15 +33,57 @@ def dense_refusal(cell: nn.Cell, method: str) -> str | None:
     return None
 
 
-class AdaptedDense(nn.Dense, Delta):
+class TypedCell(nn.Cell):
+    """A cell with the dtype rule of this package.
+
+    It computes in `compute_dtype` if given, else in what `to_float()` set, else in the type of its Parameters. Its
+    output has the type of its input.
+    """
+
+    compute_dtype: mindspore.dtype | None = None
+    float_type: mindspore.dtype | None = None
+
+    def _own_type(self) -> mindspore.dtype:
+        """Return the type of the Parameters."""
+        raise NotImplementedError
+
+    def _compute_type(self) -> mindspore.dtype:
+        """Return `compute_dtype`, else what `to_float()` set, else the Parameters' own type."""
+        if self.compute_dtype is not None:
+            return self.compute_dtype
+        if self.float_type is not None:
+            return self.float_type
+        return self._own_type()
+
+    def to_float(self: Typed, dst_type: mindspore.dtype) -> Typed:
+        """Compute in `dst_type` unless `compute_dtype` was given; the output keeps the type of the input.
+
+        Raises:
+            TypeError: `dst_type` is not float16, bfloat16 or float32.
+        """
+        check_float_type("dst_type", dst_type)
+        self.float_type = dst_type
+        return self
+
+    def add_flags_recursive(self: Typed, **flags: Any) -> Typed:
+        """Set flags as nn.Cell does, but read the precision flags of an outer `to_float()` as this layer's own.
+
+        As a cell flag MindSpore would cast the input before `construct` sees its type (graph mode) or cast around
+        every operator whatever `compute_dtype` says (PyNative mode).
+        """
+        for flag, dtype in _PRECISION_FLAGS.items():
+            if flags.pop(flag, False):
+                self.float_type = dtype
+        return super().add_flags_recursive(**flags)
+
+
+class AdaptedDense(TypedCell, nn.Dense, Delta):
     """A Dense with a delta: base class of the Dense of each method.
 
     `weight` (out_channels, in_channels) and `bias` (out_channels,) are where nn.Dense has them. A subclass adds its
     Parameters in `_add_delta` and computes in `construct`.
     """
 
-    compute_dtype: mindspore.dtype | None = None
-    float_type: mindspore.dtype | None = None
     # The adapted layer in a tuple, so that it is no child: `plain_cell` hands back the very same object.
     _plain: tuple[nn.Dense, ...] = ()
 
@@ -69,12 +112,7 @@ class AdaptedDense(nn.Dense, Delta):
     def _add_delta(self, config: Any) -> None:
         raise NotImplementedError
 
-    def _compute_type(self) -> mindspore.dtype:
-        """Return `compute_dtype`, else what `to_float()` set, else the type of `weight`."""
-        if self.compute_dtype is not None:
-            return self.compute_dtype
-        if self.float_type is not None:
-            return self.float_type
+    def _own_type(self) -> mindspore.dtype:
         return self.weight.dtype
 
     def _affine(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
@@ -83,27 +121,6 @@ class AdaptedDense(nn.Dense, Delta):
         if self.has_bias:
             y = self.bias_add(y, as_type(self.bias, dtype))
         return y
-
-    def to_float(self: Self, dst_type: mindspore.dtype) -> Self:
-        """Compute in `dst_type` unless `compute_dtype` was given; the output keeps the type of the input.
-
-        Raises:
-            TypeError: `dst_type` is not float16, bfloat16 or float32.
-        """
-        check_float_type("dst_type", dst_type)
-        self.float_type = dst_type
-        return self
-
-    def add_flags_recursive(self: Self, **flags: Any) -> Self:
-        """Set flags as nn.Cell does, but read the precision flags of an outer `to_float()` as this layer's own.
-
-        As a cell flag MindSpore would cast the input before `construct` sees its type (graph mode) or cast around
-        every operator whatever `compute_dtype` says (PyNative mode).
-        """
-        for flag, dtype in _PRECISION_FLAGS.items():
-            if flags.pop(flag, False):
-                self.float_type = dtype
-        return super().add_flags_recursive(**flags)
 
     def plain_cell(self) -> nn.Dense:
         """Return the nn.Dense this layer adapts, or a new one on the same Parameter objects."""

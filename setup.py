@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "mindpet_lite" / "__init__
 # What the Wukong example needs besides the package. resvg-py draws the emoji; its version decides the pixels.
 # manimgx-fonts-cjk is Noto Sans CJK (SIL Open Font License), for captions in Chinese.
 EXAMPLES = ["pillow>=10.1", "matplotlib", "tqdm", "resvg-py==0.5.0", "manimgx-fonts-cjk"]
+CLI = ["click>=8"]
 TEST = ["pytest"]
 
 setup(
@@ -25,10 +26,12 @@ setup(
     # MindSpore 2.7 to 2.10 fail with NumPy 2 in PyNative mode ("numpy.core.multiarray failed to import").
     install_requires=["mindspore>=2.7", "numpy<2", "pyyaml", "safetensors"],
     extras_require={
+        "cli": CLI,
         "examples": EXAMPLES,
-        "test": TEST + EXAMPLES,
-        "dev": TEST + EXAMPLES + ["ruff", "mypy", "types-PyYAML"],
+        "test": TEST + CLI + EXAMPLES,
+        "dev": TEST + CLI + EXAMPLES + ["ruff", "mypy", "types-PyYAML"],
     },
+    entry_points={"console_scripts": ["mindpet-lite = mindpet_lite.cli:main"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.10",

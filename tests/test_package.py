@@ -93,7 +93,8 @@ def test_arrows_point_one_way():
             assert not methods, f"{name} imports a method's file: {methods}"
             assert "mindpet_lite" not in own and "mindpet_lite.cli" not in own, name
         assert "yaml" not in outside or path == ROOT / "config.py", f"{name}: only config.py reads YAML"
-        assert outside <= {"mindspore", "numpy", "yaml", "safetensors"}, name
+        assert "click" not in outside or path.parent == ROOT, f"{name}: only the command line knows click"
+        assert outside <= {"mindspore", "numpy", "yaml", "safetensors", "click"}, name
 
 
 def test_graph_knows_no_method_by_name():
@@ -124,4 +125,5 @@ def test_no_asserts_prints_exits_or_logging_in_the_package():
                  if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
         assert not calls & {"exit", "quit", "exec", "eval"}, path
         assert "print" not in calls or path == ROOT / "graph" / "summary.py", path
-        assert not imports_of(path) & {"logging", "pickle", "subprocess"}, path
+        processes = {"subprocess"} if path == ROOT / "tasks" / "process.py" else set()
+        assert not imports_of(path) & {"logging", "pickle", "subprocess"} - processes, path

@@ -1,0 +1,73 @@
+"""The flags that a YAML file's `params` and `freeze` blocks stand for."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mindpet_lite.config import read_freeze, read_yaml
+from mindpet_lite.delta.base import did_you_mean
+from mindpet_lite.tasks.options import FREEZE_FLAG, RESERVED
+
+
+def flags_of(path: Path, blocks: tuple[str, ...]) -> list[str]:
+    """Return the command-line arguments for the script that a YAML file describes.
+
+    Each entry of `params` becomes `--key value`, a list `--key first second ...`; no shell reads them, so spaces and
+    quotes stay as they are. A `freeze` block becomes `--advanced_config <path>`: the script hands that path to
+    `freeze_from_config`.
+
+    Args:
+        path: the YAML file; it is only read.
+        blocks: the blocks that it may hold.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no YAML, holds other or no blocks, or a value that no flag can carry.
+    """
+    document = read_yaml(path)
+    for key in document:
+        if key not in blocks:
+            raise ValueError(f"{path}: expected only {' and '.join(map(repr, blocks))} at the top, but got {key!r}."
+                             f"{did_you_mean(key, blocks)}")
+    if not document:
+        raise ValueError(f"{path} is empty; expected {' or '.join(map(repr, blocks))}.")
+    flags: list[str] = []
+    if "params" in document:
+        params = document["params"]
+        if not isinstance(params, Mapping) or not params:
+            raise ValueError(f"{path}: params must hold keys and values, but got {params!r}.")
+        for key, value in params.items():
+            flags += [f"--{_key(path, key)}", *_values(path, key, value)]
+    if "freeze" in document:
+        read_freeze(path)
+        flags += [f"--{FREEZE_FLAG}", str(path)]
+    return flags
+
+
+def _key(path: Path, key: object) -> str:
+    """Return a key of `params` that can be the name of a flag."""
+    if not isinstance(key, str):
+        raise ValueError(f"{path}: YAML reads the key {key!r} in params as {type(key).__name__}; write it in quotes.")
+    if not key or key.startswith("-") or "=" in key or len(key.split()) != 1 or "\0" in key:
+        raise ValueError(f"{path}: the key {key!r} in params cannot be the name of a flag; write it without dashes in "
+                         f"front, spaces and '='.")
+    if key in RESERVED:
+        raise ValueError(f"{path}: the key {key!r} in params is an option of the task itself; give it there and "
+                         f"remove it here.")
+    return key
+
+
+def _values(path: Path, key: str, value: object) -> list[str]:
+    """Return the argument that a value becomes, or for a list one for each item."""
+    if value is None or value == []:
+        raise ValueError(f"{path}: {key!r} in params has no value; give one or remove the key.")
+    texts = []
+    for item in value if isinstance(value, list) else [value]:
+        if item is None or isinstance(item, (Mapping, list, set, tuple, bytes)):
+            raise ValueError(f"{path}: {key!r} in params must be a text, a number, true, false or a list of these, but "
+                             f"got {value!r}.")
+        if str(item).startswith("--") or "\0" in str(item):
+            raise ValueError(f"{path}: {key!r} in params has the value {item!r}, which the script would take for "
+                             f"another flag.")
+        texts.append(str(item))
+    return texts

@@ -576,3 +576,47 @@ def test_single_layers_of_a_peft_model(shared, mode):
         mp.merge(net)
         np.testing.assert_allclose(net[0].weight.asnumpy(), expected, rtol=0, atol=1e-7)
         assert ops.abs(net[0].weight - Tensor(weight)).max() > 1e-3
+
+
+class Stack(nn.Cell):
+    """Blocks in a list of blocks, as in a transformer or a U-Net."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.CellList([nn.CellList([Attention() for _ in range(2)]) for _ in range(3)])
+        self.head = nn.Dense(6, 6)
+
+
+@pytest.mark.parametrize("fields, expected", [
+    ({"layers_to_transform": 1}, {"layers.0.1.to_q", "layers.1.1.to_q", "layers.2.1.to_q"}),
+    ({"layers_to_transform": [0, 2], "layers_pattern": "layers"},
+     {"layers.0.0.to_q", "layers.0.1.to_q", "layers.2.0.to_q", "layers.2.1.to_q"}),
+    ({"layers_to_transform": [2], "layers_pattern": ["layers"]},
+     {"layers.2.0.to_q", "layers.2.1.to_q"}),
+])
+def test_layers_to_transform_chooses_blocks(fields, expected):
+    net = mp.get_pet_model(Stack(), config(["to_q"], **fields))
+    assert {path for path, cell in net.cells_and_names() if isinstance(cell, LoRADense)} == expected
+
+
+def test_a_layer_by_its_whole_path_needs_no_block_number():
+    net = mp.get_pet_model(Stack(), config(["to_q", "head"], layers_to_transform=[1], layers_pattern="layers"))
+    assert isinstance(net.head, LoRADense)
+
+
+@pytest.mark.parametrize("fields, error, message", [
+    ({"layers_to_transform": [7]}, ValueError, "'to_q' hits no layer in blocks 7"),
+    ({"layers_to_transform": [-1]}, TypeError, "layers_to_transform must be a block number"),
+    ({"layers_to_transform": []}, TypeError, "layers_to_transform"),
+    ({"layers_to_transform": [True]}, TypeError, "layers_to_transform"),
+    ({"layers_pattern": "layers"}, ValueError, "layers_to_transform gives none"),
+])
+def test_blocks_that_do_not_exist_are_refused(fields, error, message):
+    net = Stack()
+    with unchanged(net), pytest.raises(error, match=message):
+        mp.get_pet_model(net, config(["to_q"], **fields))
+
+
+def test_block_numbers_beside_a_regular_expression_are_refused():
+    with pytest.raises(ValueError, match="needs target_modules as a list"):
+        config(".*to_q", layers_to_transform=[1])

@@ -168,6 +168,10 @@ class DeltaConfig:
         target_modules: a regular expression that must match a layer's whole path, a list of names (each equal to a
             path or to its last parts), or ``"all-linear"``.
         exclude_modules: layers left alone among those, spelt likewise.
+        layers_to_transform: numbers of the blocks whose layers are adapted, where `target_modules` is a list; all
+            without it. An entry that equals a layer's whole path is adapted whatever its number.
+        layers_pattern: the names of the lists of blocks, such as ``"layers"``, whose numbers are meant; without it the
+            last number in a path (as PEFT).
         freeze_include: patterns (`*` matches anything) of parameters to freeze. Everything but the deltas is frozen
             without it; what both lists name is left alone, as in `freeze_delta`.
         freeze_exclude: patterns of parameters that train beside the deltas.
@@ -181,6 +185,8 @@ class DeltaConfig:
 
     target_modules: str | tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] | None = None
     freeze_include: tuple[str, ...] | None = None
     freeze_exclude: tuple[str, ...] | None = None
 
@@ -189,6 +195,18 @@ class DeltaConfig:
             object.__setattr__(self, name, _names(name, getattr(self, name), allow_text=True))
         for name in ("freeze_include", "freeze_exclude"):
             object.__setattr__(self, name, _names(name, getattr(self, name), allow_text=False))
+        object.__setattr__(self, "layers_to_transform", _numbers("layers_to_transform", self.layers_to_transform))
+        pattern = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        object.__setattr__(self, "layers_pattern", _names("layers_pattern", pattern or None, allow_text=False))
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where block numbers stand, but layers_to_transform gives none.")
+        if self.layers_to_transform is not None and not isinstance(self.target_modules, tuple):
+            raise ValueError("layers_to_transform needs target_modules as a list of names; a regular expression can "
+                             "name the blocks itself.")
+
+    def for_layer(self, path: str) -> DeltaConfig:
+        """Return the settings for the layer at `path`, where they are not the same for all layers."""
+        return self
 
     @classmethod
     def trained_pattern(cls) -> str:
@@ -213,6 +231,16 @@ class DeltaConfig:
     def is_linear(cls, cell: nn.Cell) -> bool:
         """Tell whether ``"all-linear"`` means this cell."""
         return isinstance(cell, nn.Dense) and not isinstance(cell, Delta)
+
+
+def _numbers(field: str, value: object) -> tuple[int, ...] | None:
+    """Return block numbers as a tuple of ints after checking them."""
+    if value is None:
+        return None
+    items = list(value) if isinstance(value, (list, tuple, set, range)) else [value]
+    if not items or not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in items):
+        raise TypeError(f"{field} must be a block number or a non-empty list of block numbers, but got {value!r}.")
+    return tuple(items)
 
 
 def _names(field: str, value: object, allow_text: bool) -> str | tuple[str, ...] | None:

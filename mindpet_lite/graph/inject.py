@@ -39,7 +39,7 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
     adapted: dict[str, Delta] = {}
     for path, cell in chosen.items():
         try:
-            adapted[path] = adapt(config, cell)
+            adapted[path] = adapt(config.for_layer(path), cell)
         except (TypeError, ValueError) as error:
             problems.append(f"{path}: {error}")
     if isinstance(adapted.get(""), nn.Cell):

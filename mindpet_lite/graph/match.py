@@ -78,6 +78,12 @@ def _hits(field: str, wanted: str | Sequence[str] | None, cells: Mapping[str, nn
     chosen: list[str] = []
     for entry in wanted:
         found = [path for path in cells if path == entry or path.endswith("." + entry)]
+        if field == "target_modules" and found:
+            found = [path for path in found if path == entry or _is_chosen_block(path, config)]
+            if not found:
+                problems.append(f"{field} entry {entry!r} hits no layer in blocks "
+                                f"{', '.join(map(str, config.layers_to_transform or ()))}.")
+                continue
         adapted = [path for path in found if config.refusal(cells[path]) is None or _owns_parameters(cells[path])]
         if not found:
             problems.append(f"{field} entry {entry!r} hits nothing; it must equal a layer's path or its last parts, "
@@ -90,6 +96,15 @@ def _hits(field: str, wanted: str | Sequence[str] | None, cells: Mapping[str, nn
         chosen.extend(found)
     order = {path: index for index, path in enumerate(cells)}
     return sorted(set(chosen), key=order.__getitem__)
+
+
+def _is_chosen_block(path: str, config: DeltaConfig) -> bool:
+    """Tell whether the block number in `path` is one of `layers_to_transform`, where that is given."""
+    if config.layers_to_transform is None:
+        return True
+    names = config.layers_pattern or ("[^.]*",)
+    numbers = [match[1] for name in names if (match := re.match(rf"(?:.*\.)?(?:{name})\.(\d+)\.", path))]
+    return any(int(number) in config.layers_to_transform for number in numbers)
 
 
 def _owns_parameters(cell: nn.Cell) -> bool:

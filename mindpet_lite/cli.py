@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return mindpet_lite.main(arguments, prog_name="mindpet-lite", standalone_mode=False) or 0
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "mindpet-lite"
-        return _fail(f"{error.format_message()} See {where} --help.", USER_ERROR)
+        return _fail(f"{error.format_message().rstrip('.')}; see {where} --help.", USER_ERROR)
     except TimeoutError as error:
         return _fail(str(error), TIMED_OUT)
     except (OSError, ValueError) as error:

@@ -94,15 +94,15 @@ def test_a_script_killed_by_a_signal_is_told_as_a_shell_tells_it(capfd):
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    ([], "Missing command. See mindpet-lite --help."),
-    (["run"], "Missing command. See mindpet-lite run --help."),
+    ([], "Missing command; see mindpet-lite --help.$"),
+    (["run"], "Missing command; see mindpet-lite run --help.$"),
     (["run", "train"], "No such command 'train'"),
     (["run", "finetune", "-op", "out", "-bp", "boot.py"], "Missing option '-dp' / '--data_path'"),
-    (["run", "finetune", *GIVEN["finetune"], "-cp", "x"], "No such option '-c"),
+    (["run", "finetune", *GIVEN["finetune"], "-cp", "x"], "No such option.*-c"),
     (["run", "finetune", *GIVEN["finetune"], "more"], "unexpected extra argument"),
     (["run", "evaluate", *GIVEN["finetune"]], "Missing option '-cp' / '--ckpt_path'"),
     (["run", "finetune", *GIVEN["finetune"], "-t", "26x"], "timeout must be days, hours, minutes and seconds"),
-    (["run", "finetune", *GIVEN["finetune"], "-t"], "requires an argument"),
+    (["run", "finetune", *GIVEN["finetune"], "-t"], "requires a"),
     (["run", "finetune", *GIVEN["finetune"], "-mc", "nowhere.yaml"], "model_config_path: .*nowhere.yaml does not"),
     (["run", "finetune", "-dp", "no", "-op", "boot.py", "-bp", "data"],
      "data_path: .*no does not exist; .*output_path must be a folder, .*boot_file_path must be a .py file"),

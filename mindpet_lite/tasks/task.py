@@ -112,7 +112,7 @@ class _Folder:
     def unfinished(self, reason: str, result_file: str | None) -> None:
         """Say in the folder why it is not complete, and take the name of a result from what may be half of one."""
         with suppress(OSError):    # a full disk or a removed folder must not hide the reason
-            self.running.write_text(f"{reason}\n", encoding="utf-8")
+            self.running.write_text(f"{reason}\n", encoding="utf-8", errors="backslashreplace")
             os.replace(self.running, self.path / "UNFINISHED")
         if result_file is not None:
             with suppress(OSError):

@@ -462,3 +462,20 @@ def test_a_truncated_or_missing_checkpoint_names_itself():
             mp.load_adapter(net, name)
     with pytest.raises(FileNotFoundError, match="d.ckpt"):
         mp.load_adapter(net, "d.ckpt")
+
+
+def test_modules_to_save_train_whole():
+    net = mp.get_pet_model(Attention(), config(["to_k"], modules_to_save=["norm", "blocks.1"]))
+    assert {path for path, item in net.parameters_and_names() if item.requires_grad} == {
+        "norm.gamma", "norm.beta", "blocks.1.0.weight", "blocks.1.0.bias",
+        "to_k.mindpet_delta_lora_a", "to_k.mindpet_delta_lora_b"}
+
+
+@pytest.mark.parametrize("names, message", [
+    (["nrm"], "modules_to_save entry 'nrm' hits no module with parameters. Did you mean 'norm'"),
+    (["to_k"], "holds the adapted layer to_k"),
+])
+def test_modules_to_save_that_do_not_fit_are_refused(names, message):
+    net = Attention()
+    with unchanged(net), pytest.raises(ValueError, match=message):
+        mp.get_pet_model(net, config(["to_k"], modules_to_save=names))

@@ -105,6 +105,7 @@ class Delta:
     Parameters that are never trained, counted or written to a file: those that steer a compiled graph by their value,
     and constants. `strength` multiplies the delta (1 is the trained adapter, 0 the base), `enabled` switches it;
     `refresh` puts both into effect. `fixed` and `unmergeable` say why a method cannot be steered or merged.
+    `foldable` says that some of what trains can be left out for inference, by `fold`.
     """
 
     method: ClassVar[str]
@@ -113,8 +114,11 @@ class Delta:
 
     strength: float = 1.0
     enabled: bool = True
+    # Fields of the file this delta came from that are no setting of a layer, to be written again.
+    origin: Mapping[str, Any] = {}
     fixed: str = ""
     unmergeable: str = ""
+    foldable: bool = False
 
     def delta_parameters(self) -> dict[str, Parameter]:
         """Return the trained Parameters of this layer by their path below it."""
@@ -143,6 +147,10 @@ class Delta:
         """Return the layer without the delta, on the same base Parameter objects; change nothing."""
         raise NotImplementedError(f"{type(self).__name__}.plain_cell() is missing: {self.unmergeable or 'write it'}")
 
+    def fold(self) -> None:
+        """Leave out, in place, what only training needs; the output in evaluation stays the same bit for bit."""
+        raise NotImplementedError(f"{type(self).__name__} has nothing to fold.")
+
     def settings(self) -> dict[str, Any]:
         """Return what a file must hold besides the tensors to rebuild this layer, by config field name."""
         return {}
@@ -168,6 +176,8 @@ class DeltaConfig:
         target_modules: a regular expression that must match a layer's whole path, a list of names (each equal to a
             path or to its last parts), or ``"all-linear"``.
         exclude_modules: layers left alone among those, spelt likewise.
+        modules_to_save: names of modules, spelt as a list in `target_modules`, that train whole beside the deltas and
+            are written to adapter files with them, such as a new head.
         layers_to_transform: numbers of the blocks whose layers are adapted, where `target_modules` is a list; all
             without it. An entry that equals a layer's whole path is adapted whatever its number.
         layers_pattern: the names of the lists of blocks, such as ``"layers"``, whose numbers are meant; without it the
@@ -185,6 +195,7 @@ class DeltaConfig:
 
     target_modules: str | tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] | None = None
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] | None = None
     freeze_include: tuple[str, ...] | None = None
@@ -193,7 +204,7 @@ class DeltaConfig:
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             object.__setattr__(self, name, _names(name, getattr(self, name), allow_text=True))
-        for name in ("freeze_include", "freeze_exclude"):
+        for name in ("modules_to_save", "freeze_include", "freeze_exclude"):
             object.__setattr__(self, name, _names(name, getattr(self, name), allow_text=False))
         object.__setattr__(self, "layers_to_transform", _numbers("layers_to_transform", self.layers_to_transform))
         pattern = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
@@ -203,6 +214,10 @@ class DeltaConfig:
         if self.layers_to_transform is not None and not isinstance(self.target_modules, tuple):
             raise ValueError("layers_to_transform needs target_modules as a list of names; a regular expression can "
                              "name the blocks itself.")
+
+    def trains_beside(self, name: str, of_adapted_layer: bool) -> bool:
+        """Tell whether a base Parameter of this attribute name trains beside the deltas."""
+        return False
 
     def for_layer(self, path: str) -> DeltaConfig:
         """Return the settings for the layer at `path`, where they are not the same for all layers."""

@@ -45,11 +45,21 @@ class BitFitConfig(DeltaConfig):
     """Settings of BitFit: those of :class:`DeltaConfig`; without `target_modules` every bias of the net trains.
 
     A bias is a Parameter whose attribute name ends in ``bias``, as `freeze_delta(net, "bitfit")` takes it; the shift
-    of a LayerNorm (`beta`) can be added with ``freeze_exclude=["*beta"]``, but is not written to adapter files.
+    of a LayerNorm (`beta`) can be trained too with ``freeze_exclude=["*beta"]``; such a net is saved by
+    `TrainableParamsCheckPoint`, not as an adapter.
+
+    Raises:
+        ValueError: `modules_to_save` is given.
     """
 
     pet_type: ClassVar[str] = "bitfit"
     all_by_default: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.modules_to_save:
+            raise ValueError("BitFit adds nothing that tells its biases from other trained parameters, so it cannot "
+                             "save modules_to_save beside them: leave it out.")
 
     @classmethod
     def trained_pattern(cls) -> str:

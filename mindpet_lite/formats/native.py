@@ -16,9 +16,11 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the tensors as ``<layer path>.<name below the layer>``, and a config with method and settings."""
     tensors = {f"{path}.{name}": value for path, layer in state.layers.items()
                for name, value in layer.tensors.items()}
+    tensors.update(state.trained)
     layers = {path: {"settings": layer.settings, "tensors": sorted(layer.tensors)}
               for path, layer in state.layers.items()}
-    return tensors, {"format": FORMAT, "pet_type": state.method, "layers": layers}
+    return tensors, {**state.config, "format": FORMAT, "pet_type": state.method, "layers": layers,
+                     "trained": sorted(state.trained)}
 
 
 def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> AdapterState:
@@ -36,12 +38,16 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Adap
                or not all(isinstance(name, str) for name in layer["tensors"])]
     if damaged:
         raise ValueError(f"the config needs 'settings' and 'tensors' for {', '.join(map(repr, damaged))}.")
+    trained = config.get("trained", [])
+    if not isinstance(trained, list) or not all(isinstance(name, str) for name in trained):
+        raise ValueError("the config's 'trained' must be a list of parameter paths.")
     expected = {f"{path}.{name}": (path, name) for path, layer in layers.items() for name in layer["tensors"]}
-    problems = [f"missing: {key}." for key in expected if key not in tensors]
-    problems += [f"unexpected: {key}." for key in tensors if key not in expected]
+    problems = [f"missing: {key}." for key in [*expected, *trained] if key not in tensors]
+    problems += [f"unexpected: {key}." for key in tensors if key not in expected and key not in trained]
     if problems or not expected:
         raise ValueError("\n  ".join(problems) or "it holds no tensor.")
     found = {path: LayerState({}, layer["settings"]) for path, layer in layers.items()}
     for key, (path, name) in expected.items():
         found[path].tensors[name] = tensors[key]
-    return AdapterState(config["pet_type"], found)
+    kept = {name: value for name, value in config.items() if name not in ("format", "pet_type", "layers", "trained")}
+    return AdapterState(config["pet_type"], found, {name: tensors[name] for name in trained}, kept)

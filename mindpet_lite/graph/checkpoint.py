@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from mindpet_lite.graph.inject import adapt, settle_names
 from mindpet_lite.graph.live import deltas, deltas_in
 from mindpet_lite.graph.tree import cells_by_path, replace, require_cell
 
+# PyTorch's names of the Parameters that MindSpore calls otherwise.
+_ELSEWHERE = {"gamma": "weight", "beta": "bias", "embedding_table": "weight"}
+
 
 def adapter_state(net: nn.Cell) -> AdapterState:
     """Return the deltas of `net` as numpy arrays, by layer path.
@@ -31,13 +35,23 @@ def adapter_state(net: nn.Cell) -> AdapterState:
     methods = sorted({cell.method for cell in found.values()})
     if len(methods) > 1:
         raise ValueError(f"One adapter file holds one method, but the net has {' and '.join(methods)}.")
-    return AdapterState(methods[0], {path: LayerState(
-        {name: _to_numpy(parameter) for name, parameter in cell.delta_parameters().items()}, cell.settings())
-        for path, cell in found.items()})
+    layers = {path: LayerState({name: _to_numpy(parameter) for name, parameter in cell.delta_parameters().items()},
+                               cell.settings()) for path, cell in found.items()}
+    return AdapterState(methods[0], layers, _trained_beside(net, found),
+                        dict(next((cell.origin for cell in found.values() if cell.origin), {})))
+
+
+def _trained_beside(net: nn.Cell, found: Mapping[str, Delta]) -> dict[str, np.ndarray]:
+    """Return the base Parameters that train beside the deltas; none where nothing was frozen."""
+    own = {id(item) for delta in found.values() for item in delta.delta_parameters().values()}
+    base = [(parameter, names) for parameter, names in net_parameters(net) if id(parameter) not in own]
+    if all(parameter.requires_grad for parameter, _ in base):
+        return {}
+    return {names[0]: _to_numpy(parameter) for parameter, names in base if parameter.requires_grad}
 
 
 def save_adapter(net: nn.Cell, directory: str | os.PathLike[str]) -> Path:
-    """Write the deltas of `net` as an adapter directory; the base is not in it.
+    """Write the deltas of `net` as an adapter directory, and what trains beside them; the frozen base is not in it.
 
     ``adapter_config.json`` and ``adapter_model.safetensors`` are written whole or not at all: LoRA as PEFT has it, with
     keys ``base_model.model.<path>.lora_A.weight``; other methods under ``<path>.<our parameter name>``. The
@@ -89,6 +103,7 @@ def load_adapter(net: nn.Cell, directory: str | os.PathLike[str]) -> nn.Cell:
     path = Path(directory)
     state = _read_checkpoint(path, cells) if path.suffix == ".ckpt" else folder.load(path)
     homes, problems = _homes(state, cells)
+    beside = _places_of_trained(state, net, problems)
     if problems:
         raise ValueError(f"The adapter in {directory} does not fit the net, which is unchanged:\n  "
                          + "\n  ".join(problems))
@@ -98,6 +113,9 @@ def load_adapter(net: nn.Cell, directory: str | os.PathLike[str]) -> nn.Cell:
     settle_names(parameters, {place: delta for place, delta in homes.items() if cells[place] in swaps})
     for place, delta in homes.items():
         _fill(delta, state.layers[place])
+        delta.origin = state.config
+    for name, parameter in beside.items():
+        parameter.set_data(Tensor(state.trained[name]).astype(parameter.dtype))
     thawed = {id(item) for delta in homes.values() if not isinstance(delta, nn.Cell)
               for item in delta.delta_parameters().values()}
     if thawed:
@@ -132,6 +150,22 @@ def _homes(state: AdapterState, cells: Mapping[str, nn.Cell]) -> tuple[dict[str,
     problems.extend(f"missing: the net's adapted layer {path} is not in the file." for path in present
                     if id(cells[path]) not in place_of)
     return homes, problems
+
+
+def _places_of_trained(state: AdapterState, net: nn.Cell, problems: list[str]) -> dict[str, Parameter]:
+    """Return the Parameter of the net for each base parameter in the file, and add every problem found."""
+    places = {name: parameter for parameter, names in net_parameters(net) for name in names}
+    # Other frameworks call every layer's parameters weight and bias.
+    places = {**{f"{head}{_ELSEWHERE[last]}": parameter for name, parameter in places.items()
+                 for head, last in [re.split(r"(?=[^.]*$)", name, maxsplit=1)] if last in _ELSEWHERE}, **places}
+    for name, value in state.trained.items():
+        if name not in places:
+            problems.append(f"unexpected: the net has no parameter {name!r}.{did_you_mean(name, places)}")
+        elif tuple(places[name].shape) != value.shape:
+            problems.append(f"misshapen: {name} is {tuple(places[name].shape)} in the net, {value.shape} in the file.")
+        elif not np.isfinite(value).all():
+            problems.append(f"not finite: {name} holds NaN or infinite values.")
+    return {name: places[name] for name in state.trained if name in places}
 
 
 def _home(kind: type[DeltaConfig], method: str, cell: nn.Cell, layer: LayerState) -> Delta:

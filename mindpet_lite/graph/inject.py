@@ -8,7 +8,7 @@ from typing import Any
 from mindspore import Parameter, nn
 
 from mindpet_lite.config import as_config
-from mindpet_lite.delta.base import Delta, DeltaConfig
+from mindpet_lite.delta.base import Delta, DeltaConfig, did_you_mean
 from mindpet_lite.graph.freeze import apply_trains, net_parameters, with_lists
 from mindpet_lite.graph.match import targets
 from mindpet_lite.graph.tree import cells_by_path, replace
@@ -51,10 +51,11 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
             for parameter in cell.delta_parameters().values()}
     own = {id(parameter): (parameter, [f"{path}.{name}"]) for path, delta in adapted.items()
            for name, parameter in delta.delta_parameters().items()}
+    beside = _beside(cells, config, chosen, problems)
     parameters = [item for item in base if id(item[0]) not in own] + [
         (parameter, next((names for item, names in base if item is parameter), names))
         for parameter, names in own.values()]
-    trains = [id(parameter) in own or (id(parameter) in kept and parameter.requires_grad)
+    trains = [id(parameter) in own or id(parameter) in beside or (id(parameter) in kept and parameter.requires_grad)
               for parameter, _ in parameters]
     try:
         trains = with_lists(parameters, trains, ("freeze_include", config.freeze_include),
@@ -70,6 +71,26 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
     apply_trains(net, parameters, trains)
     replace(net, {chosen[path]: delta for path, delta in adapted.items() if isinstance(delta, nn.Cell)})
     return net
+
+
+def _beside(cells: Mapping[str, nn.Cell], config: DeltaConfig, chosen: Mapping[str, nn.Cell],
+            problems: list[str]) -> set[int]:
+    """Return the ids of the base Parameters that train beside the deltas; add to `problems` what cannot."""
+    adapted = {id(cell) for cell in chosen.values()}
+    found = {id(item) for cell in cells.values() for name, item in cell.parameters_and_names(expand=False)
+             if config.trains_beside(name, id(cell) in adapted)}
+    for entry in config.modules_to_save or ():
+        hits = [path for path in cells if path == entry or path.endswith("." + entry)]
+        inner = [path for path, cell in cells.items() if id(cell) in adapted
+                 and any(path == hit or path.startswith(hit + ".") for hit in hits)]
+        saved = {id(item) for path in hits for item in cells[path].get_parameters()}
+        if inner:
+            problems.append(f"modules_to_save entry {entry!r} holds the adapted layer {inner[0]}: take it out of one.")
+        elif not saved:
+            problems.append(f"modules_to_save entry {entry!r} hits no module with parameters."
+                            f"{did_you_mean(entry, (path.rpartition('.')[2] for path in cells if path))}")
+        found |= saved
+    return found
 
 
 def adapt(config: DeltaConfig, cell: nn.Cell) -> Delta:

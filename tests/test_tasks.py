@@ -29,7 +29,7 @@ out = Path(flags[flags.index("--output_path") + 1])
 (out / "model.ckpt").write_bytes(b"weights")
 Path("flags.json").write_text(json.dumps([sys.executable, flags]))
 """
-# A child that ignores SIGTERM, one in a session of its own, one of a child; none of them ends by itself in time.
+# A child that ignores SIGTERM, one in a session of its own, one without our environment, one with a child.
 FAMILY = """
 import subprocess, sys, time
 from pathlib import Path
@@ -38,6 +38,7 @@ deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); prin
 nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}])"
 children = [subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE),
             subprocess.Popen([sys.executable, "-c", sleep], start_new_session=True, stdout=subprocess.DEVNULL),
+            subprocess.Popen([sys.executable, "-c", sleep], env={}),
             subprocess.Popen([sys.executable, "-c", nested])]
 children[0].stdout.readline()
 Path("pids.tmp").write_text(" ".join(str(child.pid) for child in children))
@@ -350,6 +351,18 @@ def test_defect_18_nothing_is_lost_and_nothing_is_undecodable(home, capfd):
     assert output.count("x") == 500_000 and output.endswith("\nend \ufffd")
 
 
+def test_defect_18_what_a_script_wrote_last_is_shown_even_to_a_slow_reader(home, monkeypatch):
+    shown = []
+
+    def slow(text: str) -> None:
+        shown.append(text)
+        time.sleep(0.5)    # the script has ended before we look again
+
+    monkeypatch.setattr(process, "echo", slow)
+    assert finetune(script("import time\nprint('first')\ntime.sleep(0.1)\nprint('last' * 10_000)"))
+    assert "".join(shown) == "first\n" + "last" * 10_000 + "\n"
+
+
 def test_a_stream_without_the_characters_is_no_obstacle(home, monkeypatch):
     with open("log", "w", encoding="ascii") as log:
         monkeypatch.setattr(sys, "stdout", log)
@@ -413,7 +426,7 @@ def test_defect_18_a_timeout_ends_the_script_and_all_its_children_but_not_the_ca
     try:
         with pytest.raises(TimeoutError, match="did not end within its timeout of 1s.*UNFINISHED") as error:
             finetune(script(DUMP + FAMILY + "print('before the end', flush=True)\ntime.sleep(60)"), timeout="1s")
-        assert len(family()) == 3 and not any(map(alive, family()))
+        assert len(family()) == 4 and not any(map(alive, family()))
         assert os.getpgid(0) == own_group and bystander.poll() is None
     finally:
         bystander.kill()
@@ -509,7 +522,7 @@ def test_a_task_within_a_task_ends_with_it(home, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     with pytest.raises(TimeoutError):
         finetune(script("from mindpet_lite import tasks\ntasks.finetune('data', 'out', 'inner.py')"), timeout="6s")
-    assert len(family()) == 3 and not any(map(alive, family()))
+    assert len(family()) == 4 and not any(map(alive, family()))
 
 
 # Results

@@ -1,6 +1,16 @@
 """Parameter-efficient tuning native to MindSpore and Ascend."""
 from mindpet_lite.compat import install_as_mindpet
-from mindpet_lite.delta import BitFitConfig, LoraConfig, LoRADense
+from mindpet_lite.delta import (
+    AdapterConfig,
+    AdapterDense,
+    AdapterLayer,
+    BitFitConfig,
+    LoraConfig,
+    LoRADense,
+    LowRankAdapterConfig,
+    LowRankAdapterDense,
+    LowRankAdapterLayer,
+)
 from mindpet_lite.graph import (
     TrainableParamsCheckPoint,
     adapters_disabled,
@@ -18,6 +28,8 @@ from mindpet_lite.graph import (
 
 __version__ = "0.1.0"
 
-__all__ = ["BitFitConfig", "LoRADense", "LoraConfig", "TrainableParamsCheckPoint", "adapters_disabled", "freeze_delta",
-           "freeze_from_config", "freeze_modules", "get_pet_model", "install_as_mindpet", "load_adapter", "merge",
-           "save_adapter", "set_lora_scale", "summary", "unmerge"]
+__all__ = ["AdapterConfig", "AdapterDense", "AdapterLayer", "BitFitConfig", "LoRADense", "LoraConfig",
+           "LowRankAdapterConfig", "LowRankAdapterDense", "LowRankAdapterLayer",
+           "TrainableParamsCheckPoint", "adapters_disabled", "freeze_delta", "freeze_from_config",
+           "freeze_modules", "get_pet_model", "install_as_mindpet", "load_adapter", "merge", "save_adapter",
+           "set_lora_scale", "summary", "unmerge"]

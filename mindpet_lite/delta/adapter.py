@@ -1,0 +1,262 @@
+"""Adapter: Parameter-Efficient Transfer Learning for NLP. Houlsby et al., 2019, https://arxiv.org/abs/1902.00751.
+
+    y = x + s · (act(x Wdᵀ + bd) Wuᵀ + bu)                                               (section 2.1 and figure 2)
+"""
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from typing import Any, ClassVar
+
+import mindspore
+from mindspore import Tensor, nn
+
+from mindpet_lite.delta.activation import get_activation
+from mindpet_lite.delta.base import DeltaConfig, check_int
+from mindpet_lite.delta.bottleneck import (
+    HE_UNIFORM,
+    BottleneckDense,
+    BottleneckLayer,
+    BottleneckSettings,
+    Strategy,
+)
+from mindpet_lite.delta.dense import dense_refusal
+from mindpet_lite.delta.parts import as_type, initial, set_strategies
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterSettings(BottleneckSettings):
+    """The settings of an adapter, checked when made; see :class:`AdapterLayer`."""
+
+    bottleneck_size: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("bottleneck_size", self.bottleneck_size)
+        object.__setattr__(self, "bottleneck_size", int(self.bottleneck_size))
+
+
+class DenseSampler(nn.Dense):
+    """One of an adapter's two maps: a Dense that computes in the type of what it gets."""
+
+    def __init__(self, in_channels: int, out_channels: int, weight_init: Any, dtype: mindspore.dtype) -> None:
+        super().__init__(in_channels, out_channels, initial("weight", weight_init, (out_channels, in_channels), dtype),
+                         initial("bias", "zeros", (out_channels,), dtype), dtype=dtype)
+
+    def affine(self, x: Tensor, bias: Tensor) -> Tensor:
+        """Return x Wᵀ + bias for rows `x`, in their type."""
+        return self.bias_add(self.matmul(x, as_type(self.weight, x.dtype)), bias)
+
+
+class AdapterLayer(BottleneckLayer):
+    r"""A residual bottleneck, to be put after a sub-layer of a net.
+
+    .. math:: y = x + s (act(x W_d^T + b_d) W_u^T + b_u)
+
+    `mindpet_delta_adapter_block` holds `mindpet_delta_adapter_down_sampler` with `weight`
+    (bottleneck_size, hidden_size) and `bias` (bottleneck_size,), `mindpet_delta_adapter_non_linear`, and
+    `mindpet_delta_adapter_up_sampler` with `weight` (hidden_size, bottleneck_size) and `bias` (hidden_size,).
+    `adapter_scaling` () is s, a Parameter that is never trained: it holds the live factor, so that it can change in a
+    compiled graph (:func:`mindpet_lite.set_lora_scale`, :func:`mindpet_lite.adapters_disabled`).
+
+    The map up starts at zero and the map down He-uniform with negative slope √5, so the layer starts as the identity,
+    exactly. (The paper starts both near zero, to come close to that.)
+
+    Dtype rule: parameters keep their type. The layer computes in `compute_dtype` if given, else in what `to_float()`
+    set, else in the type of its parameters. The sum is made in the type of the input, and so is the output. (MindPet
+    computes in float16 unless told otherwise; that is a deliberate difference.)
+
+    Source: Houlsby et al., https://arxiv.org/abs/1902.00751, section 2.1.
+
+    Args:
+        hidden_size (int): size of the last axis of the input; positive.
+        bottleneck_size (int): size of the bottleneck; positive.
+        non_linearity (str): name of the activation in the bottleneck, one of those of
+            :func:`mindpet_lite.delta.activation.get_activation`. `softmax2d` works across the axes of the input, which
+            must then have 3 or 4; `prelu` trains a slope of its own.
+        param_init_type (mindspore.dtype): type of the parameters: float16, bfloat16 or float32.
+        compute_dtype (mindspore.dtype | None): see the dtype rule.
+
+    Inputs:
+        - **x** (Tensor): `(*, hidden_size)`, any number of leading axes, none included.
+
+    Outputs:
+        Tensor of the shape and type of `x`.
+
+    Raises:
+        TypeError: a size is a bool or no int; the non-linearity is unknown; a type is not float16, bfloat16 or float32.
+        ValueError: a size is not positive.
+    """
+
+    method: ClassVar[str] = "adapter"
+    delta_names = ("mindpet_delta_adapter_block",)
+
+    def __init__(self, hidden_size: int, bottleneck_size: int = 64, non_linearity: str = "gelu",
+                 param_init_type: mindspore.dtype = mindspore.float32,
+                 compute_dtype: mindspore.dtype | None = None) -> None:
+        check_int("hidden_size", hidden_size)
+        settings = AdapterSettings(bottleneck_size=bottleneck_size, non_linearity=non_linearity,
+                                   param_init_type=param_init_type, compute_dtype=compute_dtype)
+        super().__init__(hidden_size, settings.bottleneck_size, settings)
+        self.mindpet_delta_adapter_block = nn.SequentialCell(OrderedDict(
+            mindpet_delta_adapter_down_sampler=DenseSampler(hidden_size, bottleneck_size, HE_UNIFORM, param_init_type),
+            mindpet_delta_adapter_non_linear=get_activation(settings.non_linearity),
+            mindpet_delta_adapter_up_sampler=DenseSampler(bottleneck_size, hidden_size, "zeros", param_init_type)))
+
+    @property
+    def non_linearity_name(self) -> str:
+        """MindPet's name of `non_linearity`."""
+        return self.non_linearity
+
+    def _parts(self) -> tuple[nn.Cell, nn.Cell, nn.Cell]:
+        block = self.mindpet_delta_adapter_block
+        return (block.mindpet_delta_adapter_down_sampler, block.mindpet_delta_adapter_non_linear,
+                block.mindpet_delta_adapter_up_sampler)
+
+    def _own_type(self) -> mindspore.dtype:
+        return self.mindpet_delta_adapter_block.mindpet_delta_adapter_down_sampler.weight.dtype
+
+    def settings(self) -> dict[str, Any]:
+        """Return bottleneck_size and non_linearity."""
+        return {"bottleneck_size": self.bottleneck_size, "non_linearity": self.non_linearity}
+
+    def shard(self, strategy_matmul_down_sampler: tuple | None = None,
+              strategy_bias_down_sampler: tuple | None = None, strategy_non_linearity: tuple | None = None,
+              strategy_matmul_up_sampler: tuple | None = None, strategy_bias_up_sampler: tuple | None = None,
+              strategy_residual_add: tuple | None = None) -> AdapterLayer:
+        """Set how the operators are split in (semi-)auto-parallel training; each strategy is optional.
+
+        A strategy is a tuple with a tuple of ints for every input of its operator, as `Primitive.shard` takes it. All
+        are checked before the first is set.
+
+        Raises:
+            TypeError: a strategy is no tuple of tuples of ints.
+            ValueError: the non-linearity is LogSoftmax, or not made of one operator: split that yourself.
+        """
+        set_strategies(self._strategies(strategy_matmul_down_sampler, strategy_bias_down_sampler,
+                                        strategy_non_linearity, strategy_matmul_up_sampler, strategy_bias_up_sampler,
+                                        strategy_residual_add))
+        return self
+
+    def _strategies(self, matmul_down: tuple | None, bias_down: tuple | None, non_linearity: tuple | None,
+                    matmul_up: tuple | None, bias_up: tuple | None, residual: tuple | None) -> list[Strategy]:
+        down, _, up = self._parts()
+        return [("strategy_matmul_down_sampler", down.matmul, matmul_down),
+                ("strategy_bias_down_sampler", down.bias_add, bias_down),
+                ("strategy_matmul_up_sampler", up.matmul, matmul_up),
+                ("strategy_bias_up_sampler", up.bias_add, bias_up),
+                *self.inner_strategies(non_linearity, bias_up, residual)]
+
+
+class AdapterDense(BottleneckDense):
+    r"""A Dense layer with an adapter behind its activation.
+
+    .. math:: h = act(x W^T + b), y = h + s (act_a(h W_d^T + b_d) W_u^T + b_u)
+
+    `weight` (out_channels, in_channels) and `bias` (out_channels,) are where nn.Dense has them;
+    `mindpet_delta_adapter` is the :class:`AdapterLayer`, and `adapter_scaling` () its live factor s. The layer starts
+    equal to its base, exactly. For the dtype rule see :class:`AdapterLayer`; without `compute_dtype` and `to_float()`
+    the whole layer computes in the type of `weight`.
+
+    Args:
+        in_channels (int): size of the last axis of the input; positive.
+        out_channels (int): size of the last axis of the output; positive.
+        weight_init (Tensor | str | Initializer | number): start of `weight`.
+        bias_init (Tensor | str | Initializer | number): start of `bias`.
+        has_bias (bool): whether there is a `bias`.
+        activation (str | Cell | Primitive | None): activation of the Dense, before the adapter.
+        bottleneck_size (int): as for :class:`AdapterLayer`.
+        non_linearity (str): as for :class:`AdapterLayer`.
+        param_init_type (mindspore.dtype): type of the adapter's parameters: float16, bfloat16 or float32.
+        compute_dtype (mindspore.dtype | None): see the dtype rule.
+        dtype (mindspore.dtype): type of `weight` and `bias`.
+
+    Inputs:
+        - **x** (Tensor): `(*, in_channels)`, any number of leading axes, none included.
+
+    Outputs:
+        Tensor `(*, out_channels)` of the type of `x`.
+
+    Raises:
+        TypeError: as :class:`AdapterLayer`; `activation` or an initialiser is of no known kind.
+        ValueError: as :class:`AdapterLayer`; an initial Tensor has the wrong shape; the activation's (a KeyError too)
+            or initialiser's name is unknown.
+    """
+
+    method: ClassVar[str] = "adapter"
+    delta_names = ("mindpet_delta_adapter",)
+
+    def __init__(self, in_channels: int, out_channels: int, weight_init: Any = "normal", bias_init: Any = "zeros",
+                 has_bias: bool = True, activation: Any = None, bottleneck_size: int = 64,
+                 non_linearity: str = "gelu", param_init_type: mindspore.dtype = mindspore.float32,
+                 compute_dtype: mindspore.dtype | None = None, *, dtype: mindspore.dtype = mindspore.float32) -> None:
+        settings = AdapterSettings(bottleneck_size=bottleneck_size, non_linearity=non_linearity,
+                                   param_init_type=param_init_type, compute_dtype=compute_dtype)
+        super().__init__(in_channels, out_channels, weight_init=weight_init, bias_init=bias_init, has_bias=has_bias,
+                         activation=activation, dtype=dtype)
+        self._add_delta(settings)
+
+    @classmethod
+    def from_dense(cls, dense: nn.Dense, bottleneck_size: int = 64, non_linearity: str = "gelu",
+                   param_init_type: mindspore.dtype = mindspore.float32,
+                   compute_dtype: mindspore.dtype | None = None) -> AdapterDense:
+        """Adapt an existing Dense: same Parameter objects and names, same primitives, same activation.
+
+        `dense` itself stays as it is; put the returned layer in its place. The output is that of `dense`, bit for bit.
+        The arguments are those of the class.
+
+        Raises:
+            TypeError: `dense` is no nn.Dense, is adapted already, or overrides `construct`; or as the class.
+            ValueError: as the class.
+        """
+        reason = dense_refusal(dense, "an adapter")
+        if reason:
+            raise TypeError(reason)
+        return cls._on(dense, AdapterSettings(bottleneck_size=bottleneck_size, non_linearity=non_linearity,
+                                              param_init_type=param_init_type, compute_dtype=compute_dtype))
+
+    def _add_delta(self, config: AdapterSettings) -> None:
+        self._attach(AdapterLayer(self.out_channels, config.bottleneck_size, config.non_linearity,
+                                  config.param_init_type, config.compute_dtype))
+
+    def shard(self, strategy_matmul_org: tuple | None = None, strategy_bias_org: tuple | None = None,
+              strategy_activation_org: tuple | None = None, strategy_matmul_down_sampler: tuple | None = None,
+              strategy_bias_down_sampler: tuple | None = None, strategy_non_linearity: tuple | None = None,
+              strategy_matmul_up_sampler: tuple | None = None, strategy_bias_up_sampler: tuple | None = None,
+              strategy_residual_add: tuple | None = None) -> AdapterDense:
+        """Set how the operators are split: those of the Dense by `..._org`, the others as :meth:`AdapterLayer.shard`.
+
+        What the layer lacks (bias, activation) has nothing to split.
+
+        Raises:
+            TypeError, ValueError: as :meth:`AdapterLayer.shard`.
+        """
+        self._shard(strategy_matmul_org, strategy_bias_org, strategy_activation_org,
+                    self.mindpet_delta_adapter._strategies(
+                        strategy_matmul_down_sampler, strategy_bias_down_sampler, strategy_non_linearity,
+                        strategy_matmul_up_sampler, strategy_bias_up_sampler, strategy_residual_add))
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig(DeltaConfig, AdapterSettings):
+    """Settings of the adapter, checked when made; the fields are those of :class:`AdapterDense` and `DeltaConfig`.
+
+    Raises:
+        TypeError, ValueError: as :class:`AdapterDense`.
+    """
+
+    pet_type: ClassVar[str] = "adapter"
+
+    def __post_init__(self) -> None:
+        DeltaConfig.__post_init__(self)
+        AdapterSettings.__post_init__(self)
+
+    @classmethod
+    def refusal(cls, cell: nn.Cell) -> str | None:
+        """Return why `cell` cannot carry an adapter, or None."""
+        return dense_refusal(cell, "an adapter")
+
+    def adapt(self, cell: nn.Cell) -> AdapterDense:
+        """Return the adapter cell on the Parameter objects of `cell`."""
+        return AdapterDense._on(cell, self)

@@ -1,0 +1,175 @@
+"""What the adapter and the low-rank adapter share: a residual bottleneck, and a Dense with one after it."""
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import mindspore
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import HeUniform
+
+from mindpet_lite.delta.activation import check_non_linearity
+from mindpet_lite.delta.base import Delta, check_float_type
+from mindpet_lite.delta.dense import AdaptedDense, TypedCell
+from mindpet_lite.delta.parts import as_type, check_strategies, prefix_of, set_strategies
+
+# As A of LoRA starts: by the width of the input, so that no non-linearity starts where it is flat.
+HE_UNIFORM = HeUniform(negative_slope=math.sqrt(5))
+
+# An argument of `shard` by its name, the operator or activation it is for, and its value.
+Strategy = tuple[str, Any, "tuple | None"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BottleneckSettings:
+    """The settings that both adapters have, checked when made."""
+
+    non_linearity: str = "gelu"
+    param_init_type: mindspore.dtype = mindspore.float32
+    compute_dtype: mindspore.dtype | None = None
+
+    def __post_init__(self) -> None:
+        check_non_linearity(self.non_linearity)
+        check_float_type("param_init_type", self.param_init_type)
+        if self.compute_dtype is not None:
+            check_float_type("compute_dtype", self.compute_dtype)
+        object.__setattr__(self, "non_linearity", self.non_linearity.lower())
+
+
+class Steered(Delta):
+    """A delta behind the live factor `adapter_scaling`, which a running graph reads: 1 as trained, 0 the base."""
+
+    live_names = ("adapter_scaling",)
+    unmergeable = "the adapter applies a non-linearity to the layer's output, so no weight of the layer equals both."
+
+    adapter_scaling: Parameter
+
+    def refresh(self) -> None:
+        """Set the live factor to `strength`, or 0 where switched off."""
+        self.adapter_scaling.set_data(Tensor(self.strength if self.enabled else 0.0, mindspore.float32))
+
+    def unlike(self, settings: Mapping[str, Any]) -> list[str]:
+        """Return whether the non-linearity is another; other sizes show in the shapes."""
+        return Delta.unlike(self, {name: value for name, value in settings.items() if name == "non_linearity"})
+
+
+class BottleneckLayer(TypedCell, Steered):
+    """x + s · up(act(down(x))): base class of the layers of both adapters.
+
+    A subclass makes the activation and the two maps, of which `up` starts at zero, and names them in `_parts`. A map
+    has its `bias` and `affine(rows, bias)`, which computes in the type of the rows.
+    """
+
+    def __init__(self, hidden_size: int, bottleneck_size: int, settings: BottleneckSettings) -> None:
+        super().__init__()
+        self.hidden_size, self.bottleneck_size = hidden_size, bottleneck_size
+        self.non_linearity = settings.non_linearity
+        self.compute_dtype = settings.compute_dtype
+        # Softmax2d works across the input's own axes, all others on rows.
+        self.on_axes = settings.non_linearity == "softmax2d"
+        self.adapter_scaling = Parameter(Tensor(1.0, mindspore.float32), name="adapter_scaling", requires_grad=False)
+        self.reshape = ops.Reshape()
+        self.low_mul = ops.Mul()
+        self.bias_mul = ops.Mul()
+        self.residual_add = ops.Add()
+
+    def _parts(self) -> tuple[nn.Cell, nn.Cell, nn.Cell]:
+        """Return the map down, the non-linearity and the map up."""
+        raise NotImplementedError
+
+    def construct(self, x: Tensor) -> Tensor:
+        """Apply the layer to `x` (*, hidden_size); return the same shape and type."""
+        shape = x.shape
+        if len(shape) == 2:
+            return self.adapted(x, shape[:-1], self._compute_type())
+        return self.reshape(self.adapted(self.reshape(x, (-1, shape[-1])), shape[:-1], self._compute_type()), shape)
+
+    def adapted(self, rows: Tensor, leading: tuple[int, ...], dtype: mindspore.dtype) -> Tensor:
+        """Return the layer's output for `rows` of any type, computing the delta in `dtype`.
+
+        Args:
+            rows: (rows, hidden_size).
+            leading: the axes that were flattened to rows.
+            dtype: of the computation; the sum is made in the type of `rows`.
+        """
+        down, non_linear, up = self._parts()
+        low = down.affine(as_type(rows, dtype), as_type(down.bias, dtype))
+        if self.on_axes:
+            low = self.reshape(non_linear(self.reshape(low, leading + (-1,))), low.shape)
+        else:
+            low = non_linear(low)
+        # On the [rows, bottleneck] side, which is the smaller one.
+        scale = as_type(self.adapter_scaling, dtype)
+        delta = up.affine(self.low_mul(low, scale), self.bias_mul(as_type(up.bias, dtype), scale))
+        return self.residual_add(rows, as_type(delta, rows.dtype))
+
+    def extend_repr(self) -> str:
+        """Show the sizes and the non-linearity."""
+        return f"hidden_size={self.hidden_size}, " + ", ".join(
+            f"{name}={value}" for name, value in self.settings().items())
+
+    def inner_strategies(self, non_linearity: tuple | None, bias_up: tuple | None,
+                         residual: tuple | None) -> list[Strategy]:
+        """Return the strategies of what is between and after the two maps, those of the live factor among them."""
+        check_strategies({"strategy_non_linearity": non_linearity, "strategy_bias_up_sampler": bias_up})
+        return [("strategy_non_linearity", self._parts()[1], non_linearity),
+                ("strategy_non_linearity", self.low_mul, (non_linearity[0], ()) if non_linearity else None),
+                ("strategy_bias_up_sampler", self.bias_mul, (bias_up[-1], ()) if bias_up else None),
+                ("strategy_residual_add", self.residual_add, residual)]
+
+
+class BottleneckDense(AdaptedDense, Steered):
+    """act(x Wᵀ + b) and a `BottleneckLayer` after it: base class of the Dense of both adapters.
+
+    A subclass makes that layer in `_add_delta`, under the one name in its `delta_names`.
+    """
+
+    def _attach(self, layer: BottleneckLayer) -> None:
+        """Put `layer` after this one, its Parameters named beside `weight`."""
+        (name,), prefix = self.delta_names, prefix_of(self.weight.name)
+        setattr(self, name, layer)
+        layer.update_parameters_name(f"{prefix}{name}.")
+        # Held here too, so that nothing takes it for one of the trained ones by its name.
+        self.insert_param_to_cell("adapter_scaling", layer.adapter_scaling)
+        self.adapter_scaling.name = f"{prefix}adapter_scaling"
+        self.compute_dtype = layer.compute_dtype
+        self.bottleneck_size = layer.bottleneck_size
+
+    @property
+    def bottleneck(self) -> BottleneckLayer:
+        """The layer after this one."""
+        return getattr(self, self.delta_names[0])
+
+    def construct(self, x: Tensor) -> Tensor:
+        """Apply the layer to `x` (*, in_channels); return (*, out_channels) of the type of `x`."""
+        shape, input_type, dtype = x.shape, x.dtype, self._compute_type()
+        x = as_type(x, dtype)
+        if len(shape) != 2:
+            x = self.reshape(x, (-1, shape[-1]))
+        y = self._affine(x, dtype)
+        if self.activation_flag:
+            y = self.activation(y)
+        y = self.bottleneck.adapted(y, shape[:-1], dtype)
+        if len(shape) != 2:
+            y = self.reshape(y, shape[:-1] + (self.out_channels,))
+        return as_type(y, input_type)
+
+    def _shard(self, matmul: tuple | None, bias: tuple | None, activation: tuple | None,
+               inner: list[Strategy]) -> None:
+        set_strategies([("strategy_matmul_org", self.matmul, matmul),
+                        ("strategy_bias_org", self.bias_add if self.has_bias else None, bias),
+                        ("strategy_activation_org", self.activation, activation), *inner])
+
+    def delta_parameters(self) -> dict[str, Parameter]:
+        """Return what the layer after this one trains, by path below this one."""
+        return {f"{self.delta_names[0]}.{path}": item for path, item in self.bottleneck.delta_parameters().items()}
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the layer after this one."""
+        return self.bottleneck.settings()
+
+    def extend_repr(self) -> str:
+        """Show the adapter's settings beside those of nn.Dense."""
+        return super().extend_repr() + "".join(f", {name}={value}" for name, value in self.settings().items())

@@ -8,7 +8,6 @@ import sys
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,8 @@ _RESULT_FILES = {"evaluate": "eval_result.json", "infer": "infer_result.json"}
 _PathLike = str | os.PathLike[str]
 
 
-@dataclass(frozen=True)
-class TaskResult:
-    """What a task came to; true if the script ended with exit code 0.
+class TaskResult(int):
+    """The exit code of the user's script, an int (0 is success), with what else the task came to.
 
     Args:
         exit_code: the script's; 128 + n if signal n ended it, as a shell says it.
@@ -32,12 +30,21 @@ class TaskResult:
         result: what the script wrote to `eval_result.json` or `infer_result.json`; None for finetune and failures.
     """
 
-    exit_code: int
     output_path: Path
-    result: Any = None
+    result: Any
 
-    def __bool__(self) -> bool:
-        return self.exit_code == 0
+    def __new__(cls, exit_code: int, output_path: Path, result: Any = None) -> TaskResult:
+        outcome = super().__new__(cls, exit_code)
+        outcome.output_path, outcome.result = output_path, result
+        return outcome
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code as a plain int."""
+        return int(self)
+
+    def __repr__(self) -> str:
+        return f"TaskResult(exit_code={int(self)}, output_path={str(self.output_path)!r}, result={self.result!r})"
 
 
 def finetune(data_path: _PathLike, output_path: _PathLike, boot_file_path: _PathLike,

@@ -34,6 +34,7 @@ class TaskResult(int):
     result: Any
 
     def __new__(cls, exit_code: int, output_path: Path, result: Any = None) -> TaskResult:
+        """Make the int and give it what else the task came to."""
         outcome = super().__new__(cls, exit_code)
         outcome.output_path, outcome.result = output_path, result
         return outcome

@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "mindpet_lite" / "__init__
 # manimgx-fonts-cjk is Noto Sans CJK (SIL Open Font License), for captions in Chinese.
 EXAMPLES = ["pillow>=10.1", "matplotlib", "tqdm", "resvg-py==0.5.0", "manimgx-fonts-cjk"]
 CLI = ["click>=8"]
-TEST = ["pytest"]
+TEST = ["pytest", "hypothesis"]
 
 setup(
     name="mindpet_lite",

@@ -17,7 +17,6 @@ from safetensors.numpy import load_file, save_file
 import mindpet_lite as mp
 from mindpet_lite.delta import LoRADense
 from mindpet_lite.formats import directory as folder_format
-from mindpet_lite.formats.files import read_tensors
 
 TARGETS = ["to_q", "to_out.0", "blocks.1.0"]
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -111,15 +110,6 @@ def test_half_precision_deltas(delta_type, pynative_mode):
     for ours, theirs in zip(other.to_q.delta_parameters().values(), net.to_q.delta_parameters().values()):
         assert ours.dtype == delta_type
         assert np.array_equal(ours.astype(ms.float32).asnumpy(), theirs.astype(ms.float32).asnumpy())
-
-
-def test_bfloat16_files_are_read():
-    values = np.array([[1.0, -2.5], [3.140625, 1e-30]], np.float32)
-    bits = (values.view(np.uint32) >> 16).astype(np.uint16)
-    header = json.dumps({"x": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}}).encode()
-    Path("x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bits.tobytes())
-    expected = (bits.astype(np.uint32) << 16).view(np.float32)
-    assert np.array_equal(read_tensors(Path("x.safetensors"))["x"], expected) and expected[1, 0] == 3.140625
 
 
 def test_ranks_and_alphas_by_layer(mode):
@@ -363,31 +353,6 @@ def test_a_folder_that_cannot_be_written_says_what_to_do(place):
     assert Path("file").read_text() == "mine" and os.listdir("taken") == [TENSORS]
 
 
-@pytest.mark.parametrize("broken", ["write_bytes", "fsync", "replace"])
-@pytest.mark.parametrize("nth", [1, 2])
-def test_a_failing_disk_leaves_the_old_files(broken, nth, monkeypatch):
-    mp.save_adapter(adapted(), "adapter")
-    old = {name: Path("adapter", name).read_bytes() for name in (CONFIG, TENSORS)}
-    calls = []
-    owner = Path if broken == "write_bytes" else os
-    original = getattr(owner, broken)
-
-    def failing(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == nth:
-            raise OSError(28, "No space left on device")
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(owner, broken, failing)
-        with pytest.raises(OSError, match="adapter could not be written .No space left on device"):
-            mp.save_adapter(adapted(lora_rank=4), "adapter")
-    assert sorted(os.listdir("adapter")) == [CONFIG, TENSORS]
-    now = {name: Path("adapter", name).read_bytes() for name in (CONFIG, TENSORS)}
-    # Only between the two renames can one file be the new one.
-    assert now == old or (broken, nth) in {("replace", 2), ("fsync", 2)}
-
-
 FULL_DISK = """
 import resource, signal, sys
 from mindspore import nn
@@ -406,7 +371,7 @@ def test_a_disk_that_takes_no_more_leaves_nothing_behind():
     result = subprocess.run([sys.executable, "-c", FULL_DISK], capture_output=True, text=True, timeout=120,
                             env={**os.environ, "PYTHONPATH": str(Path(mp.__file__).parents[1])})
     assert "said: adapter could not be written (File too large)" in result.stderr, result.stderr
-    assert os.listdir("adapter") == []
+    assert not os.path.exists("adapter") and not [name for name in os.listdir(".") if "adapter" in name]
 
 
 # MindPet's checkpoints and our own

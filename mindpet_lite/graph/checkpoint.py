@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import mindspore
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
@@ -15,7 +14,9 @@ from mindpet_lite.delta import METHODS
 from mindpet_lite.delta.base import Delta, DeltaConfig, did_you_mean
 from mindpet_lite.formats import directory as folder
 from mindpet_lite.formats import mindpet
+from mindpet_lite.formats.checkpoint_file import open_checkpoint
 from mindpet_lite.formats.state import AdapterState, LayerState
+from mindpet_lite.formats.values import in_float32
 from mindpet_lite.graph.freeze import apply_trains, net_parameters
 from mindpet_lite.graph.inject import adapt, settle_names
 from mindpet_lite.graph.live import deltas, deltas_in
@@ -101,7 +102,7 @@ def load_adapter(net: nn.Cell, directory: str | os.PathLike[str]) -> nn.Cell:
     """
     cells = cells_by_path(net)
     path = Path(directory)
-    state = _read_checkpoint(path, cells) if path.suffix == ".ckpt" else folder.load(path)
+    state = in_float32(_read_checkpoint(path, cells) if path.suffix == ".ckpt" else folder.load(path), str(path))
     homes, problems = _homes(state, cells)
     beside = _places_of_trained(state, net, problems)
     if problems:
@@ -163,8 +164,8 @@ def _places_of_trained(state: AdapterState, net: nn.Cell, problems: list[str]) -
             problems.append(f"unexpected: the net has no parameter {name!r}.{did_you_mean(name, places)}")
         elif tuple(places[name].shape) != value.shape:
             problems.append(f"misshapen: {name} is {tuple(places[name].shape)} in the net, {value.shape} in the file.")
-        elif not np.isfinite(value).all():
-            problems.append(f"not finite: {name} holds NaN or infinite values.")
+        else:
+            problems.extend(_value_problems(name, places[name], value))
     return {name: places[name] for name in state.trained if name in places}
 
 
@@ -185,12 +186,22 @@ def _mismatches(path: str, delta: Delta, layer: LayerState) -> list[str]:
     own = delta.delta_parameters()
     problems = [f"{path}: {text}" for text in delta.unlike(layer.settings or {})]
     problems += [f"missing: {path}.{name}." for name in own if name not in layer.tensors]
-    problems += [f"unexpected: {path}.{name}." for name in layer.tensors if name not in own]
+    # MindPet's checkpoints hold constants as well.
+    problems += [f"unexpected: {path}.{name}." for name in layer.tensors
+                 if name not in own and name not in delta.live_parameters()]
     problems += [f"misshapen: {path}.{name} is {tuple(own[name].shape)} in the net, {value.shape} in the file."
                  for name, value in layer.tensors.items() if name in own and tuple(own[name].shape) != value.shape]
-    problems += [f"not finite: {path}.{name} holds NaN or infinite values." for name, value in layer.tensors.items()
-                 if not np.isfinite(value).all()]
+    for name, value in layer.tensors.items():
+        if name in own:
+            problems += _value_problems(f"{path}.{name}", own[name], value)
     return problems
+
+
+def _value_problems(name: str, parameter: Parameter, value: np.ndarray) -> list[str]:
+    """Return why the values of a file are none for a Parameter; empty if they are."""
+    if np.issubdtype(value.dtype, np.floating) != (parameter.dtype in mstype.float_type):
+        return [f"of another type: {name} is {parameter.dtype} in the net, {value.dtype} in the file."]
+    return [] if np.isfinite(value).all() else [f"not finite: {name} holds NaN or infinite values."]
 
 
 def _fill(delta: Delta, layer: LayerState) -> None:
@@ -204,14 +215,11 @@ def _read_checkpoint(path: Path, cells: Mapping[str, nn.Cell]) -> AdapterState:
     """Read a MindSpore checkpoint of deltas; MindPet's name layers by `Parameter.name`, which may not be the path."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}: check the path.")
+    with open_checkpoint(path) as file:
+        settings = file.metadata.get(mindpet.SETTINGS_KEY)
+        tensors = {name: file.read(name) for name in file.keys()}
     try:
-        entries = mindspore.load_checkpoint(str(path))
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{path} is not a whole MindSpore checkpoint: it was cut short or damaged; copy or save it "
-                         f"again.") from error
-    settings = entries.pop(mindpet.SETTINGS_KEY, None)
-    try:
-        state = mindpet.decode({name: _to_numpy(value) for name, value in entries.items()}, settings, METHODS)
+        state = mindpet.decode(tensors, settings, METHODS)
     except ValueError as error:
         raise ValueError(f"The adapter in {path} cannot be used:\n  {error}") from error
     if settings is not None:

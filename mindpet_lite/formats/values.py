@@ -1,0 +1,42 @@
+"""The values of an adapter as a net takes them."""
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import numpy as np
+
+from mindpet_lite.formats.files import BF16, as_float
+from mindpet_lite.formats.state import AdapterState
+
+_WIDE = np.dtype(np.float64)
+
+
+def in_float32(state: AdapterState, source: str) -> AdapterState:
+    """Return the adapter with float32 where the file has bfloat16 or float64, and say so once.
+
+    Args:
+        state: the adapter as it stands in a file.
+        source: the file's name in the warning.
+    """
+    held = {value.dtype for values in (state.trained, *(layer.tensors for layer in state.layers.values()))
+            for value in values.values()}
+    if BF16 in held:
+        warnings.warn(f"{source} stores values as bfloat16: they are read as float32, the same numbers.", stacklevel=3)
+    if _WIDE in held:
+        warnings.warn(f"{source} stores values as float64: they are rounded to float32.", stacklevel=3)
+    if not held & {BF16, _WIDE}:
+        return state
+    return dataclasses.replace(
+        state, trained={name: _in_float32(value) for name, value in state.trained.items()},
+        layers={path: dataclasses.replace(layer, tensors={name: _in_float32(value)
+                                                          for name, value in layer.tensors.items()})
+                for path, layer in state.layers.items()})
+
+
+def _in_float32(value: np.ndarray) -> np.ndarray:
+    if value.dtype != _WIDE:
+        return as_float(value)
+    # What is too large becomes infinite, and is refused as any infinite value.
+    with np.errstate(over="ignore"):
+        return value.astype(np.float32)

@@ -2,7 +2,19 @@
 from mindpet_lite.delta.adapter import AdapterConfig, AdapterDense, AdapterLayer
 from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.delta.bitfit import BitFitConfig
-from mindpet_lite.delta.lora import LoraConfig, LoRADense
+from mindpet_lite.delta.lora import (
+    LoraConfig,
+    LoRAConv1d,
+    LoRAConv2d,
+    LoRAConv3d,
+    LoRADense,
+    LoRAEmbedding,
+    LoRALinear,
+    LoRAMintConv1d,
+    LoRAMintConv2d,
+    LoRAMintConv3d,
+    LoRAMintEmbedding,
+)
 from mindpet_lite.delta.low_rank_adapter import (
     LowRankAdapterConfig,
     LowRankAdapterDense,
@@ -19,5 +31,6 @@ METHODS: dict[str, type[DeltaConfig]] = {
 }
 
 __all__ = ["METHODS", "AdapterConfig", "AdapterDense", "AdapterLayer", "BitFitConfig", "Delta", "DeltaConfig",
-           "LoRADense", "LoraConfig", "LowRankAdapterConfig", "LowRankAdapterDense", "LowRankAdapterLayer",
-           "LowRankLinear", "RDropLoss", "rdrop_repeat"]
+           "LoRAConv1d", "LoRAConv2d", "LoRAConv3d", "LoRADense", "LoRAEmbedding", "LoRALinear", "LoRAMintConv1d",
+           "LoRAMintConv2d", "LoRAMintConv3d", "LoRAMintEmbedding", "LoraConfig", "LowRankAdapterConfig",
+           "LowRankAdapterDense", "LowRankAdapterLayer", "LowRankLinear", "RDropLoss", "rdrop_repeat"]

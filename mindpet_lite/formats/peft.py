@@ -14,7 +14,12 @@ from mindpet_lite.formats.state import AdapterState, LayerState
 METHODS = ("lora",)
 _PREFIX = "base_model.model."
 # PEFT's name of each tensor of a layer, by ours.
-_KEYS = {"mindpet_delta_lora_a": "lora_A.weight", "mindpet_delta_lora_b": "lora_B.weight"}
+_KEYS = {"mindpet_delta_lora_a": "lora_A.weight", "mindpet_delta_lora_b": "lora_B.weight",
+         "mindpet_delta_lora_embedding_a": "lora_embedding_A", "mindpet_delta_lora_embedding_b": "lora_embedding_B"}
+# The names of A and B: of every other layer, of an embedding.
+_LAYER, _TABLE = tuple(_KEYS)[:2], tuple(_KEYS)[2:]
+# PEFT writes the table of an adapted embedding along. It is the base's own, and the net has it.
+_TABLE_COPY = ".base_layer.weight"
 _OURS = {key: name for name, key in _KEYS.items()}
 # Fields that change what an adapter computes and that a plain LoRA of Dense layers cannot express, with the values
 # that mean "not used".
@@ -34,7 +39,8 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     tensors = {f"{_PREFIX}{path}.{_KEYS[name]}": value
                for path, layer in state.layers.items() for name, value in layer.tensors.items()}
     settings = {path: layer.settings or {} for path, layer in state.layers.items()}
-    common = {name: Counter(item[name] for item in settings.values()).most_common(1)[0][0]
+    # An embedding has no dropout.
+    common = {name: Counter([item[name] for item in settings.values() if name in item] or [0.0]).most_common(1)[0][0]
               for name in ("lora_rank", "lora_alpha", "lora_dropout")}
     config = {
         "peft_type": "LORA", "auto_mapping": None, "base_model_name_or_path": None, "bias": "none",
@@ -63,29 +69,39 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Adap
     layers: dict[str, dict[str, np.ndarray]] = {}
     for key, value in tensors.items():
         path, name = _split(key)
-        if name is None:
-            problems.append(f"{key} is no tensor of a LoRA layer (expected {_PREFIX}<path>.lora_A.weight or lora_B).")
-        else:
+        if name is not None:
             layers.setdefault(path, {})[name] = value
+        elif f"{key.removesuffix(_TABLE_COPY)}.lora_embedding_A" not in tensors:
+            problems.append(f"{key} is no tensor of a LoRA layer (expected {_PREFIX}<path>.lora_A.weight or lora_B, "
+                            f"or lora_embedding_A or B).")
     if not layers and not problems:
         problems.append("the file holds no tensor.")
     found: dict[str, LayerState] = {}
     for path, parts in layers.items():
-        missing = [key for name, key in _KEYS.items() if name not in parts]
-        if missing:
-            problems.append(f"{path} lacks {', '.join(missing)}.")
+        names = _TABLE if any(name in parts for name in _TABLE) else _LAYER
+        missing = [_KEYS[name] for name in names if name not in parts]
+        if missing or len(parts) != len(names):
+            problems.append(f"{path} lacks {', '.join(missing)}." if missing else f"{path} has two kinds of factors.")
             continue
-        a, b = parts["mindpet_delta_lora_a"], parts["mindpet_delta_lora_b"]
         rank = _by_pattern(config.get("rank_pattern"), path, config.get("r"))
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
+        a, b = (parts[name] for name in names)
+        if not _rank_fits(a, b, rank):
             problems.append(f"{path}: lora_A of shape {a.shape} and lora_B of shape {b.shape} do not fit rank {rank} "
                             f"of the config.")
         found[path] = LayerState(parts, {
             "lora_rank": rank, "lora_alpha": _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha")),
-            "lora_dropout": config.get("lora_dropout") or 0.0})
+            **({"lora_dropout": config.get("lora_dropout") or 0.0} if names == _LAYER else {})})
     if problems:
         raise ValueError("\n  ".join(problems))
     return AdapterState("lora", found)
+
+
+def _rank_fits(a: np.ndarray, b: np.ndarray, rank: int) -> bool:
+    """Tell whether A leads to `rank` and B from there: matrices, or convolutions with a B of kernel size 1."""
+    if a.ndim != b.ndim or a.ndim < 2 or a.shape[0] != rank or any(size != 1 for size in b.shape[2:]):
+        return False
+    # With groups, each of a convolution's outputs sees its group's share of the rank.
+    return b.shape[1] == rank or a.ndim > 2 and b.shape[1] > 0 and rank % b.shape[1] == 0
 
 
 def _config_problems(config: Mapping[str, Any]) -> list[str]:

@@ -19,20 +19,30 @@ from mindpet_lite.delta.base import (
     check_probability,
     warn_user,
 )
-from mindpet_lite.delta.parts import check_init, initial, prefix_of
+from mindpet_lite.delta.parts import check_init, initial
 
 HE_UNIFORM = HeUniform(negative_slope=math.sqrt(5))
 
 
+class OwnStart:
+    """The initial value that a kind of layer has where a config names none: see `a_start` and `b_start`."""
+
+    def __repr__(self) -> str:
+        return "<the layer's own>"
+
+
 @dataclasses.dataclass(frozen=True)
 class LoraSettings:
-    """The settings of a LoRA layer, checked when made; see :class:`LoRADense`."""
+    """The settings of a LoRA layer, checked when made; see :class:`LoRADense`.
+
+    Without `lora_a_init` and `lora_b_init` each kind of layer starts as its class does where it is built by hand.
+    """
 
     lora_rank: int = 8
     lora_alpha: float = 16
     lora_dropout: float = 0.0
-    lora_a_init: Any = HE_UNIFORM
-    lora_b_init: Any = "zeros"
+    lora_a_init: Any = OwnStart()
+    lora_b_init: Any = OwnStart()
     param_init_type: mindspore.dtype = mindspore.float32
     compute_dtype: mindspore.dtype | None = None
 
@@ -44,7 +54,8 @@ class LoraSettings:
         if self.compute_dtype is not None:
             check_float_type("compute_dtype", self.compute_dtype)
         for name in ("lora_a_init", "lora_b_init"):
-            check_init(name, getattr(self, name))
+            if not isinstance(getattr(self, name), OwnStart):
+                check_init(name, getattr(self, name))
         # Python's own numbers: what numpy counts as a number, JSON does not.
         object.__setattr__(self, "lora_rank", int(self.lora_rank))
         if not isinstance(self.lora_alpha, int):
@@ -57,6 +68,9 @@ class LowRank(Delta):
     method: ClassVar[str] = "lora"
     delta_names = ("mindpet_delta_lora_a", "mindpet_delta_lora_b")
     live_names = ("lora_scaling",)
+    # How A and B start unless the settings say otherwise.
+    a_start: ClassVar[Any] = HE_UNIFORM
+    b_start: ClassVar[Any] = "zeros"
 
     lora_rank: int
     lora_alpha: float
@@ -66,14 +80,17 @@ class LowRank(Delta):
     def _add_factors(self, config: LoraSettings, a_shape: tuple[int, ...], b_shape: tuple[int, ...],
                      weight: Parameter, most: int) -> None:
         """Make the Parameters; `most` is the rank that the update can have."""
-        values = [initial("lora_a_init", config.lora_a_init, a_shape, config.param_init_type),
-                  initial("lora_b_init", config.lora_b_init, b_shape, config.param_init_type)]
+        values = [initial(name, own if isinstance(given, OwnStart) else given, shape, config.param_init_type)
+                  for name, given, own, shape in (("lora_a_init", config.lora_a_init, self.a_start, a_shape),
+                                                  ("lora_b_init", config.lora_b_init, self.b_start, b_shape))]
         if config.lora_rank > most:
-            warn_user(f"lora_rank {config.lora_rank} is above min(in_channels, out_channels) = {most}: the update "
-                      f"cannot use it.")
+            warn_user(f"lora_rank {config.lora_rank} is above the highest rank of the layer's weight = {most}: the "
+                      f"update cannot use it.")
         self.lora_rank, self.lora_alpha = config.lora_rank, config.lora_alpha
         self.dropout_rate = float(config.lora_dropout)
-        prefix = prefix_of(weight.name)
+        # The delta's names go beside the weight's.
+        head, _, last = weight.name.rpartition(".")
+        prefix = f"{head}." if head and last in ("weight", "embedding_table") else ""
         for name, value in zip(self.delta_names, values):
             setattr(self, name, Parameter(value, name=prefix + name))
         self.lora_scaling = Parameter(Tensor(self.lora_alpha / self.lora_rank, mindspore.float32),

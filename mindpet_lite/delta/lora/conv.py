@@ -1,0 +1,222 @@
+"""LoRA on the convolutions of `mindspore.nn` and `mindspore.mint.nn`."""
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import mindspore
+from mindspore import Tensor, mint, nn, ops
+
+from mindpet_lite.delta.lora.layer import LoRALayer
+from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, LoraSettings
+from mindpet_lite.delta.parts import as_type
+
+
+class LoRAConv(LoRALayer):
+    r"""A convolution with a trainable low-rank update beside its frozen kernel: what all kinds share.
+
+    .. math:: y = W * x + b + \frac{\alpha}{r} B * (A * drop(x))
+
+    A is a convolution to `lora_rank` channels with the kernel size, stride, padding and dilation of the layer, B one
+    of kernel size 1: `mindpet_delta_lora_a` (lora_rank, in_channels, *kernel) and `mindpet_delta_lora_b`
+    (out_channels, lora_rank / group, 1, ...), as PEFT has them. With the live factor in `lora_scaling` (), see
+    :class:`LoRADense`, where the dtype rule stands too.
+
+    With ``group > 1``, A sees all channels and B has the groups, as in PEFT: output group g is made of the g-th part
+    of the `lora_rank` channels. An output then depends on every input channel, which no kernel of the grouped layer
+    can express: `merge` refuses such a layer. `lora_rank` must be divisible by `group`.
+
+    Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685; for convolutions the authors' loralib, and PEFT.
+
+    Args:
+        in_channels (int): channels of the input.
+        out_channels (int): channels of the output.
+        kernel_size (int | tuple[int]): as the plain layer takes it.
+        lora_rank (int): channels between A and B; positive, divisible by the number of groups.
+        lora_alpha (int | float): finite and positive; the update is scaled by lora_alpha / lora_rank.
+        lora_dropout (int | float): probability in [0, 1) of dropping an input of A in training.
+        lora_a_init (Tensor | str | Initializer | number): start of A. Default: He-uniform with negative slope √5.
+        lora_b_init (Tensor | str | Initializer | number): start of B. Default: zeros, so that the layer starts equal
+            to its base.
+        param_init_type (mindspore.dtype): type of A and B: float16, bfloat16 or float32.
+        compute_dtype (mindspore.dtype | None): see the dtype rule.
+        **conv_kwargs: the other arguments of the plain layer.
+
+    Inputs:
+        - **x** (Tensor): as the plain layer takes it.
+
+    Outputs:
+        Tensor of the plain layer's shape and the type of `x`.
+
+    Raises:
+        TypeError: as :class:`LoRADense` and the plain layer.
+        ValueError: as :class:`LoRADense` and the plain layer; lora_rank is not divisible by the number of groups; the
+            layout is not channels first.
+    """
+
+    dims: ClassVar[int]
+    groups_name: ClassVar[str]
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...], lora_rank: int,
+                 lora_alpha: float, lora_dropout: float = 0.0, lora_a_init: Any = HE_UNIFORM,
+                 lora_b_init: Any = "zeros", param_init_type: mindspore.dtype = mindspore.float32,
+                 compute_dtype: mindspore.dtype | None = None, **conv_kwargs: Any) -> None:
+        settings = LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init, param_init_type,
+                                compute_dtype)
+        super().__init__(in_channels, out_channels, kernel_size, **conv_kwargs)
+        self._add_delta(settings)
+
+    def _add_delta(self, config: LoraSettings) -> None:
+        groups = getattr(self, self.groups_name)
+        if config.lora_rank % groups:
+            raise ValueError(f"lora_rank must be divisible by the {groups} groups of the convolution, between which "
+                             f"its channels are shared out, but got {config.lora_rank}: take a multiple of {groups}, "
+                             f"or leave the layer out with exclude_modules.")
+        kernel = tuple(self.weight.shape[-self.dims:])
+        self.compute_dtype = config.compute_dtype
+        self._add_factors(config, (config.lora_rank, self.in_channels, *kernel),
+                          (self.out_channels, config.lora_rank // groups, *[1] * self.dims), self.weight,
+                          min(self.out_channels, self.in_channels * math.prod(kernel)))
+        self._add_dropout()
+        self.lora_groups = groups
+        self.lora_b_matmul = ops.BatchMatMul()
+        if groups > 1:
+            self.unmergeable = (f"with {groups} groups the update makes each output depend on every input channel, "
+                                f"which a kernel of as many groups cannot hold; use the net unmerged.")
+
+    def _base(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
+        """Return W * x + b in `dtype`."""
+        raise NotImplementedError
+
+    def _low(self, x: Tensor, a: Tensor) -> Tensor:
+        """Return A * x: (batch, lora_rank, *space)."""
+        raise NotImplementedError
+
+    def _high(self, low: Tensor, b: Tensor) -> Tensor:
+        """Return B * low: (batch, out_channels, *space).
+
+        A product of matrices for each group, because Ascend's convolution knows no groups but a channel each.
+        """
+        shape, groups = low.shape, self.lora_groups
+        batch = shape[:-self.dims - 1]
+        rows = ops.reshape(low, (*batch, groups, self.lora_rank // groups, -1))
+        b = ops.reshape(b, (groups, self.out_channels // groups, self.lora_rank // groups))
+        y = self.lora_b_matmul(ops.broadcast_to(b, (*batch, *b.shape)), rows)
+        return ops.reshape(y, (*batch, self.out_channels, *shape[-self.dims:]))
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        input_type, dtype = x.dtype, self._compute_type()
+        x = as_type(x, dtype)
+        y = self._base(x, dtype)
+        if self.has_dropout:
+            x = self.lora_dropout(x)
+        low = self._scaled(self._low(x, as_type(self.mindpet_delta_lora_a, dtype)), dtype)
+        return as_type(ops.add(y, self._high(low, as_type(self.mindpet_delta_lora_b, dtype))), input_type)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """Apply the layer to `x` (batch, in_channels, *space); return a Tensor of the type of `x`."""
+        return self._adapted(x)
+
+
+class _NNConv(LoRAConv):
+    groups_name = "group"
+    parts = ("in_channels", "out_channels", "kernel_size", "stride", "pad_mode", "data_format", "padding", "dilation",
+             "_dilation", "group", "has_bias", "weight_init", "bias_init", "bias_add", "shape", "expand_dims",
+             "squeeze", "concat", "split_0", "split_1", "conv2d", "conv3d")
+
+    def _add_delta(self, config: LoraSettings) -> None:
+        if self.data_format == "NHWC":
+            raise ValueError("LoRA's convolutions are channels first, but data_format is 'NHWC': build the layer with "
+                             "'NCHW'.")
+        super()._add_delta(config)
+        primitive = ops.Conv3D if self.dims == 3 else ops.Conv2D
+        self.lora_a_conv = primitive(self.lora_rank, self.kernel_size, pad_mode=self.pad_mode, pad=self.padding,
+                                     stride=self.stride, dilation=self.dilation)
+
+    def _base(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
+        y = self.conv2d(x, as_type(self.weight, dtype))
+        if self.has_bias:
+            y = self.bias_add(y, as_type(self.bias, dtype))
+        return y
+
+    def _low(self, x: Tensor, a: Tensor) -> Tensor:
+        return self.lora_a_conv(x, a)
+
+
+class LoRAConv1d(_NNConv, nn.Conv1d):
+    """LoRA on `nn.Conv1d`; see :class:`LoRAConv`. `weight` is (out_channels, in_channels / group, 1, kernel_size)."""
+
+    plain_type, plain_name, dims = nn.Conv1d, "nn.Conv1d", 1
+
+    def _base(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
+        return self.squeeze(super()._base(self.expand_dims(x, 2), dtype))
+
+    def _low(self, x: Tensor, a: Tensor) -> Tensor:
+        return self.squeeze(self.lora_a_conv(self.expand_dims(x, 2), self.expand_dims(a, 2)))
+
+
+class LoRAConv2d(_NNConv, nn.Conv2d):
+    """LoRA on `nn.Conv2d`; see :class:`LoRAConv`."""
+
+    plain_type, plain_name, dims = nn.Conv2d, "nn.Conv2d", 2
+
+
+class LoRAConv3d(_NNConv, nn.Conv3d):
+    """LoRA on `nn.Conv3d`; see :class:`LoRAConv`."""
+
+    plain_type, plain_name, dims = nn.Conv3d, "nn.Conv3d", 3
+
+    def _base(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
+        weight = as_type(self.weight, dtype)
+        if self.group == 1:
+            y = self.conv3d(x, weight)
+        else:
+            # As the plain layer does it: Ascend's convolution of volumes has no groups.
+            parts, kernels = self.split_1(x), self.split_0(weight)
+            y = self.concat([self.conv3d(parts[index], kernels[index]) for index in range(self.group)])
+        if self.has_bias:
+            y = self.bias_add(y, as_type(self.bias, dtype))
+        return y
+
+
+class _MintConv(LoRAConv):
+    groups_name = "groups"
+    parts = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "transposed",
+             "output_padding", "padding_mode", "_reversed_padding", "conv1d", "conv2d", "conv3d")
+
+    def _convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """Return what the layer's own operator makes of `x` with this kernel."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x = mint.nn.functional.pad(x, self._reversed_padding, mode=self.padding_mode)
+            padding = (0,) * self.dims
+        if self.dims == 1:
+            return self.conv1d(x, weight, bias, self.stride, padding, self.dilation, groups)
+        if self.dims == 2:
+            return self.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
+        return self.conv3d(x, weight, bias, self.stride, padding, self.dilation, groups)
+
+    def _base(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
+        bias = None if self.bias is None else as_type(self.bias, dtype)
+        return self._convolution(x, as_type(self.weight, dtype), bias, self.groups)
+
+    def _low(self, x: Tensor, a: Tensor) -> Tensor:
+        return self._convolution(x, a, None, 1)
+
+
+class LoRAMintConv1d(_MintConv, mint.nn.Conv1d):
+    """LoRA on `mint.nn.Conv1d`; see :class:`LoRAConv`."""
+
+    plain_type, plain_name, dims = mint.nn.Conv1d, "mint.nn.Conv1d", 1
+
+
+class LoRAMintConv2d(_MintConv, mint.nn.Conv2d):
+    """LoRA on `mint.nn.Conv2d`; see :class:`LoRAConv`."""
+
+    plain_type, plain_name, dims = mint.nn.Conv2d, "mint.nn.Conv2d", 2
+
+
+class LoRAMintConv3d(_MintConv, mint.nn.Conv3d):
+    """LoRA on `mint.nn.Conv3d`; see :class:`LoRAConv`."""
+
+    plain_type, plain_name, dims = mint.nn.Conv3d, "mint.nn.Conv3d", 3

@@ -1,0 +1,167 @@
+"""LoRA on `mindspore.nn.Embedding` and `mindspore.mint.nn.Embedding`."""
+from __future__ import annotations
+
+from typing import Any
+
+import mindspore
+import numpy as np
+from mindspore import Parameter, Tensor, mint, nn, ops
+from mindspore.common.initializer import Normal
+
+from mindpet_lite.delta.base import check_number
+from mindpet_lite.delta.lora.layer import LoRALayer
+from mindpet_lite.delta.lora.low_rank import LoraSettings
+from mindpet_lite.delta.parts import as_type
+
+UNIT_NORMAL = Normal(1.0)
+
+
+class LoRATable(LoRALayer):
+    r"""A table of vectors with a trainable low-rank update beside it: what both kinds of embedding share.
+
+    .. math:: y_i = T_i + \frac{\alpha}{r} (B A)^T_i
+
+    `mindpet_delta_lora_embedding_a` (lora_rank, vocab_size) and `mindpet_delta_lora_embedding_b` (embedding_size,
+    lora_rank) are PEFT's lora_embedding_A and B; `lora_scaling` () holds the live factor, see :class:`LoRADense`.
+    As in PEFT, A starts from zeros and B from a normal distribution of deviation 1 (the other way round, B would learn
+    through an A of the size 1/√vocab_size), and A's column at `padding_idx` gets no gradient.
+
+    Dtype rule: that of :class:`LoRADense` with the table for the weight. The output has the type of the table.
+
+    Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685; for embeddings the authors' loralib, and PEFT.
+
+    Args:
+        vocab_size (int): how many ids there are.
+        embedding_size (int): size of a vector.
+        lora_rank (int): rows of A, columns of B; positive. Above min(vocab_size, embedding_size) a warning says that
+            it is wasted.
+        lora_alpha (int | float): finite and positive; the update is scaled by lora_alpha / lora_rank.
+        lora_dropout (int | float): 0, because ids cannot be dropped. The `lora_dropout` of a config that adapts other
+            layers too does not apply to embeddings, as in PEFT.
+        lora_a_init (Tensor | str | Initializer | number): start of A. Default: zeros.
+        lora_b_init (Tensor | str | Initializer | number): start of B. Default: normal with deviation 1.
+        param_init_type (mindspore.dtype): type of A and B: float16, bfloat16 or float32.
+        compute_dtype (mindspore.dtype | None): see the dtype rule.
+        **embedding_kwargs: the other arguments of the plain layer.
+
+    Inputs:
+        - **ids** (Tensor): of int32 or int64 and any shape.
+
+    Outputs:
+        Tensor of shape `ids.shape + (embedding_size,)`.
+
+    Raises:
+        TypeError: as :class:`LoRADense` and the plain layer.
+        ValueError: as :class:`LoRADense` and the plain layer; lora_dropout is not 0.
+    """
+
+    delta_names = ("mindpet_delta_lora_embedding_a", "mindpet_delta_lora_embedding_b")
+    a_start, b_start = "zeros", UNIT_NORMAL
+
+    def __init__(self, vocab_size: int, embedding_size: int, lora_rank: int, lora_alpha: float,
+                 lora_dropout: float = 0.0, lora_a_init: Any = "zeros", lora_b_init: Any = UNIT_NORMAL,
+                 param_init_type: mindspore.dtype = mindspore.float32,
+                 compute_dtype: mindspore.dtype | None = None, **embedding_kwargs: Any) -> None:
+        if check_number("lora_dropout", lora_dropout) != 0:
+            raise ValueError(f"lora_dropout must be 0, because the ids an embedding takes cannot be dropped, but got "
+                             f"{lora_dropout}.")
+        settings = LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init, param_init_type,
+                                compute_dtype)
+        super().__init__(vocab_size, embedding_size, **embedding_kwargs)
+        self._add_delta(settings)
+
+    def _add_delta(self, config: LoraSettings) -> None:
+        ids, size = self.weight.shape
+        self.compute_dtype = config.compute_dtype
+        self._add_factors(config, (config.lora_rank, ids), (size, config.lora_rank), self.weight, min(ids, size))
+        self.lora_padding = None if self.padding_idx is None else self.padding_idx % ids
+        self.lora_a_gather = ops.Gather()
+        self.lora_b_matmul = ops.MatMul(transpose_a=True, transpose_b=True)
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        """Return the table's rows for `ids` (n,): (n, embedding_size)."""
+        raise NotImplementedError
+
+    def _columns(self, ids: Tensor) -> Tensor:
+        """Return A's columns for `ids` (n,): (lora_rank, n)."""
+        return self.lora_a_gather(self.mindpet_delta_lora_embedding_a, ids, 1)
+
+    def construct(self, ids: Tensor) -> Tensor:
+        """Look up `ids` (*); return (*, embedding_size) of the type of the table."""
+        dtype, flat = self._compute_type(), ops.reshape(ids, (-1,))
+        low = self._columns(flat)
+        if self.lora_padding is not None:
+            low = ops.where(ops.not_equal(flat, self.lora_padding), low, ops.stop_gradient(low))
+        low = self._scaled(as_type(low, dtype), dtype)
+        update = self.lora_b_matmul(low, as_type(self.mindpet_delta_lora_embedding_b, dtype))
+        y = as_type(self._rows(flat), dtype) + update
+        return as_type(ops.reshape(y, (*ids.shape, y.shape[1])), self.weight.dtype)
+
+    def _as_weight(self, update: np.ndarray) -> np.ndarray:
+        return update.T
+
+    def cost(self) -> str:
+        """Say nothing: only the rows that are looked up are cast."""
+        return ""
+
+    def settings(self) -> dict[str, Any]:
+        """Return lora_rank and lora_alpha."""
+        return {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha}
+
+
+class LoRAEmbedding(LoRATable, nn.Embedding):
+    """LoRA on `nn.Embedding`; see :class:`LoRATable`. `embedding_table` is (vocab_size, embedding_size)."""
+
+    plain_type, plain_name = nn.Embedding, "nn.Embedding"
+    base_names = ("embedding_table",)
+    parts = ("vocab_size", "embedding_size", "use_one_hot", "dtype", "padding_idx", "init_tensor", "expand",
+             "reshape_flat", "shp_flat", "gather", "one_hot", "on_value", "off_value", "array_mul", "reshape",
+             "get_shp", "concat")
+
+    @property
+    def weight(self) -> Parameter:
+        """The table, by the name that other kinds of layers have for it."""
+        return self.embedding_table
+
+    def _add_delta(self, config: LoraSettings) -> None:
+        super()._add_delta(config)
+        self.lora_a_matmul = ops.MatMul(transpose_b=True)
+
+    def _one_hot(self, ids: Tensor, dtype: mindspore.dtype) -> Tensor:
+        return as_type(self.one_hot(ids, self.vocab_size, self.on_value, self.off_value), dtype)
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        if self.use_one_hot:
+            return self.array_mul(self._one_hot(ids, self.embedding_table.dtype), self.embedding_table)
+        return self.gather(self.embedding_table, ids, 0)
+
+    def _columns(self, ids: Tensor) -> Tensor:
+        a = self.mindpet_delta_lora_embedding_a
+        if self.use_one_hot:
+            return self.lora_a_matmul(a, self._one_hot(ids, a.dtype))
+        return self.lora_a_gather(a, ids, 1)
+
+
+class LoRAMintEmbedding(LoRATable, mint.nn.Embedding):
+    """LoRA on `mint.nn.Embedding`; see :class:`LoRATable`. `weight` is (num_embeddings, embedding_dim).
+
+    Raises:
+        ValueError: the layer has `max_norm`, which rewrites its rows whenever they are looked up, or
+            `scale_grad_by_freq`, which A's gradient would not follow.
+    """
+
+    plain_type, plain_name = mint.nn.Embedding, "mint.nn.Embedding"
+    base_names = ("weight",)
+    parts = ("num_embeddings", "embedding_dim", "dtype", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq",
+             "sparse")
+
+    def _add_delta(self, config: LoraSettings) -> None:
+        for name, reason in (("max_norm", "rewrites the rows of the table whenever they are looked up, frozen or not"),
+                             ("scale_grad_by_freq", "scales the table's gradient, which A's would not follow")):
+            if getattr(self, name):
+                raise ValueError(f"LoRA does not adapt an embedding with {name}={getattr(self, name)!r}, which "
+                                 f"{reason}: leave it out with exclude_modules.")
+        super()._add_delta(config)
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        return mint.nn.functional.embedding(ids, self.weight, self.padding_idx)

@@ -1,0 +1,60 @@
+"""LoRA on `mindspore.mint.nn.Linear`."""
+from __future__ import annotations
+
+from typing import Any
+
+import mindspore
+from mindspore import Tensor, mint
+
+from mindpet_lite.delta.lora.layer import LoRALayer
+from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, LoraSettings
+from mindpet_lite.delta.parts import as_type
+
+
+class LoRALinear(LoRALayer, mint.nn.Linear):
+    r"""LoRA on `mint.nn.Linear`: :class:`LoRADense` without an activation, on the operator of that layer.
+
+    .. math:: y = x W^T + b + \frac{\alpha}{r} drop(x) A^T B^T
+
+    Names, shapes, dtype rule and errors are those of :class:`LoRADense`, and so are the arguments from `lora_rank` on.
+
+    Args:
+        in_features (int): size of the last axis of the input.
+        out_features (int): size of the last axis of the output.
+        **linear_kwargs: bias, weight_init, bias_init and dtype of mint.nn.Linear.
+
+    Inputs:
+        - **x** (Tensor): `(*, in_features)`.
+
+    Outputs:
+        Tensor `(*, out_features)` of the type of `x`.
+    """
+
+    plain_type, plain_name = mint.nn.Linear, "mint.nn.Linear"
+    parts = ("in_features", "out_features", "has_bias", "dense")
+
+    def __init__(self, in_features: int, out_features: int, lora_rank: int, lora_alpha: float,
+                 lora_dropout: float = 0.0, lora_a_init: Any = HE_UNIFORM, lora_b_init: Any = "zeros",
+                 param_init_type: mindspore.dtype = mindspore.float32,
+                 compute_dtype: mindspore.dtype | None = None, **linear_kwargs: Any) -> None:
+        settings = LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init, param_init_type,
+                                compute_dtype)
+        super().__init__(in_features, out_features, **linear_kwargs)
+        self._add_delta(settings)
+
+    def _add_delta(self, config: LoraSettings) -> None:
+        self.compute_dtype = config.compute_dtype
+        self._add_factors(config, (config.lora_rank, self.in_features), (self.out_features, config.lora_rank),
+                          self.weight, min(self.in_features, self.out_features))
+        self._add_dropout()
+
+    def construct(self, x: Tensor) -> Tensor:
+        """Apply the layer to `x` (*, in_features); return (*, out_features) of the type of `x`."""
+        input_type, dtype = x.dtype, self._compute_type()
+        x = as_type(x, dtype)
+        bias = as_type(self.bias, dtype) if self.has_bias else None
+        y = self.dense(x, as_type(self.weight, dtype), bias)
+        if self.has_dropout:
+            x = self.lora_dropout(x)
+        low = self._scaled(self.dense(x, as_type(self.mindpet_delta_lora_a, dtype)), dtype)
+        return as_type(y + self.dense(low, as_type(self.mindpet_delta_lora_b, dtype)), input_type)

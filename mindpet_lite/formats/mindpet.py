@@ -3,19 +3,53 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from mindpet_lite.formats.lora import OWN_ENTRY, A, B, not_dense, refusals
 from mindpet_lite.formats.state import AdapterState, LayerState
+from mindpet_lite.formats.strict_json import parse_object
 
 # The entry of our own checkpoints that says what adapts which layer: JSON, by path the `method`, its `settings`, and
-# `parameters`, the `Parameter.name` of each tensor. MindPet's have none.
-SETTINGS_KEY = "mindpet_lite"
+# `parameters`, the `Parameter.name` of each tensor. MindPet's have none. What `encode` writes has these `layers` beside
+# the names of base parameters that `trained` and the source's `config`.
+SETTINGS_KEY = OWN_ENTRY
 _NAME = re.compile(r"(?:(?P<layer>.*?)\.)?(?P<own>mindpet_delta_.*)")
 # MindPet names LoRA's factors ..._A and ..._B where a layer stands alone, ..._a and ..._b where it sits in a net.
 _LOWER = {"mindpet_delta_lora_A": "mindpet_delta_lora_a", "mindpet_delta_lora_B": "mindpet_delta_lora_b"}
+
+
+def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return the tensors as ``<path>.<own name>``, and the entries beside them: `SETTINGS_KEY`, or none.
+
+    What MindPet's checkpoints do not say (rank, alpha and all other settings) stands in the entry; MindPet reads the
+    tensors, and needs a net with the same settings. An adapter without settings becomes a file like MindPet's own.
+
+    Raises:
+        ValueError: the adapter holds LoRA of a kind that MindPet does not have, or two tensors of one name. All
+            problems stand in one message.
+    """
+    problems: list[str] = []
+    if state.method == "lora":
+        problems = refusals(AdapterState(state.method, state.layers), "MindPet's files", (A, B), ("use_rslora",))
+        problems += not_dense(state, "MindPet")
+    names = {path: {own: f"{path}.{own}" if path else own for own in layer.tensors}
+             for path, layer in state.layers.items()}
+    tensors = {names[path][own]: value for path, layer in state.layers.items() for own, value in layer.tensors.items()}
+    every = Counter([name for own in names.values() for name in own.values()] + list(state.trained))
+    problems += [f"{name} would be the name of {count} tensors." for name, count in every.items() if count > 1]
+    if problems:
+        raise ValueError("\n  ".join(problems))
+    known = any(layer.settings is not None for layer in state.layers.values())
+    if not (known or state.trained or state.config):
+        return tensors, {}
+    entry = {"layers": {path: {"method": state.method, "settings": layer.settings, "parameters": names[path]}
+                        for path, layer in state.layers.items()},
+             "trained": sorted(state.trained), "config": state.config}
+    return tensors | state.trained, {SETTINGS_KEY: json.dumps(entry, sort_keys=True)}
 
 
 def decode(tensors: Mapping[str, np.ndarray], settings: str | None, methods: Iterable[str]) -> AdapterState:
@@ -31,12 +65,15 @@ def decode(tensors: Mapping[str, np.ndarray], settings: str | None, methods: Ite
         ValueError: a tensor belongs to no adapted layer, two differ in spelling only, or the settings are damaged.
             All problems stand in one message.
     """
-    by_layer = _read_settings(settings)
+    by_layer, trained, config = _read_settings(settings)
     place_of = {name: (path, own) for path, layer in by_layer.items() for own, name in layer["parameters"].items()}
     problems: list[str] = []
     layers: dict[str, dict[str, np.ndarray]] = {}
     used = {layer["method"] for layer in by_layer.values()}
+    problems += [f"{name}, a base parameter that trained, is missing." for name in trained if name not in tensors]
     for name, value in tensors.items():
+        if name in trained:
+            continue
         match = _NAME.fullmatch(name)
         method = next((item for item in sorted(methods, key=len, reverse=True) if match is not None
                        and match["own"].startswith(f"mindpet_delta_{item}")), None)
@@ -60,18 +97,25 @@ def decode(tensors: Mapping[str, np.ndarray], settings: str | None, methods: Ite
         raise ValueError("\n  ".join(problems))
     return AdapterState(used.pop(), {
         path: LayerState(parts, by_layer[path]["settings"] if path in by_layer else None)
-        for path, parts in layers.items()})
+        for path, parts in layers.items()}, {name: tensors[name] for name in trained}, config)
 
 
-def _read_settings(text: str | None) -> dict[str, Any]:
+def _read_settings(text: str | None) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
+    """Return the layers by path, the names of the base parameters that trained, and the source's config."""
     if text is None:
-        return {}
+        return {}, [], {}
     try:
-        found = json.loads(text)
+        found = parse_object(text.encode())
+        trained, config = [], {}
+        # A layer's entry is never a list, so no layer is taken for this.
+        if isinstance(found.get("trained"), list):
+            found, trained, config = found["layers"], found["trained"], found["config"]
+        if not (isinstance(config, dict) and all(isinstance(name, str) for name in trained)):
+            raise ValueError("'trained' must be a list of names, and 'config' an object")
         for layer in found.values():
-            if not (isinstance(layer["method"], str) and isinstance(layer["settings"], dict)
-                    and isinstance(layer["parameters"], dict)):
+            if not (isinstance(layer["method"], str) and isinstance(layer["settings"], (dict, type(None)))
+                    and all(isinstance(name, str) for name in layer["parameters"].values())):
                 raise ValueError("a layer needs 'method', 'settings' and 'parameters'")
-        return found
+        return found, trained, config
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise ValueError(f"its settings under {SETTINGS_KEY!r} are damaged: {error}.") from error

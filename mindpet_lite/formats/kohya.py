@@ -1,0 +1,223 @@
+"""LoRA files of kohya's trainer (sd-scripts) and of those who follow it: LyCORIS' LoCon and DoRA, Web UI, ComfyUI.
+
+Keys are ``lora_unet_<path>.lora_down.weight``, ``.lora_up.weight`` and ``.alpha``, with underscores for the path's
+dots; the scale is alpha / rank, and without an alpha it is 1. DoRA is LyCORIS' ``dora_scale``, one number per output.
+"""
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mindpet_lite.formats import components
+from mindpet_lite.formats.lora import (
+    MAGNITUDE,
+    OWN_ENTRY,
+    A,
+    B,
+    own_entry,
+    pair_problems,
+    plain_alpha,
+    read_alpha,
+    read_own_entry,
+    refusals,
+    settled,
+    without_settings,
+)
+from mindpet_lite.formats.state import AdapterState, LayerState
+from mindpet_lite.formats.underscores import Paths, cut
+
+_COMPONENTS = {"lora_unet": components.UNET, "lora_te": "text_encoder", "lora_te1": "text_encoder",
+               "lora_te2": "text_encoder_2", "lora_te3": "text_encoder_3", "lora_transformer": "transformer"}
+_NAME = re.compile(rf"({'|'.join(_COMPONENTS)})_(.+)")
+_DOWN, _UP, _ALPHA, _DORA = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale"
+_PARTS = (_DOWN, _UP, _ALPHA, _DORA)
+# What else stands in such files, by the start of the part's name.
+_OTHERS = {"lora_mid": "LoCon with a third factor (CP decomposition)", "hada_": "LoHa", "lokr_": "LoKr",
+           "oft_": "OFT", "boft_": "BOFT", "a1.": "GLoRA", "diff": "a full difference of weights",
+           "lora_A": "PEFT's spelling of a factor", "lora_B": "PEFT's spelling of a factor"}
+# The text encoder of a model with one is `lora_te`, the first of several `lora_te1`; a file with the first alone has
+# its prefix in this field of the config.
+_TEXT_PREFIX = "text_encoder_prefix"
+# Metadata that says what the tensors say, so that it is written anew; and that of kohya's that is kept as it is.
+_SUMMARY = ("format", "ss_network_dim", "ss_network_alpha")
+_MODULE = "ss_network_module"
+_KEPT = ("ss_", "modelspec.")
+
+
+def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return the tensors by kohya's keys, and the metadata.
+
+    rsLoRA is written as the alpha that gives its scale, see `plain_alpha`; our own entry of the metadata brings it
+    back as it was, as it does for paths and dropout.
+
+    Raises:
+        ValueError: the adapter holds what such files cannot, or two layers have one name. All problems stand in one
+            message.
+    """
+    problems = refusals(state, "kohya's files", (A, B, MAGNITUDE), ("use_rslora", "use_dora"))
+    problems += without_settings(state)
+    names = _names(state, problems)
+    if problems:
+        raise ValueError("\n  ".join(problems))
+    tensors: dict[str, np.ndarray] = {}
+    for path, layer in state.layers.items():
+        own = {_DOWN: layer.tensors[A], _UP: layer.tensors[B], _ALPHA: _as_tensor(plain_alpha(layer.settings or {}))}
+        if MAGNITUDE in layer.tensors:
+            own[_DORA] = layer.tensors[MAGNITUDE].reshape(-1, *[1] * (layer.tensors[B].ndim - 1))
+        tensors.update({f"{names[path]}.{part}": value for part, value in own.items()})
+    kept = {key: value for key, value in state.config.items() if key.startswith(_KEPT) and isinstance(value, str)}
+    other = {key: value for key, value in state.config.items() if key not in kept}
+    return tensors, {_MODULE: _module(state.layers), **kept, **_summary(state.layers),
+                     OWN_ENTRY: json.dumps(own_entry(state, names, other), sort_keys=True)}
+
+
+def decode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
+           paths: Iterable[str] | None = None) -> AdapterState:
+    """Return the adapter of a file of kohya's.
+
+    Args:
+        tensors: by the file's keys.
+        metadata: of the safetensors file.
+        paths: of the net's layers. With them the layers' paths are exact; otherwise, and for layers that the net
+            lacks, they go by the words of diffusers, SGM and CLIP, see `underscores`.
+
+    Raises:
+        ValueError: keys of no LoRA layer, half a layer, a name that cannot be turned into a path, or an alpha that is
+            no positive number. All problems stand in one message.
+    """
+    parts, problems = _by_layer(tensors)
+    own, config = read_own_entry(metadata.get(OWN_ENTRY))
+    places = _places(parts, {name: layer["path"] for name, layer in own.items()}, paths, problems)
+    layers: dict[str, LayerState] = {}
+    for name, path in places.items():
+        try:
+            layer = settled(_layer(path, parts[name]), own[name]["settings"] if name in own else None)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if path in layers:
+            problems.append(f"{path} stands twice in the file.")
+        layers[path] = layer
+    if not parts and not problems:
+        problems.append("it holds no tensor.")
+    if problems:
+        raise ValueError("\n  ".join(problems))
+    kept = {key: value for key, value in metadata.items() if key not in (*_SUMMARY, OWN_ENTRY)
+            and (key, value) != (_MODULE, _module(layers))}
+    if any(name.startswith("lora_te1_") for name in parts) and not any(name.startswith("lora_te2_") for name in parts):
+        kept[_TEXT_PREFIX] = "lora_te1"
+    return AdapterState("lora", layers, config=kept | config)
+
+
+def _names(state: AdapterState, problems: list[str]) -> dict[str, str]:
+    """Return kohya's name of each layer by path."""
+    places = components.split(state.layers)
+    several = any(component == "text_encoder_2" for component, _ in places.values())
+    first = "lora_te1" if several or state.config.get(_TEXT_PREFIX) == "lora_te1" else "lora_te"
+    prefixes = {component: prefix for prefix, component in _COMPONENTS.items()} | {"text_encoder": first}
+    names: dict[str, str] = {}
+    path_of: dict[str, str] = {}
+    for path, (component, below) in places.items():
+        if component not in prefixes or not below:
+            problems.append(f"{path!r}: kohya's files have no name for {component if below else 'the net itself'}.")
+            continue
+        names[path] = f"{prefixes[component]}_{below.replace('.', '_')}"
+        if names[path] in path_of:
+            problems.append(f"{path} and {path_of[names[path]]} would have one name, {names[path]}: kohya's files do "
+                            f"not tell dots from underscores.")
+        path_of[names[path]] = path
+    return names
+
+
+def _by_layer(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
+    """Return the tensors by layer name and part, and the problems of keys."""
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    problems: list[str] = []
+    for key, value in tensors.items():
+        name, _, part = key.partition(".")
+        if not _NAME.fullmatch(name):
+            problems.append(f"{key} is no key of kohya's: they start with {', '.join(_COMPONENTS)}.")
+        elif part not in _PARTS:
+            other = next((what for start, what in _OTHERS.items() if part.startswith(start)), "no tensor of LoRA")
+            problems.append(f"{key} is {other}, which cannot be read here: known are {', '.join(_PARTS)}.")
+        else:
+            parts.setdefault(name, {})[part] = value
+    return parts, problems
+
+
+def _places(names: Iterable[str], own: Mapping[str, str], paths: Iterable[str] | None,
+            problems: list[str]) -> dict[str, str]:
+    """Return the path of each layer by kohya's name: as we wrote it, as the net has it, or by the table of words."""
+    net = Paths(paths)
+    split = {name: _NAME.fullmatch(name).groups() for name in names}  # type: ignore[union-attr]
+    present = {_COMPONENTS[prefix] for prefix, _ in split.values()}
+    found: dict[str, str] = {}
+    for name, (prefix, below) in split.items():
+        component = _COMPONENTS[prefix]
+        try:
+            path = own.get(name) or net.known(below, f"{component}_{below}")
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        dotted = None if path else cut(below)
+        if dotted is not None:
+            path = components.join(component, dotted, present)
+        if path:
+            found[name] = path
+        else:
+            problems.append(f"{name}: the underscores do not say which are dots, and the words are not those of "
+                            f"diffusers, Stable Diffusion or CLIP; load it with the net it belongs to."
+                            f"{net.near(below)}")
+    return found
+
+
+def _layer(path: str, parts: Mapping[str, np.ndarray]) -> LayerState:
+    missing = [part for part in (_DOWN, _UP) if part not in parts]
+    if missing:
+        raise ValueError(f"{path} lacks {' and '.join(missing)}.")
+    tensors = {A: parts[_DOWN], B: parts[_UP]}
+    problems = pair_problems(path, tensors)
+    if problems:
+        raise ValueError(problems[0])
+    rank = int(parts[_DOWN].shape[0])
+    settings: dict[str, Any] = {
+        "lora_rank": rank, "lora_alpha": read_alpha(path, parts[_ALPHA], rank) if _ALPHA in parts else rank,
+        "lora_dropout": 0.0}
+    if _DORA in parts:
+        tensors[MAGNITUDE] = _magnitude(path, parts[_DORA], parts[_UP])
+        settings["use_dora"] = True
+    return LayerState(tensors, settings)
+
+
+def _magnitude(path: str, scale: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """Return DoRA's magnitude in PEFT's shape: (out,) for a Dense, (1, out, 1, ...) for a convolution."""
+    out, ones = up.shape[0], [1] * (up.ndim - 2)
+    if scale.shape not in ((out,), (out, 1, *ones)):
+        raise ValueError(f"{path}: {_DORA} of shape {scale.shape} is not one number for each of the {out} outputs; "
+                         f"LyCORIS' magnitude along the inputs (wd_on_out=False) cannot be expressed.")
+    return scale.reshape(out) if up.ndim == 2 else scale.reshape(1, out, *ones)
+
+
+def _as_tensor(alpha: float) -> np.ndarray:
+    """Return alpha as kohya writes it, in float32, or in float64 where float32 would round it."""
+    with np.errstate(over="ignore"):
+        single = np.asarray(alpha, np.float32)
+    return single if float(single) == alpha else np.asarray(alpha, np.float64)
+
+
+def _module(layers: Mapping[str, LayerState]) -> str:
+    """Return the trainer's module that makes such layers."""
+    return "lycoris.kohya" if any(MAGNITUDE in layer.tensors for layer in layers.values()) else "networks.lora"
+
+
+def _summary(layers: Mapping[str, LayerState]) -> dict[str, str]:
+    """Return the metadata that repeats rank and alpha; kohya's tools write "Dynamic" where layers differ."""
+    ranks = Counter((layer.settings or {})["lora_rank"] for layer in layers.values())
+    alphas = Counter(float(plain_alpha(layer.settings or {})) for layer in layers.values())
+    return {"format": "pt", "ss_network_dim": str(*ranks) if len(ranks) == 1 else "Dynamic",
+            "ss_network_alpha": str(*alphas) if len(alphas) == 1 else "Dynamic"}

@@ -19,13 +19,15 @@ def of_layer(layer: LowRankAdapterLayer, x, upstream):
     values = {name: tuple(map(numbers, pair)) for name, pair in factors.items()}
     parts = (values["down"][0] @ values["down"][1], numbers(maps["down"].bias),
              values["up"][0] @ values["up"][1], numbers(maps["up"].bias), layer.non_linearity)
-    found = reference.bottleneck_gradients(x, *parts, upstream)
-    by = {}
+    non_linear = layer.mindpet_delta_low_rank_adapter_non_linear
+    slope = {"slope": numbers(non_linear.w)} if layer.non_linearity == "prelu" else {}
+    found = reference.bottleneck_gradients(x, *parts, upstream, **slope)
+    by = {non_linear.w: found["slope"].reshape(1)} if slope else {}
     for name, (left, right) in factors.items():
         by[left] = found[name] @ values[name][1].T
         by[right] = values[name][0].T @ found[name]
         by[maps[name].bias] = found[f"{name}_bias"]
-    return reference.bottleneck(x, *parts), by, found["x"]
+    return reference.bottleneck(x, *parts, **slope), by, found["x"]
 
 
 def dense_case(name, x_shape, activation=None, rounds_in_fp16=True, has_bias=True, **settings):

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import mindspore
 from mindspore import Tensor, nn
 
-from mindpet_lite.delta.activation import get_activation
 from mindpet_lite.delta.base import DeltaConfig, check_int
 from mindpet_lite.delta.bottleneck import (
     HE_UNIFORM,
@@ -73,7 +72,7 @@ class AdapterLayer(BottleneckLayer):
         bottleneck_size (int): size of the bottleneck; positive.
         non_linearity (str): name of the activation in the bottleneck, one of those of
             :func:`mindpet_lite.delta.activation.get_activation`. `softmax2d` works across the axes of the input, which
-            must then have 3 or 4; `prelu` trains a slope of its own.
+            must then have 3 or 4; `prelu` trains a slope of its own; `rrelu` draws its slopes in training only.
         param_init_type (mindspore.dtype): type of the parameters: float16, bfloat16 or float32.
         compute_dtype (mindspore.dtype | None): see the dtype rule.
 
@@ -97,10 +96,11 @@ class AdapterLayer(BottleneckLayer):
         check_int("hidden_size", hidden_size)
         settings = AdapterSettings(bottleneck_size=bottleneck_size, non_linearity=non_linearity,
                                    param_init_type=param_init_type, compute_dtype=compute_dtype)
-        super().__init__(hidden_size, settings.bottleneck_size, settings)
+        hidden_size, bottleneck_size = int(hidden_size), settings.bottleneck_size
+        super().__init__(hidden_size, bottleneck_size, settings)
         self.mindpet_delta_adapter_block = nn.SequentialCell(OrderedDict(
             mindpet_delta_adapter_down_sampler=DenseSampler(hidden_size, bottleneck_size, HE_UNIFORM, param_init_type),
-            mindpet_delta_adapter_non_linear=get_activation(settings.non_linearity),
+            mindpet_delta_adapter_non_linear=self.activation_of(settings),
             mindpet_delta_adapter_up_sampler=DenseSampler(bottleneck_size, hidden_size, "zeros", param_init_type)))
 
     @property

@@ -2,7 +2,7 @@
 
 Karimi Mahabadi et al., 2021, https://arxiv.org/abs/2106.04647.
 
-    y = x + s · (act(x Ld Rd + bd) Lu Ru + bu)             (section 5.1, LowRank: each weight of an adapter is L R)
+    y = x + s · (act(x Ld Rd + bd) Lu Ru + bu)             (the baseline LowRank: each weight is a product L R)
 """
 from mindpet_lite.delta.low_rank_adapter.dense import LowRankAdapterConfig, LowRankAdapterDense
 from mindpet_lite.delta.low_rank_adapter.layer import LowRankAdapterLayer

@@ -8,7 +8,6 @@ import mindspore
 from mindspore import nn
 from mindspore.common.initializer import Initializer
 
-from mindpet_lite.delta.activation import get_activation
 from mindpet_lite.delta.base import check_int
 from mindpet_lite.delta.bottleneck import BottleneckLayer, BottleneckSettings, Strategy
 from mindpet_lite.delta.low_rank_adapter.linear import LowRankLinear
@@ -53,7 +52,7 @@ class LowRankAdapterLayer(BottleneckLayer):
     set, else in the type of its parameters. The sum is made in the type of the input, and so is the output. (MindPet
     computes in float16 unless told otherwise; that is a deliberate difference too.)
 
-    Source: Karimi Mahabadi et al., https://arxiv.org/abs/2106.04647, section 5.1 (LowRank).
+    Source: Karimi Mahabadi et al., https://arxiv.org/abs/2106.04647, the baseline LowRank.
 
     Args:
         hidden_size (int): size of the last axis of the input; positive.
@@ -91,11 +90,12 @@ class LowRankAdapterLayer(BottleneckLayer):
         if reduction_factor > hidden_size:
             raise ValueError(f"reduction_factor must be at most hidden_size {hidden_size}, or no bottleneck is left, "
                              f"but got {reduction_factor}.")
+        hidden_size, low_rank_size = int(hidden_size), settings.low_rank_size
         super().__init__(hidden_size, hidden_size // settings.reduction_factor, settings)
-        self.reduction_factor, self.low_rank_size = settings.reduction_factor, settings.low_rank_size
+        self.reduction_factor, self.low_rank_size = settings.reduction_factor, low_rank_size
         common = {"rank": low_rank_size, "weight_init": low_rank_w_init, "param_init_type": param_init_type}
         self.mindpet_delta_low_rank_adapter_down_sampler = LowRankLinear(hidden_size, self.bottleneck_size, **common)
-        self.mindpet_delta_low_rank_adapter_non_linear = get_activation(settings.non_linearity)
+        self.mindpet_delta_low_rank_adapter_non_linear = self.activation_of(settings)
         up = LowRankLinear(self.bottleneck_size, hidden_size, **common)
         up.mindpet_delta_low_rank_adapter_weight_right.set_data(
             initial("low_rank_w_init", "zeros", (low_rank_size, hidden_size), param_init_type))

@@ -26,7 +26,7 @@ class LowRankLinear(TypedCell, Delta):
 
     Dtype rule: as :class:`LowRankAdapterLayer`.
 
-    Source: Karimi Mahabadi et al., https://arxiv.org/abs/2106.04647, section 5.1 (LowRank).
+    Source: Karimi Mahabadi et al., https://arxiv.org/abs/2106.04647, the baseline LowRank.
 
     Args:
         in_channels (int): size of the last axis of the input; positive.
@@ -66,6 +66,7 @@ class LowRankLinear(TypedCell, Delta):
         check_init("weight_init", weight_init)
         check_init("bias_init", bias_init)
         super().__init__()
+        in_channels, out_channels, rank = int(in_channels), int(out_channels), int(rank)
         self.in_channels, self.out_channels, self.rank = in_channels, out_channels, rank
         self.has_bias, self.compute_dtype = has_bias, compute_dtype
         self.mindpet_delta_low_rank_adapter_weight_left = Parameter(

@@ -10,10 +10,19 @@ from mindpet_lite.delta import (
     LowRankAdapterConfig,
     LowRankAdapterDense,
     LowRankAdapterLayer,
+    PrefixDense,
+    PrefixEncoder,
+    PrefixLayer,
+    PrefixTuningConfig,
+    Ptuning2Config,
+    Ptuning2Dense,
+    prefix_mask,
+    prepend_prefix,
 )
 from mindpet_lite.graph import (
     TrainableParamsCheckPoint,
     adapters_disabled,
+    fold_prefixes,
     freeze_delta,
     freeze_from_config,
     freeze_modules,
@@ -29,7 +38,8 @@ from mindpet_lite.graph import (
 __version__ = "0.1.0"
 
 __all__ = ["AdapterConfig", "AdapterDense", "AdapterLayer", "BitFitConfig", "LoRADense", "LoraConfig",
-           "LowRankAdapterConfig", "LowRankAdapterDense", "LowRankAdapterLayer",
-           "TrainableParamsCheckPoint", "adapters_disabled", "freeze_delta", "freeze_from_config",
-           "freeze_modules", "get_pet_model", "install_as_mindpet", "load_adapter", "merge", "save_adapter",
-           "set_lora_scale", "summary", "unmerge"]
+           "LowRankAdapterConfig", "LowRankAdapterDense", "LowRankAdapterLayer", "PrefixDense", "PrefixEncoder",
+           "PrefixLayer", "PrefixTuningConfig", "Ptuning2Config", "Ptuning2Dense", "TrainableParamsCheckPoint",
+           "adapters_disabled", "fold_prefixes", "freeze_delta", "freeze_from_config", "freeze_modules",
+           "get_pet_model", "install_as_mindpet", "load_adapter", "merge", "prefix_mask", "prepend_prefix",
+           "save_adapter", "set_lora_scale", "summary", "unmerge"]

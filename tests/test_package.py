@@ -12,11 +12,13 @@ import mindpet_lite
 ROOT = Path(mindpet_lite.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 METHOD_NAMES = {"LoRADense", "LoraConfig", "BitFitConfig", "AdapterConfig", "AdapterDense", "AdapterLayer",
-                "LowRankAdapterConfig", "LowRankAdapterDense", "LowRankAdapterLayer"}
+                "LowRankAdapterConfig", "LowRankAdapterDense", "LowRankAdapterLayer", "PrefixDense", "PrefixEncoder",
+                "PrefixLayer", "PrefixTuningConfig", "Ptuning2Config", "Ptuning2Dense", "prefix_mask",
+                "prepend_prefix"}
 PUBLIC = METHOD_NAMES | {
     "install_as_mindpet", "get_pet_model", "merge", "unmerge", "summary", "save_adapter", "load_adapter",
-    "set_lora_scale", "adapters_disabled", "TrainableParamsCheckPoint", "freeze_delta", "freeze_modules",
-    "freeze_from_config"}
+    "set_lora_scale", "adapters_disabled", "fold_prefixes", "TrainableParamsCheckPoint", "freeze_delta",
+    "freeze_modules", "freeze_from_config"}
 
 IMPORT = """
 import builtins, logging, os, sys
@@ -86,7 +88,8 @@ def test_arrows_point_one_way():
             assert all(item.startswith("mindpet_lite.formats") for item in own), name
         elif room == "delta" and path != ROOT / "delta" / "__init__.py":
             # The shared rooms, and in a method of several files its own folder: never another method.
-            shared = {f"mindpet_lite.delta.{item}" for item in ("base", "parts", "activation", "dense", "bottleneck")}
+            shared = {f"mindpet_lite.delta.{item}" for item in (
+                "base", "parts", "activation", "dense", "bottleneck", "prefix_dense")}
             folder = "mindpet_lite." + ".".join(name.parts[:2]) + "."
             assert all(item in shared or len(name.parts) > 2 and item.startswith(folder) for item in own), name
         elif room == "graph":

@@ -1,0 +1,145 @@
+"""What Prefix-Tuning and P-Tuning v2 share: rows put before a sequence, the mask for them, a Dense that adds them."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mindspore
+from mindspore import Parameter, Tensor, ops
+
+from mindpet_lite.delta.base import Delta
+from mindpet_lite.delta.dense import AdaptedDense
+from mindpet_lite.delta.parts import as_type
+
+
+def prepend_prefix(prefix: Tensor, rows: Tensor) -> Tensor:
+    """Return concat([prefix, rows]) along the axis of the sequence, the same prefix for every sequence of a batch.
+
+    Args:
+        prefix: `(n, width)`.
+        rows: keys or values `(*, seq, width)`, before they are split into heads.
+
+    Returns:
+        Tensor `(*, n + seq, width)` of the type of `rows`.
+
+    Raises:
+        ValueError: `rows` has no axis for the sequence.
+    """
+    if len(rows.shape) < 2:
+        raise ValueError(f"Prefix rows stand before the rows of a sequence: the input must have the axes "
+                         f"(*, sequence, width), but its shape is {rows.shape}.")
+    prefix = ops.broadcast_to(as_type(prefix, rows.dtype), rows.shape[:-2] + prefix.shape)
+    return ops.concat((prefix, rows), -2)
+
+
+def prefix_mask(attention_mask: Tensor, prefix_token_num: int, visible: float) -> Tensor:
+    """Return an attention mask with columns for the prefix on the left of its key axis; every query sees them.
+
+    Args:
+        attention_mask: `(batch, key)`, `(batch, query, key)` or `(batch, 1 or heads, query, key)`; any type.
+        prefix_token_num: how many rows stand before each sequence.
+        visible: what the mask holds where a query sees a key: 1 (or True) in masks that multiply or select, as
+            MindPet's documentation uses them; 0 (or False) in masks that are added to the scores, or that mark
+            what is hidden.
+
+    Returns:
+        Tensor `(..., prefix_token_num + key)` of the type of `attention_mask`.
+
+    Raises:
+        ValueError: `attention_mask` has another number of axes, or `prefix_token_num` is not positive.
+    """
+    if len(attention_mask.shape) < 2 or len(attention_mask.shape) > 4:
+        raise ValueError(f"attention_mask must have the axes (batch, key), (batch, query, key) or (batch, heads, "
+                         f"query, key), but its shape is {attention_mask.shape}.")
+    if prefix_token_num < 1:
+        raise ValueError(f"prefix_token_num must be a positive int, but got {prefix_token_num}.")
+    columns = ops.full(attention_mask.shape[:-1] + (prefix_token_num,), visible, dtype=attention_mask.dtype)
+    return ops.concat((columns, attention_mask), -1)
+
+
+class PrefixDelta(Delta):
+    """What holds of every prefix: it cannot be scaled or merged, but folded."""
+
+    fixed = "a prefix has no strength: rows scaled to zero would still take their share of the attention."
+    unmergeable = ("its rows stand beside the layer's output, which no weight of a plain layer can hold; "
+                   "fold_prefixes(net) keeps the rows alone for inference.")
+    foldable = True
+
+    # An MLP gives the rows; False once folded.
+    prefix_projection: bool
+
+    def unlike(self, settings: Mapping[str, Any]) -> list[str]:
+        """Say where only one of the two has an MLP: sizes show in the shapes, and dropout may differ."""
+        if settings.get("prefix_projection", self.prefix_projection) == self.prefix_projection:
+            return []
+        return ["the prefixes in the file have no MLP, those of the net do: call fold_prefixes(net) first."
+                if self.prefix_projection else
+                "the prefixes in the file come from an MLP, those of the net have none: load the file into a net that "
+                "is not folded."]
+
+    def fold(self) -> None:
+        """Keep only the prefixes, for inference: evaluate the MLP once, without dropout, and drop it.
+
+        The output in evaluation stays the same bit for bit; the file gets smaller. A layer that is folded already
+        stays as it is. Optimizers made before still hold what was dropped: fold after training.
+        """
+        if self.prefix_projection:
+            self._drop_projection()
+            self.prefix_projection = False
+            # A compiled graph would run the MLP on.
+            mindspore.ms_memory_recycle()
+
+    def _drop_projection(self) -> None:
+        raise NotImplementedError
+
+
+class PrefixedDense(PrefixDelta, AdaptedDense):
+    """A Dense whose output has prefix rows before the rows of the sequence: base of the Dense of both methods.
+
+    .. math:: y = concat([P, act(x W^T + b)])
+    """
+
+    def prefix_rows(self) -> Tensor:
+        """Return P (n, out_channels), with dropout in training."""
+        raise NotImplementedError
+
+    def construct(self, x: Tensor) -> Tensor:
+        """Apply the layer to `x` (*, seq, in_channels); return (*, n + seq, out_channels) of the type of `x`."""
+        shape, input_type, dtype = x.shape, x.dtype, self._compute_type()
+        x = as_type(x, dtype)
+        if len(shape) != 2:
+            x = self.reshape(x, (-1, shape[-1]))
+        y = self._affine(x, dtype)
+        if self.activation_flag:
+            y = self.activation(y)
+        if len(shape) != 2:
+            y = self.reshape(y, shape[:-1] + (self.out_channels,))
+        return prepend_prefix(self.prefix_rows(), as_type(y, input_type))
+
+
+def check_targets(target_modules: str | tuple[str, ...] | None) -> None:
+    """Raise ValueError where prefixes would go to layers that are neither keys nor values."""
+    if target_modules == "all-linear":
+        raise ValueError("target_modules 'all-linear' would lengthen every sequence of the net: prefixes belong to the "
+                         "key and value layers of its attentions, so name those, such as ['to_k', 'to_v'].")
+
+
+def place_names(layer: Delta, prefix: str) -> None:
+    """Name the Parameters of a new delta by their path below the layer, after what stands before the layer's own."""
+    for name, parameter in layer.delta_parameters().items():
+        parameter.name = prefix + name
+
+
+def folded_parameter(name: str, rows: Tensor, source: Parameter, source_path: str) -> Parameter:
+    """Return a Parameter of `rows` that takes the place of `source`: beside it in name, and trained if it was."""
+    return Parameter(_settled(rows, source), name=source.name.removesuffix(source_path) + name,
+                     requires_grad=source.requires_grad)
+
+
+def settle_table(table: Parameter, rows: Tensor) -> None:
+    """Make `rows` the value of `table`, in memory of its own."""
+    table.set_data(_settled(rows, table))
+
+
+def _settled(rows: Tensor, like: Parameter) -> Tensor:
+    return Tensor(rows.astype(mindspore.float32).asnumpy().copy()).astype(like.dtype)

@@ -12,6 +12,8 @@ VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "mindpet_lite" / "__init__
 EXAMPLES = ["pillow>=10.1", "matplotlib", "tqdm", "resvg-py==0.5.0", "manimgx-fonts-cjk"]
 CLI = ["click>=8"]
 TEST = ["pytest", "hypothesis"]
+# The tests that have PEFT and diffusers themselves read our files.
+INTEROP = ["torch==2.13.0", "peft==0.21.2", "diffusers==0.42.1"]
 
 setup(
     name="mindpet_lite",
@@ -29,6 +31,7 @@ setup(
         "cli": CLI,
         "examples": EXAMPLES,
         "test": TEST + CLI + EXAMPLES,
+        "interop": TEST + CLI + EXAMPLES + INTEROP,
         "dev": TEST + CLI + EXAMPLES + ["ruff", "mypy", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["mindpet-lite = mindpet_lite.cli:main"]},

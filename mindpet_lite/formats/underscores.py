@@ -14,7 +14,8 @@ from collections.abc import Iterable
 _WORDS = frozenset("""
     down_blocks mid_block up_blocks resnets attentions downsamplers upsamplers motion_modules
     transformer_blocks single_transformer_blocks attn attn1 attn2 attn_temp to_q to_k to_v to_out to_qkv
-    add_q_proj add_k_proj add_v_proj to_add_out ff ff_context net proj proj_in proj_out proj_mlp norm1 norm2 norm
+    add_q_proj add_k_proj add_v_proj to_add_out ff ff_context net proj proj_in proj_out proj_mlp
+    norm1 norm2 norm3 norm group_norm conv_norm_out
     conv conv1 conv2 conv_in conv_out conv_shortcut time_emb_proj time_embedding add_embedding linear_1 linear_2 linear
     input_blocks middle_block output_blocks in_layers out_layers emb_layers skip_connection op out time_embed label_emb
     text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection embeddings

@@ -1,0 +1,118 @@
+"""PEFT and diffusers themselves load what we write, and compute our numbers."""
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from adapters import MAGNITUDE, A, B, conv, dense, lora, read
+
+from mindpet_lite.formats import diffusers, directory, kohya
+from mindpet_lite.formats.files import to_bytes
+
+MISSING = [name for name in ("torch", "peft", "diffusers", "transformers") if importlib.util.find_spec(name) is None]
+pytestmark = [pytest.mark.interop, pytest.mark.skipif(
+    bool(MISSING), reason=f"needs {', '.join(MISSING)}: pip install 'mindpet_lite[interop]'")]
+
+LLAMA = ["lora_plain", "lora_all_linear", "lora_all_linear_exclude", "lora_rank_alpha_pattern", "lora_regex",
+         "lora_layers_to_transform", "lora_init_gaussian"]
+# Made-up adapters of the U-Net: ranks that differ, and alphas. (diffusers 0.42 takes one alpha for all attention layers
+# of a kohya file.)
+MIXED = {"diffusers": {"alphas": (1.5, 2, 3, 0.7)}, "kohya": {"alphas": (3,)},
+         "kohya_rslora": {"alphas": (3,), "ranks": (4,), "use_rslora": True},
+         "kohya_rslora_6": {"alphas": (3,), "ranks": (6,), "use_rslora": True}}
+
+
+def mixed(base, alphas, ranks=(2, 3, 4), **settings):
+    """Return an adapter of every third layer: dense, 1x1 and 3x3 convolutions."""
+    layers = {}
+    for number, (name, weight) in enumerate(base.items()):
+        if name.endswith(".weight") and weight.ndim > 1 and number % 3 == 0:
+            kind, size = (dense, {}) if weight.ndim == 2 else (conv, {"kernel": weight.shape[2]})
+            layers[name.removesuffix(".weight")] = kind(
+                ranks[number % len(ranks)], alphas[number % len(alphas)], (weight.shape[1], weight.shape[0]),
+                seed=number, **size, **settings)
+    return lora(layers)
+
+
+def merge(base, state):
+    """Return the weights with the adapter in them, computed in float64: W + s B A, in DoRA's form where it is DoRA."""
+    weights = dict(base)
+    for path, layer in state.layers.items():
+        own, weight = layer.settings, base[f"{path}.weight"].astype(np.float64)
+        scale = own["lora_alpha"] / (math.sqrt(own["lora_rank"]) if own.get("use_rslora") else own["lora_rank"])
+        a, b = (layer.tensors[name].astype(np.float64) for name in (A, B))
+        value = weight + scale * (b.reshape(len(b), -1) @ a.reshape(len(a), -1)).reshape(weight.shape)
+        if MAGNITUDE in layer.tensors:
+            rows = value.reshape(len(value), -1)
+            rows *= (layer.tensors[MAGNITUDE].reshape(-1) / np.linalg.norm(rows, axis=1))[:, None]
+        weights[f"{path}.weight"] = value.astype(np.float32)
+    return weights
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """Return the outputs of all jobs by name; one process, because PyTorch takes long to load."""
+    shared = Path(__file__).parents[2] / "shared" / "fixtures" / "peft"
+    if not shared.is_dir():
+        pytest.skip(f"the shared fixtures are not at {shared}")
+    folder = tmp_path_factory.mktemp("interop")
+    unet, llama = shared / "unet_tiny", shared / "llama_tiny"
+    base, _ = read(unet / "base" / "diffusion_pytorch_model.safetensors")
+    jobs = []
+
+    def job(name, kind, base_folder, data, adapter=""):
+        jobs.append({"name": name, "kind": kind, "base": str(base_folder), "data": str(data), "adapter": str(adapter)})
+
+    def write(name, codec, state):
+        (folder / name).mkdir()
+        (folder / name / "adapter.safetensors").write_bytes(to_bytes(*codec.encode(state)))
+        job(name, "diffusers", unet / "base", unet / "io.npz", folder / name / "adapter.safetensors")
+
+    state = directory.load(unet / "peft")
+    for name, codec in (("unet_diffusers", diffusers), ("unet_kohya", kohya)):
+        write(name, codec, state)
+    directory.save(state, folder / "unet_peft")
+    job("unet_peft", "peft", unet / "base", unet / "io.npz", folder / "unet_peft")
+    for name in LLAMA:
+        directory.save(directory.load(llama / name), folder / name)
+        job(name, "peft", llama / "base", llama / name / "io.npz", folder / name)
+    for name, settings in MIXED.items():
+        state = mixed(base, **settings)
+        write(name, diffusers if name == "diffusers" else kohya, state)
+        shutil.copytree(unet / "base", folder / f"{name}_merged")
+        (folder / f"{name}_merged" / "diffusion_pytorch_model.safetensors").write_bytes(to_bytes(merge(base, state)))
+        job(f"{name}_merged", "plain", folder / f"{name}_merged", unet / "io.npz")
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    result = subprocess.run([sys.executable, Path(__file__).with_name("torch_side.py"), folder / "jobs.json",
+                             folder / "out.npz"], capture_output=True, text=True, cwd=folder, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return shared, dict(np.load(folder / "out.npz"))
+
+
+def assert_close(found, wanted):
+    assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("name", ["unet_diffusers", "unet_kohya", "unet_peft"])
+def test_the_unets_adapter_in_each_format(outputs, name):
+    shared, found = outputs
+    assert_close(found[name], np.load(shared / "unet_tiny" / "io.npz")["output_lora"])
+
+
+@pytest.mark.parametrize("name", LLAMA)
+def test_peft_reads_ours(outputs, name):
+    shared, found = outputs
+    assert_close(found[name], np.load(shared / "llama_tiny" / name / "io.npz")["output.logits"])
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_every_kind_of_layer_with_a_rank_and_an_alpha_of_its_own(outputs, name):
+    _, found = outputs
+    assert_close(found[name], found[f"{name}_merged"])

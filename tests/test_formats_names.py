@@ -1,0 +1,137 @@
+"""Whose layer is whose: by path, by end, by other libraries' names, by the user's table; kohya's underscores."""
+from __future__ import annotations
+
+import pytest
+from adapters import assert_same, dense, lora, read, tensor
+
+from mindpet_lite.formats.names import map_names, renamed
+from mindpet_lite.formats.underscores import cut
+
+ATTENTION = "transformer_blocks.0.attn1.to_q"
+# Stable Diffusion 1: two residual blocks a level; diffusers' names and the original's.
+SD1 = {
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "down_blocks.0.resnets.0.conv1": "input_blocks.1.0.in_layers.2",
+    "down_blocks.0.resnets.1.time_emb_proj": "input_blocks.2.0.emb_layers.1",
+    f"down_blocks.0.attentions.0.{ATTENTION}": f"input_blocks.1.1.{ATTENTION}",
+    f"down_blocks.0.attentions.1.{ATTENTION}": f"input_blocks.2.1.{ATTENTION}",
+    "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
+    f"down_blocks.1.attentions.0.{ATTENTION}": f"input_blocks.4.1.{ATTENTION}",
+    "down_blocks.1.resnets.0.conv_shortcut": "input_blocks.4.0.skip_connection",
+    "down_blocks.1.downsamplers.0.conv": "input_blocks.6.0.op",
+    f"down_blocks.2.attentions.1.{ATTENTION}": f"input_blocks.8.1.{ATTENTION}",
+    "down_blocks.3.resnets.1.conv2": "input_blocks.11.0.out_layers.3",
+    "mid_block.resnets.0.conv1": "middle_block.0.in_layers.2",
+    "mid_block.attentions.0.proj_in": "middle_block.1.proj_in",
+    "mid_block.resnets.1.conv2": "middle_block.2.out_layers.3",
+    "up_blocks.0.resnets.2.conv_shortcut": "output_blocks.2.0.skip_connection",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks.2.1.conv",
+    f"up_blocks.1.attentions.0.{ATTENTION}": f"output_blocks.3.1.{ATTENTION}",
+    "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
+    f"up_blocks.3.attentions.2.{ATTENTION}": f"output_blocks.11.1.{ATTENTION}",
+    "up_blocks.3.attentions.2.transformer_blocks.0.ff.net.0.proj":
+        "output_blocks.11.1.transformer_blocks.0.ff.net.0.proj",
+}
+WUKONG = {"input_blocks.0.0": "input_blocks.0.0.conv", "out.2": "out.2.conv", "op": "op.conv",
+          "in_layers.2": "in_layers_conv.conv", "out_layers.3": "out_layers_conv.conv",
+          "skip_connection": "skip_connection.conv", "2.1.conv": "2.1.conv.conv", "5.2.conv": "5.2.conv.conv"}
+
+
+def wukong(path: str) -> str:
+    return next((path[:-len(end)] + own for end, own in WUKONG.items() if path.endswith(end)), path)
+
+
+@pytest.mark.parametrize("prefixes", [("", ""), ("unet.", ""), ("unet.", "model.diffusion_model."), ("", "net.unet.")])
+@pytest.mark.parametrize("other", [lambda path: path, wukong], ids=["sgm", "wukong"])
+def test_the_unet_in_three_spellings(prefixes, other):
+    ours = [prefixes[0] + path for path in SD1]
+    theirs = [prefixes[1] + other(path) for path in SD1.values()]
+    assert map_names(ours, theirs) == dict(zip(ours, theirs))
+    assert map_names(theirs, ours) == dict(zip(theirs, ours))
+    assert map_names([prefixes[0] + path for path in SD1.values()], theirs) == dict(
+        zip([prefixes[0] + path for path in SD1.values()], theirs))
+
+
+@pytest.mark.parametrize("ours, theirs", [
+    ("model.layers.7.self_attn.q_proj", "model.layers.7.attention.wq"),
+    ("model.layers.7.self_attn.o_proj", "model.layers.7.attention.wo"),
+    ("model.layers.7.mlp.gate_proj", "model.layers.7.feed_forward.w1"),
+    ("model.layers.7.mlp.down_proj", "layers.7.feed_forward.w2"),
+    ("model.layers.7.mlp.up_proj", "network.model.layers.7.feed_forward.w3"),
+    ("model.embed_tokens", "model.tok_embeddings"),
+    ("bert.encoder.layer.3.attention.self.query", "bert.bert_encoder.layers.3.attention.attention.query_layer"),
+    ("bert.encoder.layer.3.attention.self.value", "bert.bert.bert_encoder.encoder.blocks.3.attention.dense3"),
+    ("encoder.layer.3.attention.output.dense", "bert.bert_encoder.encoder.blocks.3.attention.projection"),
+    ("bert.encoder.layer.3.intermediate.dense", "bert.bert_encoder.layers.3.intermediate")])
+def test_llama_and_bert(ours, theirs):
+    decoys = ["model.layers.70.attention.wq", "bert.bert_encoder.layers.4.intermediate", "model", "model.layers.7"]
+    assert map_names([ours], [*decoys, theirs]) == {ours: theirs}
+    assert map_names([theirs], [*decoys, ours]) == {theirs: ours}
+
+
+def test_all_of_a_llama():
+    parts = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+             "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3",
+             "mlp.down_proj": "feed_forward.w2"}
+    table = {f"model.layers.{number}.{ours}": f"model.layers.{number}.{theirs}" for number in range(12)
+             for ours, theirs in parts.items()}
+    assert map_names(table, table.values()) == table
+    assert map_names(table.values(), table) == {theirs: ours for ours, theirs in table.items()}
+
+
+def test_exact_before_all_else():
+    assert map_names(["a.b"], ["x.a.b", "a.b"]) == {"a.b": "a.b"}
+
+
+def test_by_the_end():
+    assert map_names(["a.b", "c"], ["x.a.b", "x.a.c"]) == {"a.b": "x.a.b", "c": "x.a.c"}
+    assert map_names(["x.a.b"], ["a.b", "b.a"]) == {"x.a.b": "a.b"}
+    assert map_names(["x.y.blocks.1.0"], ["blocks.1.0", "0"]) == {"x.y.blocks.1.0": "blocks.1.0"}
+    assert map_names(["text_encoder.a.b"], ["clip.a.b", "unet.a.c"]) == {"text_encoder.a.b": "clip.a.b"}
+
+
+@pytest.mark.parametrize("files, net, message", [
+    (["b"], ["x.b", "y.b"], "b may be x.b or y.b: say which with a name map"),
+    (["b"], [f"{letter}.b" for letter in "vwxyz"], "b may be v.b or w.b or x.b or others"),
+    (["x.b", "y.b"], ["b"], "b is the place of x.b and y.b"),
+    (["encoder.to_q"], ["encoder.to_k", "other"], "encoder.to_q is no layer of the net. Close to it: encoder.to_k"),
+    (["blocks.1.0"], ["0"], "blocks.1.0 is no layer of the net"),
+    (["a", "zz.q", "zz.r"], ["a"], "(?s)zz.q is no layer.*zz.r is no layer"),
+    (["model.layers.0.self_attn.q_proj"], ["one.layers.0.attention.wq", "two.layers.0.attention.wq"],
+     "may be one.layers.0.attention.wq or two.layers.0.attention.wq")])
+def test_what_has_no_place_or_several(files, net, message):
+    with pytest.raises(ValueError, match=message):
+        map_names(files, net)
+
+
+def test_the_users_table():
+    net = ["x.b", "y.b", "c"]
+    assert map_names(["b", "c"], net, {"b": "y.b", "unused": "nowhere"}) == {"b": "y.b", "c": "c"}
+    assert map_names(["net.B1", "c"], net, [(r"^net\.", "x."), (r"B\d$", "b")]) == {"net.B1": "x.b", "c": "c"}
+    with pytest.raises(ValueError, match="b is z.b by your table, which the net does not have. Close to it: "):
+        map_names(["b"], net, {"b": "z.b"})
+    with pytest.raises(ValueError, match="c is the place of b and c"):
+        map_names(["b", "c"], net, {"b": "c"})
+
+
+def test_an_adapter_with_the_nets_paths():
+    layers = {"model.layers.0.self_attn.q_proj": dense(), "model.layers.0.mlp.up_proj": dense(seed=3)}
+    state = lora(layers, trained={"model.embed_tokens.weight": tensor((3, 2)), "scale": tensor((1,))},
+                 config={"task_type": "CAUSAL_LM"})
+    net = ["model.layers.0.attention.wq", "model.layers.0.feed_forward.w3", "model.tok_embeddings", "model"]
+    found = renamed(state, net)
+    assert list(found.layers) == net[:2] and set(found.trained) == {"model.tok_embeddings.weight", "scale"}
+    assert_same(renamed(found, ["model.embed_tokens", *layers]), state)
+
+
+def test_kohyas_names_without_a_net(shared):
+    base, _ = read(shared / "fixtures" / "peft" / "unet_tiny" / "base" / "diffusion_pytorch_model.safetensors")
+    paths = {name.rpartition(".")[0] for name in base}
+    for path in [*paths, *SD1, *SD1.values(), "text_model.encoder.layers.11.self_attn.q_proj", "text_projection",
+                 "text_model.encoder.layers.0.mlp.fc1", "text_model.embeddings.token_embedding",
+                 "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj", "label_emb.0.0",
+                 "add_embedding.linear_1", "add_embedding.linear_2",
+                 "double_blocks.3.img_attn.qkv", "single_blocks.3.linear1", "transformer_blocks.0.attn.add_q_proj"]:
+        assert cut(path.replace(".", "_")) == path
+    assert cut("down_blocks_0_other_thing") is None and cut("") is None and cut("to_q_") is None

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn
 from mindspore.train import CheckpointConfig, Model
-from nets import Attention, config, inputs, load_values, randomise, unchanged
+from nets import Attention, config, inputs, load_values, randomise
 
 import mindpet_lite as mp
 from mindpet_lite.graph import TrainableParamsCheckPoint
@@ -53,7 +53,7 @@ def test_only_what_trains_is_written(mode):
 
 def test_rank_alpha_and_targets_are_inside():
     net = adapted(lora_rank=3, lora_alpha=7.5, lora_dropout=0.25)
-    save_trainable(net, Path("a.ckpt"))
+    save_trainable(net, Path("a.ckpt"), {})
     inside = json.loads(entries("a.ckpt")["mindpet_lite"])
     assert set(inside) == {"to_q", "blocks.1.0"}
     for path, layer in inside.items():
@@ -81,10 +81,12 @@ def test_it_loads_by_name_and_by_load_adapter(mode):
 
 def test_extra_trained_parameters_are_written_and_load_by_name():
     net = adapted(freeze_exclude=["norm.*"])
-    save_trainable(net, Path("a.ckpt"))
+    save_trainable(net, Path("a.ckpt"), {})
     assert set(entries("a.ckpt")) == NAMES | {"norm.gamma", "norm.beta", "mindpet_lite"}
-    with unchanged(net), pytest.raises(ValueError, match="norm.gamma belongs to no adapted layer.*load_param_into_net"):
-        mp.load_adapter(net, "a.ckpt")
+    other = Attention()
+    other.norm.gamma.set_data(Tensor(np.zeros(6, np.float32)))
+    mp.load_adapter(other, "a.ckpt")
+    assert np.array_equal(other.norm.gamma.asnumpy(), net.norm.gamma.asnumpy())
     ms.load_param_into_net(net, entries("a.ckpt"))
 
 
@@ -199,12 +201,10 @@ def test_sink_mode_writes_at_the_end_of_epochs(graph_mode):
 # Refusals
 
 @pytest.mark.parametrize("arguments, error, message", [
-    (("",), ValueError, "directory"), ((None,), TypeError, "directory"), ((3,), TypeError, "directory"),
+    (("",), ValueError, "directory"), ((None,), (TypeError, ValueError), "directory"), ((3,), TypeError, "directory"),
     (("out", ""), ValueError, "prefix"), (("out", None), TypeError, "prefix"), (("out", "a/b"), ValueError, "prefix"),
     (("out", "x", {"keep": 3}), TypeError, "config"),
     (("out", "x", CheckpointConfig(enc_key=b"0" * 16)), ValueError, "enc_key"),
-    (("out", "x", CheckpointConfig(append_info=["epoch_num"])), ValueError, "append_info"),
-    (("out", "x", CheckpointConfig(keep_checkpoint_max=0, keep_checkpoint_per_n_minutes=3)), ValueError, "n_minutes"),
 ])
 def test_wrong_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
@@ -225,7 +225,7 @@ def test_nothing_to_save_is_said_before_the_first_step():
 
 def test_a_failing_disk_leaves_the_old_checkpoint(monkeypatch):
     net = adapted()
-    save_trainable(net, Path("out/a.ckpt"))
+    save_trainable(net, Path("out/a.ckpt"), {})
     old = Path("out/a.ckpt").read_bytes()
     randomise(net)
 
@@ -235,7 +235,7 @@ def test_a_failing_disk_leaves_the_old_checkpoint(monkeypatch):
 
     monkeypatch.setattr(ms, "save_checkpoint", full)
     with pytest.raises(OSError, match="out/a.ckpt could not be written .No space left on device"):
-        save_trainable(net, Path("out/a.ckpt"))
+        save_trainable(net, Path("out/a.ckpt"), {})
     assert os.listdir("out") == ["a.ckpt"] and Path("out/a.ckpt").read_bytes() == old
 
 
@@ -244,3 +244,47 @@ def test_an_unwritable_folder_stops_before_the_first_step():
     with pytest.raises(OSError, match="file"):
         train(adapted(), TrainableParamsCheckPoint("file"))
     assert Path("file").read_text() == "mine"
+
+
+def test_entries_of_the_users_own_are_written_and_loaded_past():
+    net = adapted()
+    config_ = CheckpointConfig(append_info=["epoch_num", "step_num", {"note": 7}])
+    train(net, TrainableParamsCheckPoint("out", config=config_), epochs=2)
+    stored = ms.load_checkpoint(f"out/{max(os.listdir('out'))}")
+    assert [int(stored[name].asnumpy()) for name in ("epoch_num", "note")] == [2, 7] and "step_num" in stored
+    fresh = adapted()
+    load_values(fresh, net)
+    randomise(fresh, seed=9)
+    mp.load_adapter(fresh, f"out/{max(os.listdir('out'))}")
+    x = inputs(2, 6)
+    assert np.array_equal(fresh.set_train(False)(x).asnumpy(), net.set_train(False)(x).asnumpy())
+
+
+def test_one_file_in_some_minutes_is_kept(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    callback = TrainableParamsCheckPoint("out", config=CheckpointConfig(
+        save_checkpoint_steps=1, keep_checkpoint_max=0, keep_checkpoint_per_n_minutes=2))
+    params = SimpleNamespace(network=adapted(), train_network=None, batch_num=100, cur_step_num=0, cur_epoch_num=1)
+    context = SimpleNamespace(original_args=lambda: params)
+    callback.on_train_begin(context)
+    for step in range(1, 8):
+        now[0], params.cur_step_num = 50.0 * step, step
+        callback.on_train_step_end(context)
+    # Each save drops what is less than two minutes older than it; 50 seconds apart, nothing grows old enough.
+    assert sorted(os.listdir("out")) == ["DELTA_CKP-1_7.ckpt"]
+    now[0], params.cur_step_num = 1000.0, 8
+    callback.on_train_step_end(context)
+    assert sorted(os.listdir("out")) == ["DELTA_CKP-1_7.ckpt", "DELTA_CKP-1_8.ckpt"]
+
+
+def test_a_head_that_trained_beside_the_deltas_is_loaded_too():
+    net = adapted()
+    mp.freeze_delta(net, "lora", exclude=["to_k.*"])
+    train(net, TrainableParamsCheckPoint("out"), epochs=1)
+    fresh = Attention()
+    load_values(fresh, net)
+    fresh.to_k.weight.set_data(Tensor(np.zeros((6, 6), np.float32)))
+    mp.load_adapter(fresh, "out/DELTA_CKP-1_3.ckpt")
+    x = inputs(2, 6)
+    assert np.array_equal(fresh.set_train(False)(x).asnumpy(), net.set_train(False)(x).asnumpy())

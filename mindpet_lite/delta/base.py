@@ -26,6 +26,10 @@ class UnknownNameError(KeyError, ValueError):
         return str(self.args[0])
 
 
+class WrongArgumentError(TypeError, ValueError):
+    """An argument of the wrong kind where MindPet documents the other of the two errors than Python's habit is."""
+
+
 def did_you_mean(name: object, candidates: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the candidates close to `name`, or an empty string."""
     known = list(dict.fromkeys(candidates))

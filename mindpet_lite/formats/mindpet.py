@@ -15,7 +15,7 @@ from mindpet_lite.formats.strict_json import parse_object
 
 # The entry of our own checkpoints that says what adapts which layer: JSON, by path the `method`, its `settings`, and
 # `parameters`, the `Parameter.name` of each tensor. MindPet's have none. What `encode` writes has these `layers` beside
-# the names of base parameters that `trained` and the source's `config`.
+# the names of base parameters that `trained`, of `more` entries of the user's own, and the source's `config`.
 SETTINGS_KEY = OWN_ENTRY
 _NAME = re.compile(r"(?:(?P<layer>.*?)\.)?(?P<own>mindpet_delta_.*)")
 # MindPet names LoRA's factors ..._A and ..._B where a layer stands alone, ..._a and ..._b where it sits in a net.
@@ -65,14 +65,14 @@ def decode(tensors: Mapping[str, np.ndarray], settings: str | None, methods: Ite
         ValueError: a tensor belongs to no adapted layer, two differ in spelling only, or the settings are damaged.
             All problems stand in one message.
     """
-    by_layer, trained, config = _read_settings(settings)
+    by_layer, trained, more, config = _read_settings(settings)
     place_of = {name: (path, own) for path, layer in by_layer.items() for own, name in layer["parameters"].items()}
     problems: list[str] = []
     layers: dict[str, dict[str, np.ndarray]] = {}
     used = {layer["method"] for layer in by_layer.values()}
     problems += [f"{name}, a base parameter that trained, is missing." for name in trained if name not in tensors]
     for name, value in tensors.items():
-        if name in trained:
+        if name in trained or name in more:
             continue
         match = _NAME.fullmatch(name)
         method = next((item for item in sorted(methods, key=len, reverse=True) if match is not None
@@ -100,22 +100,24 @@ def decode(tensors: Mapping[str, np.ndarray], settings: str | None, methods: Ite
         for path, parts in layers.items()}, {name: tensors[name] for name in trained}, config)
 
 
-def _read_settings(text: str | None) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
-    """Return the layers by path, the names of the base parameters that trained, and the source's config."""
+def _read_settings(text: str | None) -> tuple[dict[str, Any], list[str], list[str], dict[str, Any]]:
+    """Return the layers by path, the base parameters that trained, the user's own entries, and the source's config."""
     if text is None:
-        return {}, [], {}
+        return {}, [], [], {}
     try:
         found = parse_object(text.encode())
-        trained, config = [], {}
+        trained, more, config = [], [], {}
         # A layer's entry is never a list, so no layer is taken for this.
         if isinstance(found.get("trained"), list):
+            more = found.get("more", [])
             found, trained, config = found["layers"], found["trained"], found["config"]
-        if not (isinstance(config, dict) and all(isinstance(name, str) for name in trained)):
-            raise ValueError("'trained' must be a list of names, and 'config' an object")
+        if not (isinstance(config, dict) and isinstance(more, list)
+                and all(isinstance(name, str) for name in [*trained, *more])):
+            raise ValueError("'trained' and 'more' must be lists of names, and 'config' an object")
         for layer in found.values():
             if not (isinstance(layer["method"], str) and isinstance(layer["settings"], (dict, type(None)))
                     and all(isinstance(name, str) for name in layer["parameters"].values())):
                 raise ValueError("a layer needs 'method', 'settings' and 'parameters'")
-        return found, trained, config
+        return found, trained, more, config
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise ValueError(f"its settings under {SETTINGS_KEY!r} are damaged: {error}.") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,11 @@ import mindspore
 from mindspore import Parameter, nn
 from mindspore.train import Callback, CheckpointConfig
 
+from mindpet_lite.delta.base import WrongArgumentError
 from mindpet_lite.formats.atomic import atomic_file
 from mindpet_lite.formats.mindpet import SETTINGS_KEY
 from mindpet_lite.graph.live import deltas_in
 from mindpet_lite.graph.tree import cells_by_path
-
-# Options of CheckpointConfig that would change what is written or kept, with the name of its argument.
-_NOT_HONOURED = {"enc_key": "enc_key", "append_dict": "append_info",
-                 "keep_checkpoint_per_n_minutes": "keep_checkpoint_per_n_minutes"}
 
 
 class TrainableParamsCheckPoint(Callback):
@@ -34,35 +31,35 @@ class TrainableParamsCheckPoint(Callback):
         directory: where to write; absolute or relative to the working directory; made if missing.
         prefix: start of the file names.
         config: mindspore.train.CheckpointConfig; `save_checkpoint_steps`, `save_checkpoint_seconds`,
-            `keep_checkpoint_max` and `saved_network` are honoured. Default: at the end of every epoch, the last 5.
+            `keep_checkpoint_max`, `keep_checkpoint_per_n_minutes`, `append_info` and `saved_network` are honoured.
+            Default: at the end of every epoch, the last 5.
 
     Raises:
         TypeError: `directory` is no path, `prefix` no string, `config` no CheckpointConfig.
-        ValueError: `directory` or `prefix` is empty, or `prefix` holds a path separator; or `config` asks for
-            encryption, additional entries, files of another format, or files kept by the minute.
+        ValueError: `directory` or `prefix` is None or empty, or `prefix` holds a path separator; or `config` asks for
+            encryption or files of another format.
     """
 
     def __init__(self, directory: str | os.PathLike[str], prefix: str = "DELTA_CKP",
                  config: CheckpointConfig | None = None) -> None:
         super().__init__()
         if not isinstance(directory, (str, os.PathLike)):
-            raise TypeError(f"directory must be a path to write checkpoints to, but got {directory!r}.")
+            raise WrongArgumentError(f"directory must be a path to write checkpoints to, but got {directory!r}.")
         if not os.fspath(directory):
             raise ValueError("directory must be a path to write checkpoints to, but got an empty string.")
         if not isinstance(prefix, str):
-            raise TypeError(f"prefix must be a string, but got {prefix!r}.")
+            raise WrongArgumentError(f"prefix must be a string, but got {prefix!r}.")
         if not prefix or os.path.basename(prefix) != prefix:
             raise ValueError(f"prefix must be the start of a file name, but got {prefix!r}.")
         if config is not None and not isinstance(config, CheckpointConfig):
             raise TypeError(f"config must be a mindspore.train.CheckpointConfig, but got {type(config).__name__}.")
-        for option, argument in _NOT_HONOURED.items():
-            if config is not None and getattr(config, option):
-                raise ValueError(f"TrainableParamsCheckPoint does not support {argument} of CheckpointConfig.")
+        if config is not None and config.enc_key:
+            raise ValueError("TrainableParamsCheckPoint does not support enc_key of CheckpointConfig.")
         file_format = getattr(config, "format", "ckpt")
         if file_format != "ckpt":
             raise ValueError(f"TrainableParamsCheckPoint writes format 'ckpt', but config says {file_format!r}.")
         self.directory, self.prefix, self.config = Path(directory), prefix, config
-        self._written: deque[Path] = deque()
+        self._written: dict[Path, float] = {}
         self._last_step, self._last_time = 0, time.monotonic()
 
     def on_train_begin(self, run_context: Any) -> None:
@@ -99,31 +96,57 @@ class TrainableParamsCheckPoint(Callback):
     def _save(self, params: Any) -> None:
         epoch_step = (params.cur_step_num - 1) % params.batch_num + 1
         path = self.directory / f"{self.prefix}-{params.cur_epoch_num}_{epoch_step}.ckpt"
-        save_trainable(self._network(params), path)
+        save_trainable(self._network(params), path, self._more(params))
         self._last_step, self._last_time = params.cur_step_num, time.monotonic()
-        if path in self._written:
-            self._written.remove(path)
-        self._written.append(path)
+        self._written = {other: when for other, when in self._written.items() if other != path}
+        self._written[path] = self._last_time
+        for old in self._superseded():
+            old.unlink(missing_ok=True)
+            del self._written[old]
+
+    def _superseded(self) -> list[Path]:
+        """Return the files that the config does not keep now that there is a newer one."""
+        *older, newest = self._written
+        minutes = self.config.keep_checkpoint_per_n_minutes if self.config else None
+        if minutes:
+            return [path for path in older if self._written[newest] - self._written[path] < 60 * minutes]
         keep = self.config.keep_checkpoint_max if self.config else 5
-        while keep and len(self._written) > keep:
-            self._written.popleft().unlink(missing_ok=True)
+        return older[:max(0, len(self._written) - keep)] if keep else []
+
+    def _more(self, params: Any) -> dict[str, Any]:
+        """Return the entries of the config's `append_info`; the numbers count on from what it says."""
+        more = dict(self.config.append_dict or {}) if self.config else {}
+        for name, now in (("epoch_num", params.cur_epoch_num), ("step_num", params.cur_step_num)):
+            if name in more:
+                more[name] += now
+        return more
 
 
-def save_trainable(network: nn.Cell, path: Path) -> None:
+def save_trainable(network: nn.Cell, path: Path, more: Mapping[str, Any]) -> None:
     """Write the trainable parameters of `network` and the settings of its deltas to a ``.ckpt`` file, atomically.
+
+    Args:
+        network: whose parameters.
+        path: of the file.
+        more: other entries to write, by name.
 
     Raises:
         ValueError: the network has no trainable parameter.
         OSError: the file cannot be written; what was there is unchanged.
     """
     chosen = trainable_parameters(network)
-    settings = {place: {"method": cell.method, "settings": cell.settings(),
-                        "parameters": {own: parameter.name for own, parameter in cell.delta_parameters().items()}}
-                for place, cell in deltas_in(cells_by_path(network)).items()}
+    found = deltas_in(cells_by_path(network))
+    layers = {place: {"method": cell.method, "settings": cell.settings(),
+                      "parameters": {own: parameter.name for own, parameter in cell.delta_parameters().items()}}
+              for place, cell in found.items()}
+    own = {name for layer in layers.values() for name in layer["parameters"].values()}
+    beside = {parameter.name for parameter in chosen} - own
+    entry = {"layers": layers, "trained": sorted(beside), "more": sorted(more), "config": {}} \
+        if beside or more else layers
     with atomic_file(path) as temporary:
         try:
             mindspore.save_checkpoint([{"name": parameter.name, "data": parameter} for parameter in chosen],
-                                      str(temporary), append_dict={SETTINGS_KEY: json.dumps(settings)})
+                                      str(temporary), append_dict={**more, SETTINGS_KEY: json.dumps(entry)})
         except RuntimeError as error:
             raise OSError(str(error)) from error
 

@@ -10,7 +10,7 @@ from mindspore import Parameter, nn
 
 from mindpet_lite.config import read_freeze
 from mindpet_lite.delta import METHODS
-from mindpet_lite.delta.base import Delta, did_you_mean
+from mindpet_lite.delta.base import Delta, WrongArgumentError, did_you_mean
 from mindpet_lite.graph.match import check_patterns, selector, wildcard
 from mindpet_lite.graph.tree import cells_by_path, paths_of_parameters, refresh_recomputation, require_cell
 
@@ -99,7 +99,7 @@ def freeze_delta(model: nn.Cell, mode: str, include: Sequence[str] | None = None
     """
     require_cell(model)
     if not isinstance(mode, str):
-        raise TypeError(f"mode must be one of {', '.join(FREEZE_MODES)}, but got {mode!r}.")
+        raise WrongArgumentError(f"mode must be one of {', '.join(FREEZE_MODES)}, but got {mode!r}.")
     if mode.lower() not in FREEZE_MODES:
         raise ValueError(f"mode must be one of {', '.join(FREEZE_MODES)}, but got {mode!r}."
                          f"{did_you_mean(mode, FREEZE_MODES)}")
@@ -134,6 +134,8 @@ def freeze_from_config(model: nn.Cell, config_path: str | os.PathLike[str]) -> T
             in it; or as `freeze_modules`. The net is unchanged.
     """
     require_cell(model)
+    if not config_path:
+        raise WrongArgumentError(f"config_path must be the path of a YAML file, but got {config_path!r}.")
     include, exclude = read_freeze(config_path)
     return freeze_modules(model, include, exclude)
 
@@ -150,7 +152,8 @@ def with_lists(parameters: list[tuple[Parameter, list[str]]], trains: list[bool]
     """
     for field, patterns in (include, exclude):
         if patterns is not None and not check_patterns(field, patterns):
-            raise ValueError(f"{field} is an empty list: leave it out, or name parameters such as ['*embedding*'].")
+            raise WrongArgumentError(f"{field} is an empty list: leave it out, or name parameters such as "
+                                     f"['*embedding*'].")
     names = [spellings for _, spellings in parameters]
     frozen, thawed = selector(*include, names), selector(*exclude, names)
     return [thawed(index) if frozen(index) != thawed(index) else old for index, old in enumerate(trains)]

@@ -6,7 +6,12 @@ from mindpet_lite.delta import (
     AdapterLayer,
     BitFitConfig,
     LoraConfig,
+    LoRAConv1d,
+    LoRAConv2d,
+    LoRAConv3d,
     LoRADense,
+    LoRAEmbedding,
+    LoRALinear,
     LowRankAdapterConfig,
     LowRankAdapterDense,
     LowRankAdapterLayer,
@@ -37,9 +42,10 @@ from mindpet_lite.graph import (
 
 __version__ = "0.1.0"
 
-__all__ = ["AdapterConfig", "AdapterDense", "AdapterLayer", "BitFitConfig", "LoRADense", "LoraConfig",
-           "LowRankAdapterConfig", "LowRankAdapterDense", "LowRankAdapterLayer", "PrefixDense", "PrefixEncoder",
-           "PrefixLayer", "PrefixTuningConfig", "Ptuning2Config", "Ptuning2Dense", "TrainableParamsCheckPoint",
-           "adapters_disabled", "fold_prefixes", "freeze_delta", "freeze_from_config", "freeze_modules",
-           "get_pet_model", "install_as_mindpet", "load_adapter", "merge", "prefix_mask", "prepend_prefix",
-           "save_adapter", "set_lora_scale", "summary", "unmerge"]
+__all__ = ["AdapterConfig", "AdapterDense", "AdapterLayer", "BitFitConfig", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d",
+           "LoRADense", "LoRAEmbedding", "LoRALinear", "LoraConfig", "LowRankAdapterConfig", "LowRankAdapterDense",
+           "LowRankAdapterLayer", "PrefixDense", "PrefixEncoder", "PrefixLayer", "PrefixTuningConfig",
+           "Ptuning2Config", "Ptuning2Dense", "TrainableParamsCheckPoint", "adapters_disabled", "fold_prefixes",
+           "freeze_delta", "freeze_from_config", "freeze_modules", "get_pet_model", "install_as_mindpet",
+           "load_adapter", "merge", "prefix_mask", "prepend_prefix", "save_adapter", "set_lora_scale", "summary",
+           "unmerge"]

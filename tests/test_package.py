@@ -11,7 +11,8 @@ import mindpet_lite
 
 ROOT = Path(mindpet_lite.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py"))
-METHOD_NAMES = {"LoRADense", "LoraConfig", "BitFitConfig", "AdapterConfig", "AdapterDense", "AdapterLayer",
+METHOD_NAMES = {"LoRADense", "LoraConfig", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d", "LoRAEmbedding", "LoRALinear",
+                "BitFitConfig", "AdapterConfig", "AdapterDense", "AdapterLayer",
                 "LowRankAdapterConfig", "LowRankAdapterDense", "LowRankAdapterLayer", "PrefixDense", "PrefixEncoder",
                 "PrefixLayer", "PrefixTuningConfig", "Ptuning2Config", "Ptuning2Dense", "prefix_mask",
                 "prepend_prefix"}

@@ -10,7 +10,7 @@ import mindspore
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import HeUniform
 
-from mindpet_lite.delta.activation import check_non_linearity, get_activation
+from mindpet_lite.delta.activation import ACTIVATIONS, check_non_linearity
 from mindpet_lite.delta.base import Delta, check_float_type
 from mindpet_lite.delta.dense import AdaptedDense, TypedCell
 from mindpet_lite.delta.parts import as_type, check_strategies, prefix_of, set_strategies
@@ -78,7 +78,7 @@ class BottleneckLayer(TypedCell, Steered):
     @staticmethod
     def activation_of(settings: BottleneckSettings) -> nn.Cell:
         """Return a new non-linearity; what it trains has the type of the other parameters."""
-        cell = get_activation(settings.non_linearity)
+        cell = ACTIVATIONS[settings.non_linearity]()
         for parameter in cell.get_parameters():
             parameter.set_dtype(settings.param_init_type)
         return cell

@@ -8,6 +8,7 @@ import pytest
 from adapters import A, B, assert_same, conv, dense, embedding, lora, tensor
 
 from mindpet_lite.formats import diffusers
+from mindpet_lite.formats.state import LayerState
 
 PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
 TEXT = "text_model.encoder.layers.0.self_attn.out_proj"
@@ -96,6 +97,10 @@ def test_all_problems_in_one_message():
 def test_what_diffusers_files_cannot_hold():
     with pytest.raises(ValueError, match="head.weight: diffusers' LoRA files have no place for a base parameter"):
         diffusers.encode(lora({"a": dense()}, trained={"head.weight": tensor((2,))}))
+    with pytest.raises(ValueError, match="a: rank and alpha are not known"):
+        diffusers.encode(lora({"a": LayerState(dense().tensors, None)}))
+    with pytest.raises(ValueError, match="unet.b: lora_dropout=0.5 cannot stand in PEFT's config"):
+        diffusers.encode(lora({"a": dense(), "b": dense(lora_dropout=0.5), "c": dense()}))
 
 
 def test_an_embedding():

@@ -53,6 +53,14 @@ def test_the_unet_in_three_spellings(prefixes, other):
         zip([prefixes[0] + path for path in SD1.values()], theirs))
 
 
+def test_cells_that_hold_others():
+    net = ["input_blocks.3", "input_blocks.3.0", "input_blocks.3.0.op", "input_blocks.3.0.op.conv"]
+    assert map_names(["down_blocks.0.downsamplers.0.conv"], net) == {
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op.conv"}
+    net = ["model.layers.0.attention", "model.layers.0.attention.wq", "model.layers.0.attention.wq.lora_dropout"]
+    assert map_names(["model.layers.0.self_attn.q_proj"], net)["model.layers.0.self_attn.q_proj"] == net[1]
+
+
 @pytest.mark.parametrize("ours, theirs", [
     ("model.layers.7.self_attn.q_proj", "model.layers.7.attention.wq"),
     ("model.layers.7.self_attn.o_proj", "model.layers.7.attention.wo"),

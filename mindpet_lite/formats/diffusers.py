@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from mindpet_lite.formats import components, peft
-from mindpet_lite.formats.lora import OWN_ENTRY, read_alpha
-from mindpet_lite.formats.state import AdapterState
+from mindpet_lite.formats.lora import OWN_ENTRY, read_alpha, without_settings
+from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.strict_json import parse_object
 
 # The metadata that holds the config: PEFT's fields, each behind its component's name.
@@ -46,23 +46,34 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     Raises:
         ValueError: the adapter holds what diffusers' files cannot.
     """
-    if state.trained:
-        raise ValueError("\n  ".join(f"{name}: diffusers' LoRA files have no place for a base parameter that trained "
-                                     f"beside the deltas." for name in state.trained))
+    problems = [f"{name}: diffusers' LoRA files have no place for a base parameter that trained beside the deltas."
+                for name in state.trained] + without_settings(state)
+    if problems:
+        raise ValueError("\n  ".join(problems))
     places = components.split(state.layers)
+    names = sorted({component for component, _ in places.values()})
     tensors: dict[str, np.ndarray] = {}
     config: dict[str, Any] = {}
     own: dict[str, Any] = {"component_in_paths": components.in_paths(state.layers), "config": {}}
-    names = sorted({component for component, _ in places.values()})
     for component in names:
-        part, fields = peft.encode(AdapterState(
-            state.method, {below: state.layers[path] for path, (home, below) in places.items() if home == component},
-            config=_fields_of(state.config, component, names)))
+        layers = {below: state.layers[path] for path, (home, below) in places.items() if home == component}
+        part, fields = peft.encode(AdapterState(state.method, layers,
+                                                config=_fields_of(state.config, component, names)))
+        problems += _changes(component, layers, peft.decode(part, fields))
         tensors.update({f"{component}.{key.removeprefix(_PEFT)}": value for key, value in part.items()})
         for field, value in fields.items():
             (config if field in _FIELDS else own["config"])[f"{component}.{field}"] = value
+    if problems:
+        raise ValueError("\n  ".join(problems))
     return tensors, {"format": "pt", CONFIG_ENTRY: json.dumps(config, indent=2, sort_keys=True),
                      OWN_ENTRY: json.dumps(own, sort_keys=True)}
+
+
+def _changes(component: str, layers: Mapping[str, LayerState], read: AdapterState) -> list[str]:
+    """Return which settings PEFT's config, one for all layers of a component, does not give back as they were."""
+    return [f"{component}.{path}: {name}={value!r} cannot stand in PEFT's config beside those of the other layers."
+            for path, layer in layers.items() for name, value in (layer.settings or {}).items()
+            if (read.layers[path].settings or {}).get(name) != value]
 
 
 def decode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> AdapterState:

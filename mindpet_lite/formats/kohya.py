@@ -47,6 +47,8 @@ _TEXT_PREFIX = "text_encoder_prefix"
 _SUMMARY = ("format", "ss_network_dim", "ss_network_alpha")
 _MODULE = "ss_network_module"
 _KEPT = ("ss_", "modelspec.")
+# To look for close names takes long: so many problems get them.
+_HINTS = 20
 
 
 def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -172,7 +174,7 @@ def _places(names: Iterable[str], own: Mapping[str, str], paths: Iterable[str] |
         else:
             problems.append(f"{name}: the underscores do not say which are dots, and the words are not those of "
                             f"diffusers, Stable Diffusion or CLIP; load it with the net it belongs to."
-                            f"{net.near(below)}")
+                            f"{net.near(below) if len(problems) < _HINTS else ''}")
     return found
 
 

@@ -10,6 +10,9 @@ from mindpet_lite.formats.components import COMPONENTS
 from mindpet_lite.formats.families import FAMILIES
 from mindpet_lite.formats.state import AdapterState
 
+# To look for close names takes long: so many problems get them.
+_HINTS = 20
+
 Table = Mapping[str, str] | Sequence[tuple[str, str]]
 
 
@@ -70,7 +73,7 @@ def map_names(paths_in_file: Iterable[str], paths_in_net: Iterable[str], table: 
             problems.append(f"{path} may be {' or '.join(places[:3])}{' or others' if len(places) > 3 else ''}: say "
                             f"which with a name map.")
         else:
-            problems.append(f"{path} is no layer of the net.{_near(path, net)}")
+            problems.append(f"{path} is no layer of the net.{_near(path, net) if len(problems) < _HINTS else ''}")
     taken = Counter(found.values())
     problems += [f"{place} is the place of {' and '.join(path for path in found if found[path] == place)}."
                  for place, count in taken.items() if count > 1]
@@ -134,8 +137,13 @@ def _by_family(paths: Collection[str], net: Collection[str]) -> dict[str, list[s
         for hit in hits:
             if most and len(hit) == most:
                 for path, those in hit.items():
-                    found[path] = list(dict.fromkeys([*found.get(path, []), *those]))
+                    found[path] = _innermost([*found.get(path, []), *those])
     return found
+
+
+def _innermost(places: Collection[str]) -> list[str]:
+    """Return the places without those that hold another of them, as Wukong's cells hold their convolution."""
+    return [place for place in dict.fromkeys(places) if not any(other.startswith(f"{place}.") for other in places)]
 
 
 def _near(path: str, net: Collection[str]) -> str:

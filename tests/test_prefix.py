@@ -454,6 +454,9 @@ def test_config_from_yaml_and_its_refusals(tmp_path):
     plain = Net(Attention)
     with unchanged(plain), pytest.raises(ValueError, match="Prefix-Tuning adapts nn.Dense, not Attention|no layer"):
         mp.get_pet_model(plain, PrefixTuningConfig(target_modules=["blocks.0"]))
+    adapted = mp.get_pet_model(plain, PrefixTuningConfig(target_modules=["to_k"], **DENSE))
+    with unchanged(adapted), pytest.raises(ValueError, match=r"blocks.0.to_k: a PrefixDense is adapted already\.\n"):
+        mp.get_pet_model(adapted, PrefixTuningConfig(target_modules=["to_k", "to_v"]))
 
 
 # Folding

@@ -23,7 +23,7 @@ def dense_refusal(cell: nn.Cell, method: str) -> str | None:
     """Return why `cell` is no plain `nn.Dense` that `method` can adapt, or None if it is one."""
     kind = type(cell).__name__
     if isinstance(cell, Delta):
-        return f"a {kind} is adapted already; merge() it first."
+        return f"a {kind} is adapted already{'.' if cell.unmergeable else '; merge() it first.'}"
     if not isinstance(cell, nn.Dense):
         return f"{method} adapts nn.Dense, not {kind}."
     for name in ("construct", "bprop", "__call__"):

@@ -58,7 +58,8 @@ class PrefixLayer(Prefixes, nn.Cell):
 
     A prefix that MindPet's way keeps in `__init__` (``self.past_key = self.prefix.past_key_reparam``) cannot be
     evaluated by each forward. There, the layer warns, drops embedding and MLP, and hands out the Parameter that the
-    prefix now is, so that it trains; with ``prefix_projection=False`` it is one from the start.
+    prefix now is, so that it trains; with ``prefix_projection=False`` it is one from the start. Read elsewhere, outside
+    of a forward, the properties give the value of that moment.
 
     The layer changes the output of its attention from the start: the prefixes take part in the softmax.
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,11 +47,10 @@ def load(directory: Path) -> AdapterState:
 
 
 def _config(handle: BinaryIO, path: Path) -> dict[str, Any]:
-    data = handle.read(_MAX_CONFIG + 1)
-    if len(data) > _MAX_CONFIG:
+    if os.fstat(handle.fileno()).st_size > _MAX_CONFIG:
         raise ValueError(f"{path} is larger than {_MAX_CONFIG} bytes, which no config is.")
     try:
-        return parse_object(data)
+        return parse_object(handle.read())
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
 

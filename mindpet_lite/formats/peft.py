@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mindpet_lite.formats.patterns import compile_end
 from mindpet_lite.formats.state import AdapterState, LayerState
 
 # The methods that this format can hold.
@@ -120,9 +121,9 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
                 problems.append(f"{place} must be a positive number, but the config says {value!r}.")
         for key in by_pattern:
             try:
-                re.compile(key)
-            except re.error as error:
-                problems.append(f"{patterns}[{key!r}] is no regular expression: {error}.")
+                compile_end(key)
+            except ValueError as error:
+                problems.append(f"{patterns}[{key!r}] {error}")
     return problems
 
 
@@ -143,6 +144,6 @@ def _split(key: str) -> tuple[str, str | None]:
 def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """Return the value of the first pattern that matches the end of `path`, as PEFT does, else `default`."""
     for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+        if compile_end(pattern).fullmatch(path):
             return value
     return default

@@ -1,6 +1,7 @@
 """Adapter files: only the deltas, with what is needed to use them."""
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from mindpet_lite.graph.tree import cells_by_path, replace, require_cell
 
 # PyTorch's names of the Parameters that MindSpore calls otherwise.
 _ELSEWHERE = {"gamma": "weight", "beta": "bias", "embedding_table": "weight"}
+# Sizes up to this one need not show in the tensors: a folded prefix has lost some of its own.
+_ANY_SIZE = 4096
 
 
 def adapter_state(net: nn.Cell) -> AdapterState:
@@ -179,7 +182,18 @@ def _home(kind: type[DeltaConfig], method: str, cell: nn.Cell, layer: LayerState
     if layer.settings is None:
         raise ValueError("the layer is plain and the file does not say rank and alpha or whatever its method needs: "
                          "adapt the net first, with the values it was trained with.")
+    _refuse_larger_than_file(kind, layer)
     return adapt(kind(**layer.settings), cell)
+
+
+def _refuse_larger_than_file(kind: type[DeltaConfig], layer: LayerState) -> None:
+    """Raise ValueError if a size in the settings is beyond what the file holds: no memory is taken for it."""
+    held = sum(value.size for value in layer.tensors.values())
+    sizes = {field.name: (layer.settings or {}).get(field.name) for field in dataclasses.fields(kind)
+             if "int" in str(field.type).split(" | ")}
+    large = [f"{name} = {size}" for name, size in sizes.items() if isinstance(size, int) and size > max(held, _ANY_SIZE)]
+    if large:
+        raise ValueError(f"{' and '.join(large)} cannot be: the file holds {held} values for the layer.")
 
 
 def _mismatches(path: str, delta: Delta, layer: LayerState) -> list[str]:

@@ -1,0 +1,63 @@
+"""Regular expressions of strangers: matched as PEFT matches them, once they are known to take bounded time."""
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    from re import _parser as parser  # type: ignore[attr-defined]
+else:
+    import sre_parse as parser
+
+# In a path of this length, an expression may be matched in as many ways before it is refused: that leaves room for
+# four ``.*``, which take a few seconds at worst.
+_LENGTH, _WAYS = 100, 2e8
+# What any choice counts at least, so that many small ones do not add up to a long time either.
+_CHOICE = 10
+
+
+@functools.lru_cache(maxsize=1024)
+def compile_end(pattern: str) -> re.Pattern[str]:
+    """Return the compiled expression that matches whole paths which end as `pattern` says, as PEFT has it.
+
+    Python's matcher tries every way in which the repeats and alternatives of an expression can fit; ``(a+)+`` has so
+    many that it never ends. So the ways are counted first.
+
+    Raises:
+        ValueError: `pattern` is no regular expression, or could take too long. The message goes on from "<place> ".
+    """
+    text = rf"(.*\.)?({pattern})"
+    try:
+        compiled, tree = re.compile(text), parser.parse(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"is no regular expression: {error}.") from error
+    if _ways(tree) > _WAYS:
+        raise ValueError("is a regular expression that could take too long: it repeats what is repeated, or has too "
+                         "many repeats and alternatives.")
+    return compiled
+
+
+def _ways(tree: Any) -> float:
+    """Return an upper bound of the ways in which a parsed expression can fit a text; whole bytes of it do not count."""
+    total = 1.0
+    for kind, argument in tree:
+        name = str(kind)
+        if name == "BRANCH":
+            total *= max(sum(_ways(branch) for branch in argument[1]), _CHOICE)
+        elif name.endswith("_REPEAT"):
+            least, most, inner = argument
+            times = min(most, _LENGTH)
+            # Python's floats end at 1e308.
+            total *= min(_ways(inner), 1e3) ** times * (max(times - least + 1, _CHOICE) if most > least else 1)
+        else:
+            total *= max([1.0, *(_ways(part) for part in _parts(argument))])
+        total = min(total, 1e300)
+    return total
+
+
+def _parts(argument: Any) -> list[Any]:
+    """Return the expressions within the argument of a group or of a look around."""
+    items = argument if isinstance(argument, tuple) else (argument,)
+    return [part for part in items if isinstance(part, parser.SubPattern)]

@@ -256,7 +256,7 @@ def _numbers(field: str, value: object) -> tuple[int, ...] | None:
     """Return block numbers as a tuple of ints after checking them."""
     if value is None:
         return None
-    items = list(value) if isinstance(value, (list, tuple, set, range)) else [value]
+    items: list[Any] = list(value) if isinstance(value, (list, tuple, set, range)) else [value]
     if not items or not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in items):
         raise TypeError(f"{field} must be a block number or a non-empty list of block numbers, but got {value!r}.")
     return tuple(items)

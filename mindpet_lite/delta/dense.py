@@ -117,7 +117,10 @@ class AdaptedDense(TypedCell, nn.Dense, Delta):
 
     def _affine(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
         """Return x Wᵀ + b for rows `x` of type `dtype`."""
-        y = self.matmul(x, as_type(self.weight, dtype))
+        return self._with_bias(self.matmul(x, as_type(self.weight, dtype)), dtype)
+
+    def _with_bias(self, y: Tensor, dtype: mindspore.dtype) -> Tensor:
+        """Return y + b where there is a bias."""
         if self.has_bias:
             y = self.bias_add(y, as_type(self.bias, dtype))
         return y

@@ -136,9 +136,10 @@ def save_trainable(network: nn.Cell, path: Path, more: Mapping[str, Any]) -> Non
     """
     chosen = trainable_parameters(network)
     found = deltas_in(cells_by_path(network))
-    layers = {place: {"method": cell.method, "settings": cell.settings(),
-                      "parameters": {own: parameter.name for own, parameter in cell.delta_parameters().items()}}
-              for place, cell in found.items()}
+    layers: dict[str, dict[str, Any]] = {
+        place: {"method": cell.method, "settings": cell.settings(),
+                "parameters": {own: parameter.name for own, parameter in cell.delta_parameters().items()}}
+        for place, cell in found.items()}
     own = {name for layer in layers.values() for name in layer["parameters"].values()}
     beside = {parameter.name for parameter in chosen} - own
     entry = {"layers": layers, "trained": sorted(beside), "more": sorted(more), "config": {}} \

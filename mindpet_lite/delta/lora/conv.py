@@ -40,6 +40,8 @@ class LoRAConv(LoRALayer):
             to its base.
         param_init_type (mindspore.dtype): type of A and B: float16, bfloat16 or float32.
         compute_dtype (mindspore.dtype | None): see the dtype rule.
+        use_rslora (bool), use_dora (bool), lora_bias (bool): as for :class:`LoRADense`. With groups, DoRA takes the
+            norm as PEFT does, which lays the product B A over the grouped kernel.
         **conv_kwargs: the other arguments of the plain layer.
 
     Inputs:
@@ -60,9 +62,10 @@ class LoRAConv(LoRALayer):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...], lora_rank: int,
                  lora_alpha: float, lora_dropout: float = 0.0, lora_a_init: Any = HE_UNIFORM,
                  lora_b_init: Any = "zeros", param_init_type: mindspore.dtype = mindspore.float32,
-                 compute_dtype: mindspore.dtype | None = None, **conv_kwargs: Any) -> None:
+                 compute_dtype: mindspore.dtype | None = None, use_rslora: bool = False, use_dora: bool = False,
+                 lora_bias: bool = False, **conv_kwargs: Any) -> None:
         settings = LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init, param_init_type,
-                                compute_dtype)
+                                compute_dtype, use_rslora, use_dora, lora_bias)
         super().__init__(in_channels, out_channels, kernel_size, **conv_kwargs)
         self._add_delta(settings)
 
@@ -88,6 +91,10 @@ class LoRAConv(LoRALayer):
         """Return W * x + b in `dtype`."""
         raise NotImplementedError
 
+    def _linear(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
+        """Return W * x in `dtype`."""
+        raise NotImplementedError
+
     def _low(self, x: Tensor, a: Tensor) -> Tensor:
         """Return A * x: (batch, lora_rank, *space)."""
         raise NotImplementedError
@@ -111,7 +118,15 @@ class LoRAConv(LoRALayer):
         if self.has_dropout:
             x = self.lora_dropout(x)
         low = self._scaled(self._low(x, as_type(self.mindpet_delta_lora_a, dtype)), dtype)
-        return as_type(ops.add(y, self._high(low, as_type(self.mindpet_delta_lora_b, dtype))), input_type)
+        update = self._high(low, as_type(self.mindpet_delta_lora_b, dtype))
+        if self.has_lora_bias:
+            update = update + self._scaled_bias(dtype)
+        if self.use_dora:
+            update = self._dora(self._linear(x, dtype), update, dtype)
+        return as_type(ops.add(y, update), input_type)
+
+    def _over_outputs(self, outputs: int) -> tuple[int, ...]:
+        return (1, outputs, *[1] * self.dims)
 
     def construct(self, x: Tensor) -> Tensor:
         """Apply the layer to `x` (batch, in_channels, *space); return a Tensor of the type of `x`."""
@@ -133,8 +148,11 @@ class _NNConv(LoRAConv):
         self.lora_a_conv = primitive(self.lora_rank, self.kernel_size, pad_mode=self.pad_mode, pad=self.padding,
                                      stride=self.stride, dilation=self.dilation)
 
+    def _linear(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
+        return self.conv2d(x, as_type(self.weight, dtype))
+
     def _base(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
-        y = self.conv2d(x, as_type(self.weight, dtype))
+        y = self._linear(x, dtype)
         if self.has_bias:
             y = self.bias_add(y, as_type(self.bias, dtype))
         return y
@@ -148,8 +166,15 @@ class LoRAConv1d(_NNConv, nn.Conv1d):
 
     plain_type, plain_name, dims = nn.Conv1d, "nn.Conv1d", 1
 
+    def _linear(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
+        return self.squeeze(self.conv2d(self.expand_dims(x, 2), as_type(self.weight, dtype)))
+
     def _base(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
-        return self.squeeze(super()._base(self.expand_dims(x, 2), dtype))
+        # The bias before the axis goes, as the plain layer has it.
+        y = self.conv2d(self.expand_dims(x, 2), as_type(self.weight, dtype))
+        if self.has_bias:
+            y = self.bias_add(y, as_type(self.bias, dtype))
+        return self.squeeze(y)
 
     def _low(self, x: Tensor, a: Tensor) -> Tensor:
         return self.squeeze(self.lora_a_conv(self.expand_dims(x, 2), self.expand_dims(a, 2)))
@@ -166,17 +191,13 @@ class LoRAConv3d(_NNConv, nn.Conv3d):
 
     plain_type, plain_name, dims = nn.Conv3d, "nn.Conv3d", 3
 
-    def _base(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
+    def _linear(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
         weight = as_type(self.weight, dtype)
         if self.group == 1:
-            y = self.conv3d(x, weight)
-        else:
-            # As the plain layer does it: Ascend's convolution of volumes has no groups.
-            parts, kernels = self.split_1(x), self.split_0(weight)
-            y = self.concat([self.conv3d(parts[index], kernels[index]) for index in range(self.group)])
-        if self.has_bias:
-            y = self.bias_add(y, as_type(self.bias, dtype))
-        return y
+            return self.conv3d(x, weight)
+        # As the plain layer does it: Ascend's convolution of volumes has no groups.
+        parts, kernels = self.split_1(x), self.split_0(weight)
+        return self.concat([self.conv3d(parts[index], kernels[index]) for index in range(self.group)])
 
 
 class _MintConv(LoRAConv):
@@ -199,6 +220,9 @@ class _MintConv(LoRAConv):
     def _base(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
         bias = None if self.bias is None else as_type(self.bias, dtype)
         return self._convolution(x, as_type(self.weight, dtype), bias, self.groups)
+
+    def _linear(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
+        return self._convolution(x, as_type(self.weight, dtype), None, self.groups)
 
     def _low(self, x: Tensor, a: Tensor) -> Tensor:
         return self._convolution(x, a, None, 1)

@@ -4,11 +4,10 @@ from __future__ import annotations
 from typing import Any
 
 import mindspore
-import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 
 from mindpet_lite.delta.dense import AdaptedDense, dense_refusal
-from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, LoraSettings, LowRank, absorbed
+from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, NEWER, LoraSettings, LowRank
 from mindpet_lite.delta.parts import as_type, check_strategies, set_strategies
 
 
@@ -40,7 +39,9 @@ class LoRADense(AdaptedDense, LowRank):
             to its base.
         param_init_type (mindspore.dtype): type of A and B: float16, bfloat16 or float32.
         compute_dtype (mindspore.dtype | None): see the dtype rule.
-        **dense_kwargs: weight_init, bias_init, has_bias, activation and dtype of nn.Dense.
+        **dense_kwargs: weight_init, bias_init, has_bias, activation and dtype of nn.Dense; and by keyword, False by
+            default, use_rslora (scale by lora_alpha / √lora_rank), use_dora (DoRA) and lora_bias (B has a bias of its
+            own): see :class:`mindpet_lite.delta.lora.low_rank.LowRank`.
 
     Inputs:
         - **x** (Tensor): `(*, in_channels)`, any number of leading axes, none included.
@@ -51,16 +52,19 @@ class LoRADense(AdaptedDense, LowRank):
     Raises:
         TypeError: lora_rank is a bool or no int; lora_alpha or lora_dropout is a bool or no number; a type is not
             float16, bfloat16 or float32; an initialiser is of no known kind.
-        ValueError: lora_rank or lora_alpha is not positive (or alpha not finite); lora_dropout is outside [0, 1); an
-            initial Tensor has the wrong shape; the activation's or initialiser's name is unknown.
+        ValueError: lora_rank or lora_alpha is not positive (or alpha not finite); lora_dropout is outside [0, 1);
+            use_dora and lora_bias are both set; an initial Tensor has the wrong shape; the activation's or
+            initialiser's name is unknown.
     """
 
     def __init__(self, in_channels: int, out_channels: int, lora_rank: int, lora_alpha: float,
                  lora_dropout: float = 0.0, lora_a_init: Any = HE_UNIFORM, lora_b_init: Any = "zeros",
                  param_init_type: mindspore.dtype = mindspore.float32,
                  compute_dtype: mindspore.dtype | None = None, **dense_kwargs: Any) -> None:
+        # The signature is MindPet's; what LoRA gained since is by keyword.
+        newer = {name: dense_kwargs.pop(name) for name in NEWER if name in dense_kwargs}
         settings = LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init, param_init_type,
-                                compute_dtype)
+                                compute_dtype, **newer)
         super().__init__(in_channels, out_channels, **dense_kwargs)
         self._add_delta(settings)
 
@@ -68,7 +72,7 @@ class LoRADense(AdaptedDense, LowRank):
     def from_dense(cls, dense: nn.Dense, lora_rank: int, lora_alpha: float, lora_dropout: float = 0.0,
                    lora_a_init: Any = HE_UNIFORM, lora_b_init: Any = "zeros",
                    param_init_type: mindspore.dtype = mindspore.float32,
-                   compute_dtype: mindspore.dtype | None = None) -> LoRADense:
+                   compute_dtype: mindspore.dtype | None = None, **newer: bool) -> LoRADense:
         """Adapt an existing Dense: same Parameter objects and names, same primitives, same activation.
 
         `dense` itself stays as it is; put the returned layer in its place. With the default `lora_b_init` the output
@@ -83,7 +87,7 @@ class LoRADense(AdaptedDense, LowRank):
         if reason:
             raise TypeError(reason)
         return cls._on(dense, LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init,
-                                           param_init_type, compute_dtype))
+                                           param_init_type, compute_dtype, **newer))
 
     @classmethod
     def _on(cls, dense: nn.Dense, settings: LoraSettings) -> LoRADense:
@@ -108,13 +112,21 @@ class LoRADense(AdaptedDense, LowRank):
         x = as_type(x, dtype)
         if len(shape) != 2:
             x = self.reshape(x, (-1, shape[-1]))
-        y = self._affine(x, dtype)
+        linear = self.matmul(x, as_type(self.weight, dtype))
+        y = self._with_bias(linear, dtype)
         if self.has_dropout:
             x = self.lora_dropout(x)
         low = self.lora_a_matmul(x, as_type(self.mindpet_delta_lora_a, dtype))
         # On the [tokens, rank] side: rank is far below out_channels.
         low = self.mul(low, as_type(self.lora_scaling, dtype))
-        y = self.add(y, self.lora_b_matmul(low, as_type(self.mindpet_delta_lora_b, dtype)))
+        update = self.lora_b_matmul(low, as_type(self.mindpet_delta_lora_b, dtype))
+        if self.has_lora_bias:
+            update = self.add(update, self._scaled_bias(dtype))
+        if self.use_dora:
+            # As PEFT: what dropout takes from A's input, the rescaling of W does not see either.
+            linear = self.matmul(x, as_type(self.weight, dtype)) if self.has_dropout else linear
+            update = self._dora(linear, update, dtype)
+        y = self.add(y, update)
         if self.activation_flag:
             y = self.activation(y)
         if len(shape) != 2:
@@ -155,12 +167,6 @@ class LoRADense(AdaptedDense, LowRank):
             ("strategy_lora_mul", self.mul, strategy_lora_mul), ("strategy_lora_add", self.add, strategy_lora_add),
             ("strategy_activation", self.activation, strategy_activation)])
         return self
-
-    def merged_value(self) -> dict[Parameter, Tensor]:
-        """Return {weight: W + s · B A} with the live factor s of the running net, computed in float32."""
-        a, b = self._factors()
-        with np.errstate(over="ignore", invalid="ignore"):
-            return absorbed(self.weight, np.matmul(b, a))
 
     def extend_repr(self) -> str:
         """Show the low-rank settings beside those of nn.Dense."""

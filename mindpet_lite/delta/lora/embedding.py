@@ -4,7 +4,6 @@ from __future__ import annotations
 from typing import Any
 
 import mindspore
-import numpy as np
 from mindspore import Parameter, Tensor, mint, nn, ops
 from mindspore.common.initializer import Normal
 
@@ -42,6 +41,7 @@ class LoRATable(LoRALayer):
         lora_b_init (Tensor | str | Initializer | number): start of B. Default: normal with deviation 1.
         param_init_type (mindspore.dtype): type of A and B: float16, bfloat16 or float32.
         compute_dtype (mindspore.dtype | None): see the dtype rule.
+        use_rslora (bool), use_dora (bool): as for :class:`LoRADense`; DoRA's norm is over the ids.
         **embedding_kwargs: the other arguments of the plain layer.
 
     Inputs:
@@ -57,21 +57,26 @@ class LoRATable(LoRALayer):
 
     delta_names = ("mindpet_delta_lora_embedding_a", "mindpet_delta_lora_embedding_b")
     a_start, b_start = "zeros", UNIT_NORMAL
+    out_axis = 1
 
     def __init__(self, vocab_size: int, embedding_size: int, lora_rank: int, lora_alpha: float,
                  lora_dropout: float = 0.0, lora_a_init: Any = "zeros", lora_b_init: Any = UNIT_NORMAL,
                  param_init_type: mindspore.dtype = mindspore.float32,
-                 compute_dtype: mindspore.dtype | None = None, **embedding_kwargs: Any) -> None:
+                 compute_dtype: mindspore.dtype | None = None, use_rslora: bool = False, use_dora: bool = False,
+                 **embedding_kwargs: Any) -> None:
         if check_number("lora_dropout", lora_dropout) != 0:
             raise ValueError(f"lora_dropout must be 0, because the ids an embedding takes cannot be dropped, but got "
                              f"{lora_dropout}.")
         settings = LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init, param_init_type,
-                                compute_dtype)
+                                compute_dtype, use_rslora, use_dora)
         super().__init__(vocab_size, embedding_size, **embedding_kwargs)
         self._add_delta(settings)
 
     def _add_delta(self, config: LoraSettings) -> None:
         ids, size = self.weight.shape
+        if config.lora_bias:
+            raise ValueError("LoRA on an embedding has no bias: leave lora_bias out, or the layer, with "
+                             "exclude_modules.")
         self.compute_dtype = config.compute_dtype
         self._add_factors(config, (config.lora_rank, ids), (size, config.lora_rank), self.weight, min(ids, size))
         self.lora_padding = None if self.padding_idx is None else self.padding_idx % ids
@@ -93,20 +98,23 @@ class LoRATable(LoRALayer):
         if self.lora_padding is not None:
             low = ops.where(ops.not_equal(flat, self.lora_padding), low, ops.stop_gradient(low))
         low = self._scaled(as_type(low, dtype), dtype)
+        rows = as_type(self._rows(flat), dtype)
         update = self.lora_b_matmul(low, as_type(self.mindpet_delta_lora_embedding_b, dtype))
-        y = as_type(self._rows(flat), dtype) + update
+        if self.use_dora:
+            update = self._dora(rows, update, dtype)
+        y = rows + update
         return as_type(ops.reshape(y, (*ids.shape, y.shape[1])), self.weight.dtype)
 
-    def _as_weight(self, update: np.ndarray) -> np.ndarray:
-        return update.T
+    def _oriented(self, product: Any) -> Any:
+        return product.T
 
     def cost(self) -> str:
         """Say nothing: only the rows that are looked up are cast."""
         return ""
 
     def settings(self) -> dict[str, Any]:
-        """Return lora_rank and lora_alpha."""
-        return {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha}
+        """Return lora_rank and lora_alpha, and what is used of use_rslora and use_dora."""
+        return {name: value for name, value in super().settings().items() if name != "lora_dropout"}
 
 
 class LoRAEmbedding(LoRATable, nn.Embedding):

@@ -4,11 +4,10 @@ from __future__ import annotations
 from typing import ClassVar, TypeVar
 
 import mindspore
-import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindpet_lite.delta.dense import TypedCell
-from mindpet_lite.delta.lora.low_rank import LoraSettings, LowRank, absorbed
+from mindpet_lite.delta.lora.low_rank import LoraSettings, LowRank
 from mindpet_lite.delta.parts import as_type
 
 Self = TypeVar("Self", bound="LoRALayer")
@@ -85,18 +84,6 @@ class LoRALayer(TypedCell, LowRank):
         if self.float_type is not None:
             plain.to_float(self.float_type)
         return plain
-
-    def merged_value(self) -> dict[Parameter, Tensor]:
-        """Return {weight: W + s · B A} with the live factor s of the running net, computed in float32."""
-        if self.unmergeable:
-            return super().merged_value()
-        a, b = self._factors()
-        with np.errstate(over="ignore", invalid="ignore"):
-            return absorbed(self.weight, self._as_weight(b.reshape(len(b), -1) @ a.reshape(len(a), -1)))
-
-    def _as_weight(self, update: np.ndarray) -> np.ndarray:
-        """Return the product B A in the shape of the weight."""
-        return update.reshape(self.weight.shape)
 
     def cost(self) -> str:
         """Say that the weight is cast on every call, where the layer computes in another type."""

@@ -36,9 +36,10 @@ class LoRALinear(LoRALayer, mint.nn.Linear):
     def __init__(self, in_features: int, out_features: int, lora_rank: int, lora_alpha: float,
                  lora_dropout: float = 0.0, lora_a_init: Any = HE_UNIFORM, lora_b_init: Any = "zeros",
                  param_init_type: mindspore.dtype = mindspore.float32,
-                 compute_dtype: mindspore.dtype | None = None, **linear_kwargs: Any) -> None:
+                 compute_dtype: mindspore.dtype | None = None, use_rslora: bool = False, use_dora: bool = False,
+                 lora_bias: bool = False, **linear_kwargs: Any) -> None:
         settings = LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init, param_init_type,
-                                compute_dtype)
+                                compute_dtype, use_rslora, use_dora, lora_bias)
         super().__init__(in_features, out_features, **linear_kwargs)
         self._add_delta(settings)
 
@@ -57,4 +58,9 @@ class LoRALinear(LoRALayer, mint.nn.Linear):
         if self.has_dropout:
             x = self.lora_dropout(x)
         low = self._scaled(self.dense(x, as_type(self.mindpet_delta_lora_a, dtype)), dtype)
-        return as_type(y + self.dense(low, as_type(self.mindpet_delta_lora_b, dtype)), input_type)
+        update = self.dense(low, as_type(self.mindpet_delta_lora_b, dtype))
+        if self.has_lora_bias:
+            update = update + self._scaled_bias(dtype)
+        if self.use_dora:
+            update = self._dora(self.dense(x, as_type(self.weight, dtype)), update, dtype)
+        return as_type(y + update, input_type)

@@ -8,20 +8,23 @@ from typing import Any, ClassVar
 
 import mindspore
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, ops
 from mindspore.common.initializer import HeUniform
 
 from mindpet_lite.delta.base import (
     Delta,
+    check_bool,
     check_float_type,
     check_int,
     check_positive,
     check_probability,
     warn_user,
 )
-from mindpet_lite.delta.parts import check_init, initial
+from mindpet_lite.delta.parts import as_type, check_init, initial
 
 HE_UNIFORM = HeUniform(negative_slope=math.sqrt(5))
+# The settings that MindPet's LoRA did not have.
+NEWER = ("use_rslora", "use_dora", "lora_bias")
 
 
 class OwnStart:
@@ -45,6 +48,9 @@ class LoraSettings:
     lora_b_init: Any = OwnStart()
     param_init_type: mindspore.dtype = mindspore.float32
     compute_dtype: mindspore.dtype | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
 
     def __post_init__(self) -> None:
         check_int("lora_rank", self.lora_rank)
@@ -53,6 +59,11 @@ class LoraSettings:
         check_float_type("param_init_type", self.param_init_type)
         if self.compute_dtype is not None:
             check_float_type("compute_dtype", self.compute_dtype)
+        for name in ("use_rslora", "use_dora", "lora_bias"):
+            check_bool(name, getattr(self, name))
+        if self.use_dora and self.lora_bias:
+            raise ValueError("use_dora and lora_bias do not go together: DoRA scales the rows of a weight, and a bias "
+                             "of B is in none.")
         for name in ("lora_a_init", "lora_b_init"):
             if not isinstance(getattr(self, name), OwnStart):
                 check_init(name, getattr(self, name))
@@ -63,65 +74,162 @@ class LoraSettings:
 
 
 class LowRank(Delta):
-    """The LoRA half of an adapted layer: factors A and B under `delta_names`, and the live factor `lora_scaling`."""
+    r"""The LoRA half of an adapted layer: factors A and B, what is optional beside them, and what steers them.
+
+    The update of a weight W is s · B A with s = alpha / rank, or alpha / √rank with `use_rslora`
+    (https://arxiv.org/abs/2312.03732, section 4). `lora_scaling` () holds strength · s.
+
+    With `lora_bias`, B has a bias of its own, `mindpet_delta_lora_b_bias`, scaled like B.
+
+    With `use_dora` (DoRA, https://arxiv.org/abs/2402.09353, eq. 5) the weight is m (W + s B A) / ||W + s B A||, the
+    norm over all axes but the output's, a constant in training (section 4.3). m is `mindpet_delta_lora_magnitude`; it
+    starts at the norm of W, so that the layer starts equal to its base. `lora_scaling` holds s then, and
+    `lora_strength` () how much of the way from the base's output to DoRA's is gone.
+    """
 
     method: ClassVar[str] = "lora"
-    delta_names = ("mindpet_delta_lora_a", "mindpet_delta_lora_b")
-    live_names = ("lora_scaling",)
+    delta_names: tuple[str, ...] = ("mindpet_delta_lora_a", "mindpet_delta_lora_b")
+    live_names: tuple[str, ...] = ("lora_scaling",)
     # How A and B start unless the settings say otherwise.
     a_start: ClassVar[Any] = HE_UNIFORM
     b_start: ClassVar[Any] = "zeros"
+    # The weight's axis that counts outputs.
+    out_axis: ClassVar[int] = 0
 
+    weight: Parameter
     lora_rank: int
     lora_alpha: float
     dropout_rate: float
+    use_rslora: bool
+    use_dora: bool
+    has_lora_bias: bool
+    bias: Parameter
     lora_scaling: Parameter
+    lora_strength: Parameter
+    mindpet_delta_lora_b_bias: Parameter
+    mindpet_delta_lora_magnitude: Parameter
 
     def _add_factors(self, config: LoraSettings, a_shape: tuple[int, ...], b_shape: tuple[int, ...],
                      weight: Parameter, most: int) -> None:
         """Make the Parameters; `most` is the rank that the update can have."""
-        values = [initial(name, own if isinstance(given, OwnStart) else given, shape, config.param_init_type)
-                  for name, given, own, shape in (("lora_a_init", config.lora_a_init, self.a_start, a_shape),
-                                                  ("lora_b_init", config.lora_b_init, self.b_start, b_shape))]
+        values = {name: initial(field, own if isinstance(given, OwnStart) else given, shape, config.param_init_type)
+                  for name, field, given, own, shape in (
+                      (self.delta_names[0], "lora_a_init", config.lora_a_init, self.a_start, a_shape),
+                      (self.delta_names[1], "lora_b_init", config.lora_b_init, self.b_start, b_shape))}
         if config.lora_rank > most:
             warn_user(f"lora_rank {config.lora_rank} is above the highest rank of the layer's weight = {most}: the "
                       f"update cannot use it.")
         self.lora_rank, self.lora_alpha = config.lora_rank, config.lora_alpha
         self.dropout_rate = float(config.lora_dropout)
+        self.use_rslora, self.use_dora, self.has_lora_bias = config.use_rslora, config.use_dora, config.lora_bias
+        outputs = weight.shape[self.out_axis]
+        if config.lora_bias and getattr(self, "bias", None) is None:
+            self.unmergeable = ("B has a bias (lora_bias), and the layer has none that could absorb it; use the net "
+                                "unmerged.")
+        if config.lora_bias:
+            values["mindpet_delta_lora_b_bias"] = initial("lora_bias", "zeros", (outputs,), config.param_init_type)
         # The delta's names go beside the weight's.
         head, _, last = weight.name.rpartition(".")
         prefix = f"{head}." if head and last in ("weight", "embedding_table") else ""
-        for name, value in zip(self.delta_names, values):
+        for name, value in values.items():
             setattr(self, name, Parameter(value, name=prefix + name))
-        self.lora_scaling = Parameter(Tensor(self.lora_alpha / self.lora_rank, mindspore.float32),
-                                      name=prefix + "lora_scaling", requires_grad=False)
+        steering = {"lora_scaling": self._factor()}
+        if config.use_dora:
+            norm = self._norm(_numbers(weight) + self._factor() * self._update())
+            values["mindpet_delta_lora_magnitude"] = self.mindpet_delta_lora_magnitude = Parameter(
+                Tensor(norm.reshape(self._over_outputs(outputs))).astype(config.param_init_type),
+                name=prefix + "mindpet_delta_lora_magnitude")
+            steering["lora_strength"] = 1.0
+        for name, number in steering.items():
+            setattr(self, name, Parameter(Tensor(number, mindspore.float32), name=prefix + name, requires_grad=False))
+        self.delta_names, self.live_names = tuple(values), tuple(steering)
+
+    def _factor(self) -> float:
+        """Return s."""
+        return self.lora_alpha / (math.sqrt(self.lora_rank) if self.use_rslora else self.lora_rank)
+
+    def _over_outputs(self, outputs: int) -> tuple[int, ...]:
+        """Return the shape in which a number for each output is multiplied with the layer's output."""
+        return (outputs,)
 
     def refresh(self) -> None:
-        """Set the live factor to ``strength · lora_alpha / lora_rank``, or 0 where switched off."""
-        factor = self.strength * self.lora_alpha / self.lora_rank if self.enabled else 0.0
-        self.lora_scaling.set_data(Tensor(factor, mindspore.float32))
+        """Set the live factor to ``strength · s``, or 0 where switched off; with DoRA, the live strength."""
+        strength = self.strength if self.enabled else 0.0
+        if self.use_dora:
+            self.lora_strength.set_data(Tensor(strength, mindspore.float32))
+            strength = 1.0
+        self.lora_scaling.set_data(Tensor(strength * self._factor(), mindspore.float32))
 
-    def _factors(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return A and s · B in float32, with the live factor s of the running net."""
-        a, b = (getattr(self, name).astype(mindspore.float32).asnumpy() for name in self.delta_names)
-        return a, b * self.lora_scaling.asnumpy()
+    def _scaled_bias(self, dtype: mindspore.dtype) -> Tensor:
+        """Return s times the bias of B, in the shape that is added to the layer's output."""
+        bias = as_type(self.mindpet_delta_lora_b_bias, dtype) * as_type(self.lora_scaling, dtype)
+        return ops.reshape(bias, self._over_outputs(bias.shape[0]))
+
+    def _dora(self, base: Tensor, update: Tensor, dtype: mindspore.dtype) -> Tensor:
+        """Return what DoRA adds to the output.
+
+        Args:
+            base: what W makes of the input, without a bias.
+            update: what s · B A makes of it.
+            dtype: of the computation.
+        """
+        weight = as_type(self.weight, dtype)
+        a, b = (as_type(getattr(self, name), dtype) for name in self.delta_names[:2])
+        product = ops.matmul(ops.reshape(b, (-1, self.lora_rank)), ops.reshape(a, (self.lora_rank, -1)))
+        whole = weight + ops.reshape(self._oriented(product), weight.shape) * as_type(self.lora_scaling, dtype)
+        axes = tuple(axis for axis in range(weight.ndim) if axis != self.out_axis)
+        norm = ops.stop_gradient(ops.sqrt(ops.ReduceSum()(ops.square(whole), axes)))
+        scale = as_type(self.mindpet_delta_lora_magnitude, dtype) / ops.reshape(norm, self._over_outputs(norm.shape[0]))
+        return ((scale - 1) * base + scale * update) * as_type(self.lora_strength, dtype)
+
+    def _oriented(self, product: Any) -> Any:
+        """Return B A with its axes in the weight's order."""
+        return product
+
+    def _update(self) -> np.ndarray:
+        """Return B A in float32 and the weight's shape."""
+        a, b = (_numbers(getattr(self, name)) for name in self.delta_names[:2])
+        with np.errstate(over="ignore", invalid="ignore"):
+            product = b.reshape(-1, self.lora_rank) @ a.reshape(self.lora_rank, -1)
+        return self._oriented(product).reshape(self.weight.shape)
+
+    def _norm(self, weight: np.ndarray) -> np.ndarray:
+        """Return the norm over all axes but the output's."""
+        return np.sqrt(np.square(weight).sum(tuple(axis for axis in range(weight.ndim) if axis != self.out_axis)))
+
+    def merged_value(self) -> dict[Parameter, Tensor]:
+        """Return the weight, and with `lora_bias` the bias, that give the output of the running net, from float32."""
+        if self.unmergeable:
+            return super().merged_value()
+        weight = _numbers(self.weight)
+        # What is not finite is for the caller to refuse, by name.
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            whole = weight + self.lora_scaling.asnumpy() * self._update()
+            if self.use_dora:
+                scale = _numbers(self.mindpet_delta_lora_magnitude).reshape(-1) / self._norm(whole)
+                shape = [-1 if axis == self.out_axis else 1 for axis in range(weight.ndim)]
+                whole = weight + self.lora_strength.asnumpy() * (scale.reshape(shape) * whole - weight)
+            merged = {self.weight: Tensor(whole).astype(self.weight.dtype)}
+            if self.has_lora_bias:
+                bias = _numbers(self.bias) + self.lora_scaling.asnumpy() * _numbers(self.mindpet_delta_lora_b_bias)
+                merged[self.bias] = Tensor(bias).astype(self.bias.dtype)
+        return merged
 
     def settings(self) -> dict[str, Any]:
-        """Return lora_rank, lora_alpha and lora_dropout."""
-        return {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha, "lora_dropout": self.dropout_rate}
+        """Return lora_rank, lora_alpha and lora_dropout, and what is used of use_rslora, use_dora and lora_bias."""
+        used = {"use_rslora": self.use_rslora, "use_dora": self.use_dora, "lora_bias": self.has_lora_bias}
+        return {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha, "lora_dropout": self.dropout_rate,
+                **{name: True for name, is_used in used.items() if is_used}}
 
     def unlike(self, settings: Mapping[str, Any]) -> list[str]:
-        """Return nothing: alpha is taken over, another rank shows in the shapes, dropout may differ."""
+        """Return nothing: alpha and rsLoRA are taken over, all else shows in the tensors, dropout may differ."""
         return []
 
     def adopt_settings(self, settings: Mapping[str, Any]) -> None:
-        """Take over lora_alpha: it is a value; the rank is a shape."""
-        self.lora_alpha = settings["lora_alpha"]
+        """Take over lora_alpha and use_rslora: they are values; the rank is a shape."""
+        self.lora_alpha, self.use_rslora = settings["lora_alpha"], settings.get("use_rslora", False)
         self.refresh()
 
 
-def absorbed(weight: Parameter, update: np.ndarray) -> dict[Parameter, Tensor]:
-    """Return {weight: weight + update}, added in float32 and rounded once to the weight's type."""
-    # What is not finite is for the caller to refuse, by name.
-    with np.errstate(over="ignore", invalid="ignore"):
-        return {weight: Tensor(update + weight.astype(mindspore.float32).asnumpy()).astype(weight.dtype)}
+def _numbers(value: Parameter) -> np.ndarray:
+    return value.astype(mindspore.float32).asnumpy()

@@ -11,28 +11,15 @@ import random
 import signal
 import sys
 import time
-import types
 from collections import Counter
 from pathlib import Path
 
+import bare  # noqa: F401
 import numpy as np
 
-ROOT = Path(__file__).parents[1] / "mindpet_lite"
-
-
-def bare_package() -> None:
-    """Let `mindpet_lite.formats` be imported without what the package itself imports."""
-    package = types.ModuleType("mindpet_lite")
-    package.__path__ = [str(ROOT)]
-    sys.modules["mindpet_lite"] = package
-
-
-if __name__ == "__main__":
-    bare_package()
-
-from mindpet_lite.formats import directory  # noqa: E402
-from mindpet_lite.formats.files import read_tensors  # noqa: E402
-from mindpet_lite.formats.state import AdapterState, LayerState  # noqa: E402
+from mindpet_lite.formats import directory
+from mindpet_lite.formats.files import read_tensors
+from mindpet_lite.formats.state import AdapterState, LayerState
 
 FOLDER = Path("adapter")
 WIDTH = 400

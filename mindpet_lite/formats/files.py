@@ -144,7 +144,7 @@ def as_float(value: np.ndarray) -> np.ndarray:
     if value.dtype != BF16:
         return value
     # bfloat16 is the upper half of a float32.
-    return np.asarray(value.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.asarray(np.left_shift(value["bf16"].astype(np.uint32), np.uint32(16))).view(np.float32)
 
 
 def type_name(dtype: np.dtype) -> str:

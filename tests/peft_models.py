@@ -73,7 +73,7 @@ class Layer(nn.Cell):
 class Body(nn.Cell):
     def __init__(self) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(256, 64)
+        self.embed_tokens = nn.Embedding(256, 64, padding_idx=0)
         self.layers = nn.CellList([Layer(), Layer()])
         self.norm = RMSNorm(64)
         angles = np.outer(np.arange(8), 10000.0 ** (-np.arange(0, 16, 2) / 16))

@@ -118,8 +118,10 @@ class Delta:
 
     strength: float = 1.0
     enabled: bool = True
-    # Fields of the file this delta came from that are no setting of a layer, to be written again.
+    # What the file this delta came from held besides the layers, to be written again: fields of its config, and names
+    # of base parameters.
     origin: Mapping[str, Any] = {}
+    came_along: tuple[str, ...] = ()
     fixed: str = ""
     unmergeable: str = ""
     foldable: bool = False
@@ -154,6 +156,10 @@ class Delta:
     def fold(self) -> None:
         """Leave out, in place, what only training needs; the output in evaluation stays the same bit for bit."""
         raise NotImplementedError(f"{type(self).__name__} has nothing to fold.")
+
+    def base_values(self) -> dict[Parameter, Tensor]:
+        """Return the base Parameters that this delta's start changes, with their new values, for when it is put in."""
+        return {}
 
     def settings(self) -> dict[str, Any]:
         """Return what a file must hold besides the tensors to rebuild this layer, by config field name."""
@@ -222,6 +228,10 @@ class DeltaConfig:
     def trains_beside(self, name: str, of_adapted_layer: bool) -> bool:
         """Tell whether a base Parameter of this attribute name trains beside the deltas."""
         return False
+
+    def more_targets(self, cells: Mapping[str, nn.Cell]) -> dict[str, nn.Cell]:
+        """Return the layers that are adapted besides those that `target_modules` names; raise ValueError for none."""
+        return {}
 
     def for_layer(self, path: str) -> DeltaConfig:
         """Return the settings for the layer at `path`, where they are not the same for all layers."""

@@ -1,14 +1,12 @@
 """Hugging Face PEFT's adapters: the tensors by PEFT's keys, and its config."""
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from mindpet_lite.formats.patterns import compile_end
+from mindpet_lite.formats.peft_config import config_of, problems_of, settings_of, targets, tokens_of
 from mindpet_lite.formats.state import AdapterState, LayerState
 
 # The methods that this format can hold.
@@ -16,45 +14,67 @@ METHODS = ("lora",)
 _PREFIX = "base_model.model."
 # PEFT's name of each tensor of a layer, by ours.
 _KEYS = {"mindpet_delta_lora_a": "lora_A.weight", "mindpet_delta_lora_b": "lora_B.weight",
-         "mindpet_delta_lora_embedding_a": "lora_embedding_A", "mindpet_delta_lora_embedding_b": "lora_embedding_B"}
-# The names of A and B: of every other layer, of an embedding.
-_LAYER, _TABLE = tuple(_KEYS)[:2], tuple(_KEYS)[2:]
-# PEFT writes the table of an adapted embedding along. It is the base's own, and the net has it.
-_TABLE_COPY = ".base_layer.weight"
-_OURS = {key: name for name, key in _KEYS.items()}
-# Fields that change what an adapter computes and that a plain LoRA of Dense layers cannot express, with the values
-# that mean "not used".
-_UNUSED: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None), "use_rslora": (False, None), "lora_bias": (False, None), "bias": ("none", None),
-    "fan_in_fan_out": (False, None), "modules_to_save": (None, []), "layer_replication": (None,),
-    "trainable_token_indices": (None, [], {}), "target_parameters": (None, []), "alora_invocation_tokens": (None,),
-    "use_qalora": (False, None), "use_bdlora": (None, False), "arrow_config": (None,), "kasa_config": (None,),
-    "monteclora_config": (None,), "velora_config": (None,), "megatron_config": (None,),
-}
+         "mindpet_delta_lora_embedding_a": "lora_embedding_A", "mindpet_delta_lora_embedding_b": "lora_embedding_B",
+         "mindpet_delta_lora_b_bias": "lora_B.bias", "mindpet_delta_lora_magnitude": "lora_magnitude_vector",
+         "mindpet_delta_lora_tokens": "token_adapter.trainable_tokens_delta"}
+# Older files call the magnitude's tensor a weight.
+_OURS = {**{key: name for name, key in _KEYS.items()}, "lora_magnitude_vector.weight": "mindpet_delta_lora_magnitude"}
+# The names of A and B: of every other layer, of an embedding; and what trained tokens are.
+_LAYER, _TABLE, _TOKENS = tuple(_KEYS)[:2], tuple(_KEYS)[2:4], tuple(_KEYS)[6:]
+_BASE = ".base_layer."
+# MindSpore's names of the Parameters that PyTorch calls otherwise.
+_ELSEWHERE = {"gamma": "weight", "beta": "bias", "embedding_table": "weight"}
 
 
 def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return PEFT's tensors by key and its config; the most common rank and alpha go to `r` and `lora_alpha`."""
+    """Return PEFT's tensors by key and its config.
+
+    The config that the adapter came with is kept as it is where it still tells the truth.
+
+    Raises:
+        ValueError: the adapter is of another method, or layers differ in what PEFT has one field for.
+    """
     if state.method not in METHODS:
         raise ValueError(f"PEFT's files cannot hold an adapter of method {state.method!r}.")
     tensors = {f"{_PREFIX}{path}.{_KEYS[name]}": value
                for path, layer in state.layers.items() for name, value in layer.tensors.items()}
-    settings = {path: layer.settings or {} for path, layer in state.layers.items()}
-    # An embedding has no dropout.
-    common = {name: Counter([item[name] for item in settings.values() if name in item] or [0.0]).most_common(1)[0][0]
-              for name in ("lora_rank", "lora_alpha", "lora_dropout")}
-    config = {
-        "peft_type": "LORA", "auto_mapping": None, "base_model_name_or_path": None, "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
-        "r": common["lora_rank"], "lora_alpha": common["lora_alpha"], "lora_dropout": common["lora_dropout"],
-        "target_modules": sorted(settings), "modules_to_save": None, "task_type": None, "revision": None,
-        "rank_pattern": {_pattern(path, settings): item["lora_rank"] for path, item in settings.items()
-                         if item["lora_rank"] != common["lora_rank"]},
-        "alpha_pattern": {_pattern(path, settings): item["lora_alpha"] for path, item in settings.items()
-                          if item["lora_alpha"] != common["lora_alpha"]},
-        "use_rslora": False, "use_dora": False, "lora_bias": False,
-    }
-    return tensors, config
+    modules, biased = _homes_of_trained(state)
+    for name, value in state.trained.items():
+        path, _, last = name.rpartition(".")
+        inner = _BASE if path in state.layers else "."
+        tensors[f"{_PREFIX}{path}{inner}{_ELSEWHERE.get(last, last)}"] = value
+    bias = "none" if not biased else "lora_only" if biased <= set(state.layers) else "all"
+    fields = config_of(state, sorted(modules), bias)
+    kept = dict(state.config)
+    if _still_true(kept, state, tensors):
+        return tensors, kept
+    return tensors, {**{name: value for name, value in kept.items() if name not in fields}, **fields}
+
+
+def _homes_of_trained(state: AdapterState) -> tuple[set[str], set[str]]:
+    """Return the modules that are saved whole, and the modules with a trained bias."""
+    ends = [(path, _ELSEWHERE.get(last, last)) for path, _, last in
+            (name.rpartition(".") for name in state.trained)]
+    modules = {path for path, last in ends if not last.endswith("bias") and path not in state.layers}
+    return modules, {path for path, last in ends if last.endswith("bias") and path not in modules}
+
+
+def _still_true(config: Mapping[str, Any], state: AdapterState, tensors: Mapping[str, np.ndarray]) -> bool:
+    """Tell whether an adapter of this config and these tensors is `state`."""
+    try:
+        found = decode(tensors, config)
+    except ValueError:
+        return False
+    return ({path: layer.settings for path, layer in found.layers.items()}
+            == {path: layer.settings for path, layer in state.layers.items()}
+            and set(found.trained) == {_elsewhere(name) for name in state.trained}
+            and all(targets(path, config) for path, layer in state.layers.items()
+                    if "token_indices" not in (layer.settings or {})))
+
+
+def _elsewhere(name: str) -> str:
+    head, dot, last = name.rpartition(".")
+    return f"{head}{dot}{_ELSEWHERE.get(last, last)}"
 
 
 def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> AdapterState:
@@ -64,37 +84,68 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Adap
         ValueError: the config is of another method or uses a field we cannot honour; a key is not LoRA's; a layer
             lacks a factor; shapes and rank disagree. All problems stand in one message.
     """
-    problems = _config_problems(config)
+    problems = problems_of(config)
     if problems:
         raise ValueError("\n  ".join(problems))
     layers: dict[str, dict[str, np.ndarray]] = {}
+    others: dict[str, np.ndarray] = {}
     for key, value in tensors.items():
         path, name = _split(key)
         if name is not None:
             layers.setdefault(path, {})[name] = value
-        elif f"{key.removesuffix(_TABLE_COPY)}.lora_embedding_A" not in tensors:
-            problems.append(f"{key} is no tensor of a LoRA layer (expected {_PREFIX}<path>.lora_A.weight or lora_B, "
-                            f"or lora_embedding_A or B).")
-    if not layers and not problems:
+        else:
+            others[key] = value
+    if not layers and not others:
         problems.append("the file holds no tensor.")
-    found: dict[str, LayerState] = {}
-    for path, parts in layers.items():
-        names = _TABLE if any(name in parts for name in _TABLE) else _LAYER
-        missing = [_KEYS[name] for name in names if name not in parts]
-        if missing or len(parts) != len(names):
-            problems.append(f"{path} lacks {', '.join(missing)}." if missing else f"{path} has two kinds of factors.")
-            continue
-        rank = _by_pattern(config.get("rank_pattern"), path, config.get("r"))
-        a, b = (parts[name] for name in names)
-        if not _rank_fits(a, b, rank):
-            problems.append(f"{path}: lora_A of shape {a.shape} and lora_B of shape {b.shape} do not fit rank {rank} "
-                            f"of the config.")
-        found[path] = LayerState(parts, {
-            "lora_rank": rank, "lora_alpha": _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha")),
-            **({"lora_dropout": config.get("lora_dropout") or 0.0} if names == _LAYER else {})})
+    found = {path: _layer(path, parts, config, problems) for path, parts in layers.items()}
+    trained = {place: value for key, value in others.items()
+               if (place := _place_of_trained(key, layers, config, problems)) is not None}
     if problems:
         raise ValueError("\n  ".join(problems))
-    return AdapterState("lora", found)
+    return AdapterState("lora", found, trained, dict(config))
+
+
+def _layer(path: str, parts: dict[str, np.ndarray], config: Mapping[str, Any], problems: list[str]) -> LayerState:
+    if _TOKENS[0] in parts:
+        tokens = tokens_of(path, config)
+        if len(parts) > 1 or parts[_TOKENS[0]].shape[:1] != (len(tokens),):
+            problems.append(f"{path} trains {parts[_TOKENS[0]].shape[0]} tokens in the file, but {len(tokens)} in the "
+                            f"config, or holds other tensors too.")
+        return LayerState(parts, {"token_indices": tokens})
+    names = _TABLE if any(name in parts for name in _TABLE) else _LAYER
+    wanted = [*names, *(["mindpet_delta_lora_magnitude"] if config.get("use_dora") else []),
+              *(["mindpet_delta_lora_b_bias"] if config.get("lora_bias") and names == _LAYER else [])]
+    settings = settings_of(path, config, names == _LAYER)
+    missing = [_KEYS[name] for name in wanted if name not in parts]
+    if missing:
+        problems.append(f"{path} lacks {', '.join(missing)}.")
+    elif set(parts) != set(wanted):
+        extra = ", ".join(_KEYS[name] for name in parts if name not in wanted)
+        problems.append(f"{path} has {extra}, which its config does not go with.")
+    elif not _rank_fits(parts[names[0]], parts[names[1]], settings["lora_rank"]):
+        problems.append(f"{path}: lora_A of shape {parts[names[0]].shape} and lora_B of shape {parts[names[1]].shape} "
+                        f"do not fit rank {settings['lora_rank']} of the config.")
+    return LayerState(parts, settings)
+
+
+def _place_of_trained(key: str, layers: Mapping[str, Any], config: Mapping[str, Any],
+                      problems: list[str]) -> str | None:
+    """Return the path of a base parameter that came with the deltas; None, and a problem, for what the config lacks."""
+    name = key.removeprefix(_PREFIX)
+    path, is_base, last = name.partition(_BASE)
+    place = f"{path}.{last}" if is_base else name
+    if is_base and any(item in layers.get(path, {}) for item in _TABLE):
+        # PEFT writes the table of an adapted embedding along, and takes it over when it reads the file.
+        return place
+    saved = config.get("modules_to_save") or []
+    parts = place.split(".")
+    whole = any(".".join(parts[start:stop]) == item for item in ([saved] if isinstance(saved, str) else saved)
+                for start in range(len(parts)) for stop in range(start + 1, len(parts)))
+    if key.startswith(_PREFIX) and (whole or config.get("bias") in ("all", "lora_only") and place.endswith("bias")):
+        return place
+    problems.append(f"{key} is no tensor of a LoRA layer (expected {_PREFIX}<path>.lora_A.weight or lora_B, or "
+                    f"lora_embedding_A or B), and the config names it neither in modules_to_save nor in bias.")
+    return None
 
 
 def _rank_fits(a: np.ndarray, b: np.ndarray, rank: int) -> bool:
@@ -105,45 +156,9 @@ def _rank_fits(a: np.ndarray, b: np.ndarray, rank: int) -> bool:
     return b.shape[1] == rank or a.ndim > 2 and b.shape[1] > 0 and rank % b.shape[1] == 0
 
 
-def _config_problems(config: Mapping[str, Any]) -> list[str]:
-    if config.get("peft_type") != "LORA":
-        return [f"peft_type must be 'LORA', but the config says {config.get('peft_type')!r}."]
-    problems = [f"{name} = {config[name]!r} is not supported." for name, unused in _UNUSED.items()
-                if name in config and config[name] not in unused]
-    for name, patterns, kind in (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", (int, float))):
-        by_pattern = config.get(patterns) or {}
-        if not isinstance(by_pattern, dict):
-            problems.append(f"{patterns} must be an object, but the config says {by_pattern!r}.")
-            by_pattern = {}
-        for place, value in ((name, config.get(name)), *((f"{patterns}[{key!r}]", by_pattern[key])
-                                                         for key in by_pattern)):
-            if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 1e9:
-                problems.append(f"{place} must be a positive number, but the config says {value!r}.")
-        for key in by_pattern:
-            try:
-                compile_end(key)
-            except ValueError as error:
-                problems.append(f"{patterns}[{key!r}] {error}")
-    return problems
-
-
-def _pattern(path: str, others: Iterable[str]) -> str:
-    """Return the pattern that means `path` and no other layer: PEFT matches it with the end of every path."""
-    return path if all(other == path or _by_pattern({path: True}, other, False) is False for other in others) \
-        else f"^{re.escape(path)}$"
-
-
 def _split(key: str) -> tuple[str, str | None]:
     """Return the layer's path and our tensor name for a PEFT key; the name is None for a key of no LoRA layer."""
     for suffix, name in _OURS.items():
         if key.startswith(_PREFIX) and key.endswith("." + suffix):
             return key[len(_PREFIX):-len(suffix) - 1], name
     return key, None
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """Return the value of the first pattern that matches the end of `path`, as PEFT does, else `default`."""
-    for pattern, value in (patterns or {}).items():
-        if compile_end(pattern).fullmatch(path):
-            return value
-    return default

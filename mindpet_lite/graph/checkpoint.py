@@ -19,7 +19,7 @@ from mindpet_lite.formats.checkpoint_file import open_checkpoint
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.values import in_float32
 from mindpet_lite.graph.freeze import apply_trains, net_parameters
-from mindpet_lite.graph.inject import adapt, settle_names
+from mindpet_lite.graph.inject import adapt, set_base_values, settle_names
 from mindpet_lite.graph.live import deltas, deltas_in
 from mindpet_lite.graph.tree import cells_by_path, replace, require_cell
 
@@ -46,12 +46,16 @@ def adapter_state(net: nn.Cell) -> AdapterState:
 
 
 def _trained_beside(net: nn.Cell, found: Mapping[str, Delta]) -> dict[str, np.ndarray]:
-    """Return the base Parameters that train beside the deltas; none where nothing was frozen."""
+    """Return the base Parameters that train beside the deltas or came in with them.
+
+    Where nothing was frozen, those that train say nothing.
+    """
     own = {id(item) for delta in found.values() for item in delta.delta_parameters().values()}
     base = [(parameter, names) for parameter, names in net_parameters(net) if id(parameter) not in own]
-    if all(parameter.requires_grad for parameter, _ in base):
-        return {}
-    return {names[0]: _to_numpy(parameter) for parameter, names in base if parameter.requires_grad}
+    came = {name for delta in found.values() for name in delta.came_along}
+    frozen = any(not parameter.requires_grad for parameter, _ in base)
+    return {names[0]: _to_numpy(parameter) for parameter, names in base
+            if frozen and parameter.requires_grad or came.intersection(names)}
 
 
 def save_adapter(net: nn.Cell, directory: str | os.PathLike[str]) -> Path:
@@ -115,9 +119,13 @@ def load_adapter(net: nn.Cell, directory: str | os.PathLike[str]) -> nn.Cell:
              if isinstance(delta, nn.Cell) and delta is not cells[place]}
     parameters = net_parameters(net)
     settle_names(parameters, {place: delta for place, delta in homes.items() if cells[place] in swaps})
+    along = {id(item) for item in beside.values()}
+    came = tuple(names[0] for item, names in parameters if id(item) in along)
     for place, delta in homes.items():
+        if cells[place] in swaps:
+            set_base_values(delta)
         _fill(delta, state.layers[place])
-        delta.origin = state.config
+        delta.origin, delta.came_along = state.config, came
     for name, parameter in beside.items():
         parameter.set_data(Tensor(state.trained[name]).astype(parameter.dtype))
     thawed = {id(item) for delta in homes.values() if not isinstance(delta, nn.Cell)
@@ -191,7 +199,8 @@ def _refuse_larger_than_file(kind: type[DeltaConfig], layer: LayerState) -> None
     held = sum(value.size for value in layer.tensors.values())
     sizes = {field.name: (layer.settings or {}).get(field.name) for field in dataclasses.fields(kind)
              if "int" in str(field.type).split(" | ")}
-    large = [f"{name} = {size}" for name, size in sizes.items() if isinstance(size, int) and size > max(held, _ANY_SIZE)]
+    large = [f"{name} = {size}" for name, size in sizes.items()
+             if isinstance(size, int) and size > max(held, _ANY_SIZE)]
     if large:
         raise ValueError(f"{' and '.join(large)} cannot be: the file holds {held} values for the layer.")
 

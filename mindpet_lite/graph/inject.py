@@ -36,6 +36,12 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
     cells = cells_by_path(net)
     config = as_config(config)
     chosen, problems = targets(cells, config)
+    try:
+        more = config.more_targets(cells)
+        problems += [f"{path}: it is adapted twice by this config." for path in more if path in chosen]
+        chosen |= more
+    except ValueError as error:
+        problems.append(str(error))
     adapted: dict[str, Delta] = {}
     for path, cell in chosen.items():
         try:
@@ -68,6 +74,8 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
     if problems:
         raise ValueError(f"{type(config).__name__} does not fit the net, which is unchanged:\n  "
                          + "\n  ".join(problems))
+    for delta in adapted.values():
+        set_base_values(delta)
     apply_trains(net, parameters, trains)
     replace(net, {chosen[path]: delta for path, delta in adapted.items() if isinstance(delta, nn.Cell)})
     return net
@@ -106,6 +114,12 @@ def adapt(config: DeltaConfig, cell: nn.Cell) -> Delta:
     if not isinstance(delta, Delta):
         raise TypeError(f"{type(config).__name__}.adapt() must return a Delta, but got {type(delta).__name__}.")
     return delta
+
+
+def set_base_values(delta: Delta) -> None:
+    """Give the base what the start of a new delta takes or leaves of it."""
+    for parameter, value in delta.base_values().items():
+        parameter.set_data(value)
 
 
 def settle_names(parameters: list[tuple[Parameter, list[str]]], adapted: Mapping[str, Delta]) -> None:

@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from mindspore import mint, nn
 
-from mindpet_lite.delta.base import Delta, DeltaConfig
+from mindpet_lite.delta.base import Delta, DeltaConfig, check_int, check_positive, did_you_mean
 from mindpet_lite.delta.dense import dense_refusal
 from mindpet_lite.delta.lora.conv import (
     LoRAConv1d,
@@ -21,11 +23,14 @@ from mindpet_lite.delta.lora.embedding import LoRAEmbedding, LoRAMintEmbedding
 from mindpet_lite.delta.lora.layer import LoRALayer
 from mindpet_lite.delta.lora.linear import LoRALinear
 from mindpet_lite.delta.lora.low_rank import LoraSettings, LowRank
+from mindpet_lite.delta.lora.tokens import TrainedTokens
 
 _LAYERS: tuple[type[LoRALayer], ...] = (LoRALinear, LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRAMintConv1d,
                                         LoRAMintConv2d, LoRAMintConv3d, LoRAMintEmbedding)
 # The LoRA layer of each kind of plain layer.
 KINDS: dict[type[nn.Cell], Any] = {nn.Dense: LoRADense, **{layer.plain_type: layer for layer in _LAYERS}}
+
+BIASES = ("none", "all", "lora_only")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +41,80 @@ class LoraConfig(DeltaConfig, LoraSettings):
     mint.nn's Linear, Conv1d to Conv3d and Embedding. `lora_dropout` does not apply to embeddings, whose ids cannot be
     dropped. Without `lora_a_init` and `lora_b_init` each kind starts as its class does where it is built by hand.
 
+    Args:
+        init_lora_weights: how A and B start, by PEFT's names: True as above, False B at random too, "gaussian",
+            "orthogonal", "pissa" or "olora" (linear layers only). PiSSA and OLoRA take what the factors start with out
+            of the base's weight.
+        rank_pattern: ranks by regular expression; the first that fits the end of a layer's path counts.
+        alpha_pattern: alphas, likewise.
+        bias: which biases of the base train beside: "none", "all", or "lora_only", those of the adapted layers.
+        trainable_token_indices: token numbers whose rows train, by the name of the embedding, or a list of them for
+            ``embed_tokens``.
+        token_indices: the same for the one layer that these settings are made for.
+
     Raises:
         TypeError, ValueError: as :class:`LoRADense`.
     """
 
     pet_type: ClassVar[str] = "lora"
 
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    bias: str = "none"
+    trainable_token_indices: Mapping[str, Sequence[int]] | Sequence[int] | None = None
+    token_indices: Sequence[int] | None = None
+
     def __post_init__(self) -> None:
         DeltaConfig.__post_init__(self)
         LoraSettings.__post_init__(self)
+        if self.bias not in BIASES:
+            raise ValueError(f"bias must be one of {', '.join(BIASES)}, but got {self.bias!r}."
+                             f"{did_you_mean(self.bias, BIASES)}")
+        for name, check in (("rank_pattern", check_int), ("alpha_pattern", check_positive)):
+            for pattern, value in _mapping(name, getattr(self, name)).items():
+                check(f"{name}[{pattern!r}]", value)
+                _compiled(name, pattern)
+        for name in ("trainable_token_indices", "token_indices"):
+            tokens = getattr(self, name)
+            for item in tokens.values() if isinstance(tokens, Mapping) else [tokens]:
+                _check_tokens(name, item)
+
+    def for_layer(self, path: str) -> LoraConfig:
+        """Return the settings for the layer at `path`: the rank and alpha of the first pattern that fits its end."""
+        changed: dict[str, Any] = {}
+        for field, patterns in (("lora_rank", self.rank_pattern), ("lora_alpha", self.alpha_pattern)):
+            fitting = [value for pattern, value in patterns.items() if _compiled(field, pattern).fullmatch(path)]
+            if fitting:
+                changed[field] = fitting[0]
+        tokens = next((tokens for name, tokens in self._tokens().items() if _ends(path, name)), None)
+        return dataclasses.replace(self, **changed, token_indices=tokens) if changed or tokens else self
+
+    def trains_beside(self, name: str, of_adapted_layer: bool) -> bool:
+        """Tell whether a base Parameter is a bias that `bias` says to train."""
+        return name.endswith("bias") and (self.bias == "all" or self.bias == "lora_only" and of_adapted_layer)
+
+    def more_targets(self, cells: Mapping[str, nn.Cell]) -> dict[str, nn.Cell]:
+        """Return the embeddings of which tokens train.
+
+        Raises:
+            ValueError: a name hits none.
+        """
+        found: dict[str, nn.Cell] = {}
+        for name in self._tokens():
+            hits = {path: cell for path, cell in cells.items() if _ends(path, name)
+                    and isinstance(cell, nn.Embedding) and not isinstance(cell, Delta)}
+            if not hits:
+                raise ValueError(f"trainable_token_indices names {name!r}, but the net has no nn.Embedding there."
+                                 f"{did_you_mean(name, [path.rpartition('.')[2] for path in cells if path])}")
+            found.update(hits)
+        return found
+
+    def _tokens(self) -> dict[str, Sequence[int]]:
+        tokens = self.trainable_token_indices
+        if isinstance(tokens, Mapping):
+            return dict(tokens)
+        # PEFT's default name of the embedding.
+        return {"embed_tokens": tokens} if tokens else {}
 
     @classmethod
     def refusal(cls, cell: nn.Cell) -> str | None:
@@ -61,14 +131,43 @@ class LoraConfig(DeltaConfig, LoraSettings):
                         f"build it by hand, or leave it out with exclude_modules.")
         return None
 
-    def adapt(self, cell: nn.Cell) -> LowRank:
+    def adapt(self, cell: nn.Cell) -> LowRank | TrainedTokens:
         """Return the LoRA cell on the Parameter objects of `cell`."""
+        if self.token_indices is not None:
+            if not isinstance(cell, nn.Embedding):
+                raise TypeError(f"tokens can only be trained of an nn.Embedding, not of a {type(cell).__name__}.")
+            return TrainedTokens.on(cell, self.token_indices)
         return next(layer for plain, layer in KINDS.items() if isinstance(cell, plain))._on(cell, self)
 
     @classmethod
     def is_linear(cls, cell: nn.Cell) -> bool:
         """Tell whether ``"all-linear"`` means this cell: a Dense or mint.nn.Linear that is not adapted."""
         return super().is_linear(cell) or isinstance(cell, mint.nn.Linear) and not isinstance(cell, Delta)
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def _mapping(name: str, value: object) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping from patterns of paths to numbers, but got {value!r}.")
+    return value
+
+
+def _compiled(name: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(rf"(?:.*\.)?(?:{pattern})")
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}.") from error
+
+
+def _check_tokens(name: str, tokens: object) -> None:
+    good = tokens is None or isinstance(tokens, (list, tuple)) and tokens and all(
+        isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in tokens)
+    if not good:
+        raise TypeError(f"{name} must be a list of token numbers, or such lists by the name of an embedding, but got "
+                        f"{tokens!r}.")
 
 
 def _plain_type(cell: nn.Cell) -> type[nn.Cell] | None:

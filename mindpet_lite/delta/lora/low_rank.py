@@ -20,6 +20,7 @@ from mindpet_lite.delta.base import (
     check_probability,
     warn_user,
 )
+from mindpet_lite.delta.lora.start import RESIDUAL, check_start, factors
 from mindpet_lite.delta.parts import as_type, check_init, initial
 
 HE_UNIFORM = HeUniform(negative_slope=math.sqrt(5))
@@ -51,6 +52,7 @@ class LoraSettings:
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
+    init_lora_weights: bool | str = True
 
     def __post_init__(self) -> None:
         check_int("lora_rank", self.lora_rank)
@@ -59,8 +61,15 @@ class LoraSettings:
         check_float_type("param_init_type", self.param_init_type)
         if self.compute_dtype is not None:
             check_float_type("compute_dtype", self.compute_dtype)
-        for name in ("use_rslora", "use_dora", "lora_bias"):
+        for name in NEWER:
             check_bool(name, getattr(self, name))
+        check_start(self.init_lora_weights)
+        if self.init_lora_weights is not True and not (isinstance(self.lora_a_init, OwnStart)
+                                                       and isinstance(self.lora_b_init, OwnStart)):
+            raise ValueError("init_lora_weights and lora_a_init or lora_b_init both say how the factors start: give "
+                             "one of them.")
+        if self.init_lora_weights in RESIDUAL and self.use_dora:
+            raise ValueError(f"init_lora_weights {self.init_lora_weights!r} does not go with use_dora.")
         if self.use_dora and self.lora_bias:
             raise ValueError("use_dora and lora_bias do not go together: DoRA scales the rows of a weight, and a bias "
                              "of B is in none.")
@@ -106,6 +115,8 @@ class LowRank(Delta):
     bias: Parameter
     lora_scaling: Parameter
     lora_strength: Parameter
+    init_lora_weights: bool | str
+    _residual: tuple[tuple[Parameter, Tensor], ...] = ()
     mindpet_delta_lora_b_bias: Parameter
     mindpet_delta_lora_magnitude: Parameter
 
@@ -122,6 +133,9 @@ class LowRank(Delta):
         self.lora_rank, self.lora_alpha = config.lora_rank, config.lora_alpha
         self.dropout_rate = float(config.lora_dropout)
         self.use_rslora, self.use_dora, self.has_lora_bias = config.use_rslora, config.use_dora, config.lora_bias
+        self.init_lora_weights = config.init_lora_weights
+        if config.init_lora_weights is not True:
+            values = dict(zip(values, self._other_start(config, weight, a_shape, b_shape)))
         outputs = weight.shape[self.out_axis]
         if config.lora_bias and getattr(self, "bias", None) is None:
             self.unmergeable = ("B has a bias (lora_bias), and the layer has none that could absorb it; use the net "
@@ -143,6 +157,28 @@ class LowRank(Delta):
         for name, number in steering.items():
             setattr(self, name, Parameter(Tensor(number, mindspore.float32), name=prefix + name, requires_grad=False))
         self.delta_names, self.live_names = tuple(values), tuple(steering)
+
+    def _other_start(self, config: LoraSettings, weight: Parameter, a_shape: tuple[int, ...],
+                     b_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Return A and B as `init_lora_weights` says; remember what a residual start takes out of the weight."""
+        if config.init_lora_weights is False:
+            return (initial("A", HE_UNIFORM, a_shape, config.param_init_type),
+                    initial("B", HE_UNIFORM, b_shape, config.param_init_type))
+        if weight.ndim != 2 or self.out_axis:
+            raise ValueError(f"init_lora_weights {config.init_lora_weights!r} is for linear layers: leave this one "
+                             f"out, or adapt it with another config.")
+        base = _numbers(weight)
+        a, b = factors(str(config.init_lora_weights), base, config.lora_rank, self._factor())
+        a, b = a.astype(np.float32), b.astype(np.float32)
+        if config.init_lora_weights in RESIDUAL:
+            self._residual = ((weight, Tensor(base - self._factor() * (b @ a)).astype(weight.dtype)),)
+            self.fixed = (f"its start ({config.init_lora_weights}) took a part out of the base's weight, so without "
+                          f"the delta the layer is not its base.")
+        return Tensor(a).astype(config.param_init_type), Tensor(b).astype(config.param_init_type)
+
+    def base_values(self) -> dict[Parameter, Tensor]:
+        """Return the weight without what the factors start with, for PiSSA and OLoRA."""
+        return dict(self._residual)
 
     def _factor(self) -> float:
         """Return s."""
@@ -219,7 +255,8 @@ class LowRank(Delta):
         """Return lora_rank, lora_alpha and lora_dropout, and what is used of use_rslora, use_dora and lora_bias."""
         used = {"use_rslora": self.use_rslora, "use_dora": self.use_dora, "lora_bias": self.has_lora_bias}
         return {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha, "lora_dropout": self.dropout_rate,
-                **{name: True for name, is_used in used.items() if is_used}}
+                **{name: True for name, is_used in used.items() if is_used},
+                **({"init_lora_weights": self.init_lora_weights} if self.init_lora_weights in RESIDUAL else {})}
 
     def unlike(self, settings: Mapping[str, Any]) -> list[str]:
         """Return nothing: alpha and rsLoRA are taken over, all else shows in the tensors, dropout may differ."""

@@ -1,0 +1,96 @@
+"""Trainable tokens: chosen rows of an embedding train beside LoRA, as PEFT's `trainable_token_indices`."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import mindspore
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from mindpet_lite.delta.base import Delta
+from mindpet_lite.delta.lora.embedding import LoRAEmbedding
+from mindpet_lite.delta.parts import as_type
+
+
+class TrainedTokens(nn.Embedding, Delta):
+    r"""An embedding of which some rows train: y_i = D_k where i is the k-th of the token numbers, else T_i.
+
+    `embedding_table` (vocab_size, embedding_size) stays frozen; `mindpet_delta_lora_tokens` (tokens, embedding_size)
+    starts as its rows, so that the layer starts equal to its base. `lora_token_gate` () holds the live strength t:
+    T_i + t (D_k - T_i), exact at 0 and 1. Made by :class:`mindpet_lite.LoraConfig` with `trainable_token_indices`.
+
+    Source: PEFT, trainable tokens.
+    """
+
+    method: ClassVar[str] = "lora"
+    delta_names = ("mindpet_delta_lora_tokens",)
+    live_names = ("lora_token_gate",)
+
+    _plain: tuple[nn.Embedding, ...] = ()
+
+    @classmethod
+    def on(cls, plain: nn.Embedding, tokens: Sequence[int]) -> TrainedTokens:
+        """Return the layer on the Parameter object of `plain`, which stays as it is.
+
+        Raises:
+            ValueError: a token is not in the table, or named twice.
+        """
+        size = plain.embedding_table.shape[0]
+        wrong = [token for token in tokens if token >= size]
+        if wrong or len(set(tokens)) != len(tokens):
+            raise ValueError(f"trainable_token_indices must be different numbers below {size}, the size of the table, "
+                             f"but got {list(tokens)}.")
+        layer = cls.__new__(cls)
+        nn.Cell.__init__(layer)
+        for name in LoRAEmbedding.parts:
+            if hasattr(plain, name):
+                setattr(layer, name, getattr(plain, name))
+        layer.insert_param_to_cell("embedding_table", plain.embedding_table)
+        layer.token_indices = tuple(tokens)
+        layer._plain = (plain,)
+        table = plain.embedding_table
+        prefix = table.name.removesuffix("embedding_table")
+        rows = table.astype(mindspore.float32).asnumpy()[list(tokens)]
+        layer.mindpet_delta_lora_tokens = Parameter(Tensor(rows).astype(table.dtype),
+                                                    name=prefix + "mindpet_delta_lora_tokens")
+        layer.lora_token_gate = Parameter(Tensor(1.0, mindspore.float32), name=prefix + "lora_token_gate",
+                                          requires_grad=False)
+        layer.lora_token_ids = Tensor(np.array(tokens, np.int32))
+        layer.set_train(plain.training)
+        layer.add_flags_recursive(**plain.get_flags())
+        return layer
+
+    def construct(self, ids: Tensor) -> Tensor:
+        """Look up `ids` (*); return (*, embedding_size) of the type of the table."""
+        y = super().construct(ids)
+        # Products with 0 and 1: exact, and without a shape that depends on the ids.
+        which = as_type(ops.equal(ops.expand_dims(as_type(ids, mindspore.int32), -1), self.lora_token_ids), y.dtype)
+        gate = as_type(self.lora_token_gate, y.dtype)
+        chosen = ops.matmul(which, self.mindpet_delta_lora_tokens)
+        is_chosen = which.sum(-1, keepdims=True)
+        return y * (1 - is_chosen * gate) + chosen * gate
+
+    def refresh(self) -> None:
+        """Set the live gate to the strength, or 0 where switched off."""
+        self.lora_token_gate.set_data(Tensor(self.strength if self.enabled else 0.0, mindspore.float32))
+
+    def merged_value(self) -> dict[Parameter, Tensor]:
+        """Return the table with the trained rows in it, at the strength of the running net."""
+        table = self.embedding_table.astype(mindspore.float32).asnumpy().copy()
+        rows, gate = list(self.token_indices), float(self.lora_token_gate.asnumpy())
+        trained = self.mindpet_delta_lora_tokens.astype(mindspore.float32).asnumpy()
+        table[rows] = table[rows] * (1 - gate) + trained * gate
+        return {self.embedding_table: Tensor(table).astype(self.embedding_table.dtype)}
+
+    def plain_cell(self) -> nn.Embedding:
+        """Return the embedding that this layer is on."""
+        self._plain[0].set_train(self.training)
+        return self._plain[0]
+
+    def settings(self) -> dict[str, Any]:
+        """Return token_indices."""
+        return {"token_indices": list(self.token_indices)}
+
+    def adopt_settings(self, settings: Mapping[str, Any]) -> None:
+        """Take over nothing: the token numbers are compared."""

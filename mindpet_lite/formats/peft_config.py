@@ -1,0 +1,146 @@
+"""PEFT's LoraConfig: which fields we honour, what they mean for a layer, and a config for an adapter of ours."""
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mindpet_lite.formats.patterns import compile_end
+from mindpet_lite.formats.state import AdapterState
+
+# Starts that leave the base alone, so that they matter no more once the factors are in a file; and those that take the
+# start out of the base's weights, in a way that only depends on them.
+_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+RESIDUAL_STARTS = ("pissa", "olora")
+# Fields that change what an adapter computes and that we cannot honour, with the values that mean "not used".
+_UNUSED: dict[str, tuple[Any, ...]] = {
+    "layer_replication": (None, []), "target_parameters": (None, []), "alora_invocation_tokens": (None, []),
+    "use_qalora": (False, None), "use_bdlora": (None, False), "arrow_config": (None,), "kasa_config": (None,),
+    "monteclora_config": (None,), "velora_config": (None,), "megatron_config": (None,), "loftq_config": (None, {}),
+    "ensure_weight_tying": (False, None),
+}
+_FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
+# The order in which problems are told.
+_NUMBERS = (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", (int, float)))
+
+
+def problems_of(config: Mapping[str, Any]) -> list[str]:
+    """Return, a sentence each, why an adapter with this config cannot be used."""
+    if config.get("peft_type") != "LORA":
+        return [f"peft_type must be 'LORA', but the config says {config.get('peft_type')!r}."]
+    problems = [f"{name} = {config[name]!r} is not supported." for name, unused in _UNUSED.items()
+                if name in config and config[name] not in unused]
+    problems += [f"{name} must be true or false, but the config says {config[name]!r}." for name in _FLAGS
+                 if config.get(name) not in (True, False, None)]
+    if config.get("bias", "none") not in ("none", "all", "lora_only", None):
+        problems.append(f"bias must be 'none', 'all' or 'lora_only', but the config says {config['bias']!r}.")
+    start = config.get("init_lora_weights", True)
+    if start not in (*_STARTS, *RESIDUAL_STARTS):
+        problems.append(f"init_lora_weights = {start!r} is not supported: its base is not the one the adapter was "
+                        f"trained on. If yours is the residual base, set the field to true.")
+    if start in RESIDUAL_STARTS and config.get("use_dora"):
+        problems.append(f"init_lora_weights = {start!r} with use_dora is not supported.")
+    for name in ("modules_to_save", "layers_to_transform", "exclude_modules"):
+        if not isinstance(config.get(name), (list, str, int, type(None))):
+            problems.append(f"{name} must be a list, but the config says {config[name]!r}.")
+    problems += _token_problems(config.get("trainable_token_indices"))
+    for name, patterns, kind in _NUMBERS:
+        by_pattern = config.get(patterns) or {}
+        if not isinstance(by_pattern, dict):
+            problems.append(f"{patterns} must be an object, but the config says {by_pattern!r}.")
+            by_pattern = {}
+        for place, value in ((name, config.get(name)), *((f"{patterns}[{key!r}]", by_pattern[key])
+                                                         for key in by_pattern)):
+            if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 1e9:
+                problems.append(f"{place} must be a positive number, but the config says {value!r}.")
+        for key in by_pattern:
+            try:
+                compile_end(key)
+            except ValueError as error:
+                problems.append(f"{patterns}[{key!r}] {error}")
+    return problems
+
+
+def _token_problems(tokens: Any) -> list[str]:
+    lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens or []]
+    good = all(isinstance(item, list) and all(isinstance(token, int) and not isinstance(token, bool) and token >= 0
+                                              for token in item) for item in lists)
+    return [] if good else [f"trainable_token_indices must be a list of token numbers, or an object of such lists by "
+                            f"module, but the config says {tokens!r}."]
+
+
+def tokens_of(path: str, config: Mapping[str, Any]) -> list[int]:
+    """Return which tokens of the embedding at `path` train; none where the config does not say."""
+    tokens = config.get("trainable_token_indices") or []
+    if isinstance(tokens, dict):
+        return next((item for name, item in tokens.items() if path == name or path.endswith("." + name)), [])
+    return tokens
+
+
+def settings_of(path: str, config: Mapping[str, Any], has_dropout: bool) -> dict[str, Any]:
+    """Return the settings that the config gives the layer at `path`."""
+    start = config.get("init_lora_weights")
+    return {"lora_rank": by_pattern(config.get("rank_pattern"), path, config.get("r")),
+            "lora_alpha": by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha")),
+            **({"lora_dropout": config.get("lora_dropout") or 0.0} if has_dropout else {}),
+            **{name: True for name in ("use_rslora", "use_dora", "lora_bias") if config.get(name)},
+            **({"init_lora_weights": start} if start in RESIDUAL_STARTS else {})}
+
+
+def config_of(state: AdapterState, modules_to_save: list[str], bias: str) -> dict[str, Any]:
+    """Return a config for the adapter; the most common rank and alpha go to `r` and `lora_alpha`.
+
+    Raises:
+        ValueError: layers differ in what PEFT has one field for.
+    """
+    settings = {path: layer.settings or {} for path, layer in state.layers.items()}
+    low_rank = {path: item for path, item in settings.items() if "token_indices" not in item}
+    # An embedding has no dropout.
+    found = {name: [item[name] for item in low_rank.values() if name in item] or [default]
+             for name, default in (("lora_rank", 8), ("lora_alpha", 8), ("lora_dropout", 0.0))}
+    common = {name: Counter(values).most_common(1)[0][0] for name, values in found.items()}
+    flags = {name: {bool(item.get(name)) for item in low_rank.values()}
+             for name in ("use_rslora", "use_dora", "lora_bias")}
+    starts = {item.get("init_lora_weights", True) for item in low_rank.values()}
+    mixed = [name for name, values in {**flags, "init_lora_weights": starts}.items() if len(values) > 1]
+    if mixed:
+        raise ValueError(f"PEFT has one {' and one '.join(mixed)} for all layers, but here layers differ in it.")
+    tokens = {path: item["token_indices"] for path, item in settings.items() if "token_indices" in item}
+    return {
+        "peft_type": "LORA", "auto_mapping": None, "base_model_name_or_path": None, "bias": bias,
+        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": next(iter(starts), True),
+        "r": common["lora_rank"], "lora_alpha": common["lora_alpha"], "lora_dropout": common["lora_dropout"],
+        "target_modules": sorted(low_rank), "modules_to_save": modules_to_save or None, "task_type": None,
+        "revision": None, "trainable_token_indices": tokens or None,
+        "rank_pattern": {_pattern(path, low_rank): item["lora_rank"] for path, item in low_rank.items()
+                         if item["lora_rank"] != common["lora_rank"]},
+        "alpha_pattern": {_pattern(path, low_rank): item["lora_alpha"] for path, item in low_rank.items()
+                          if item["lora_alpha"] != common["lora_alpha"]},
+        **{name: next(iter(values), False) for name, values in flags.items()},
+    }
+
+
+def targets(path: str, config: Mapping[str, Any]) -> bool:
+    """Tell whether the config's `target_modules` name the layer at `path`."""
+    wanted = config.get("target_modules")
+    if isinstance(wanted, str):
+        try:
+            return wanted == "all-linear" or compile_end(wanted).fullmatch(path) is not None
+        except ValueError:
+            return False
+    return any(path == item or path.endswith(f".{item}") for item in wanted or ())
+
+
+def by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """Return the value of the first pattern that matches the end of `path`, as PEFT does, else `default`."""
+    for pattern, value in (patterns or {}).items():
+        if compile_end(pattern).fullmatch(path):
+            return value
+    return default
+
+
+def _pattern(path: str, others: Iterable[str]) -> str:
+    """Return the pattern that means `path` and no other layer: PEFT matches it with the end of every path."""
+    return path if all(other == path or by_pattern({path: True}, other, False) is False for other in others) \
+        else f"^{re.escape(path)}$"

@@ -21,10 +21,13 @@ pytestmark = [pytest.mark.interop, pytest.mark.skipif(
     bool(MISSING), reason=f"needs {', '.join(MISSING)}: pip install 'mindpet_lite[interop]'")]
 
 LLAMA = ["lora_plain", "lora_all_linear", "lora_all_linear_exclude", "lora_rank_alpha_pattern", "lora_regex",
-         "lora_layers_to_transform", "lora_init_gaussian"]
+         "lora_layers_to_transform", "lora_init_gaussian", "lora_rslora", "lora_dora", "lora_embedding",
+         "lora_embedding_dora", "lora_lora_bias", "lora_bias_all", "lora_bias_lora_only", "lora_modules_to_save",
+         "lora_trainable_token_indices", "lora_init_orthogonal", "lora_init_pissa", "lora_init_olora"]
 # Made-up adapters of the U-Net: ranks that differ, and alphas. (diffusers 0.42 takes one alpha for all attention layers
 # of a kohya file.)
-MIXED = {"diffusers": {"alphas": (1.5, 2, 3, 0.7)}, "kohya": {"alphas": (3,)},
+MIXED = {"diffusers": {"alphas": (1.5, 2, 3, 0.7)}, "diffusers_rslora": {"alphas": (1.5, 2), "use_rslora": True},
+         "diffusers_dora": {"alphas": (1.5, 2), "use_dora": True}, "kohya": {"alphas": (3,)},
          "kohya_rslora": {"alphas": (3,), "ranks": (4,), "use_rslora": True},
          "kohya_rslora_6": {"alphas": (3,), "ranks": (6,), "use_rslora": True}}
 
@@ -38,6 +41,9 @@ def mixed(base, alphas, ranks=(2, 3, 4), **settings):
             layers[name.removesuffix(".weight")] = kind(
                 ranks[number % len(ranks)], alphas[number % len(alphas)], (weight.shape[1], weight.shape[0]),
                 seed=number, **size, **settings)
+            if settings.get("use_dora"):
+                magnitude = layers[name.removesuffix(".weight")].tensors[MAGNITUDE]
+                magnitude += np.linalg.norm(weight.reshape(len(weight), -1), axis=1).reshape(magnitude.shape)
     return lora(layers)
 
 
@@ -85,7 +91,7 @@ def outputs(tmp_path_factory):
         job(name, "peft", llama / "base", llama / name / "io.npz", folder / name)
     for name, settings in MIXED.items():
         state = mixed(base, **settings)
-        write(name, diffusers if name == "diffusers" else kohya, state)
+        write(name, diffusers if name.startswith("diffusers") else kohya, state)
         shutil.copytree(unet / "base", folder / f"{name}_merged")
         (folder / f"{name}_merged" / "diffusion_pytorch_model.safetensors").write_bytes(to_bytes(merge(base, state)))
         job(f"{name}_merged", "plain", folder / f"{name}_merged", unet / "io.npz")

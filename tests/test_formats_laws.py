@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from adapters import DTYPES, A, assert_same, conv, dense, lora, random_layers, tensor, through_file
+from adapters import DTYPES, MAGNITUDE, A, assert_same, conv, dense, lora, random_layers, tensor, through_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -43,11 +43,19 @@ def test_mindformers(layers, config):
 
 
 @many
-@given(random_layers())
-def test_diffusers(layers):
+@given(random_layers(dora=True, rslora=True), CONFIGS)
+def test_diffusers(layers, config):
+    first = next(iter(layers.values()))
     for layer in layers.values():
+        # PEFT's config has one of each.
         layer.settings["lora_dropout"] = 0.25
-    state = lora(layers)
+        for name in ("use_rslora", "use_dora"):
+            layer.settings.pop(name, None)
+        layer.settings.update({name: True for name in ("use_rslora", "use_dora") if name in first.settings})
+        if "use_dora" not in first.settings:
+            layer.tensors.pop(MAGNITUDE, None)
+    layers = {path: layer for path, layer in layers.items() if len(layer.tensors) == len(first.tensors)}
+    state = lora(layers, config=config)
     assert_same(diffusers.decode(*through_file(*diffusers.encode(state))), state)
 
 
@@ -63,7 +71,7 @@ def test_several_components(codec, heads):
         assert {name.split(".")[0] for name in tensors} == set(heads)
         found = diffusers.decode(tensors, foreign)
         assert_same(found, state if heads != ["unet"] else lora(
-            {path.removeprefix("unet."): layer for path, layer in state.layers.items()}))
+            {path.removeprefix("unet."): layer for path, layer in state.layers.items()}), config=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from adapters import A, B, assert_same, read, same_tensors
 
-from mindpet_lite.formats import diffusers, kohya, mindpet, peft
+from mindpet_lite.formats import diffusers, directory, kohya, mindformers, mindpet, peft
 from mindpet_lite.formats.detect import detect
 from mindpet_lite.formats.names import renamed
 
@@ -67,9 +67,27 @@ def test_keys_that_others_read(reference):
     assert np.array_equal(tensors[f"{path}.{A}"], reference.layers[path].tensors[A])
 
 
-def test_the_tensors_of_diffusers_itself(unet, reference):
-    wanted, _ = read(unet / "diffusers" / "pytorch_lora_weights.safetensors")
+def test_the_file_of_diffusers_itself(unet, reference):
+    wanted, metadata = read(unet / "diffusers" / "pytorch_lora_weights.safetensors")
     same_tensors(diffusers.encode(reference)[0], wanted, "the file")
+    written = diffusers.encode(diffusers.decode(wanted, metadata))[1]["lora_adapter_metadata"]
+    assert json.loads(written) == json.loads(metadata["lora_adapter_metadata"])
+
+
+@pytest.mark.parametrize("codec", [diffusers, kohya, mindformers])
+def test_pefts_config_comes_back_from_other_formats(unet, reference, codec):
+    config = json.loads((unet / "peft" / "adapter_config.json").read_text())
+    found = codec.decode(*codec.encode(reference))
+    assert_same(found, reference)
+    assert peft.encode(found)[1] == config
+
+
+@pytest.mark.parametrize("name", [
+    "lora_plain", "lora_rslora", "lora_dora", "lora_rank_alpha_pattern", "lora_lora_bias", "lora_init_pissa",
+    "lora_regex"])
+def test_llamas_through_diffusers(shared, name):
+    state = directory.load(shared / "fixtures" / "peft" / "llama_tiny" / name)
+    assert_same(diffusers.decode(*diffusers.encode(state)), state)
 
 
 def test_detect(unet, shared):

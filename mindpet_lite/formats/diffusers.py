@@ -10,13 +10,27 @@ from typing import Any
 import numpy as np
 
 from mindpet_lite.formats import components, peft
-from mindpet_lite.formats.lora import OWN_ENTRY, read_alpha, without_settings
+from mindpet_lite.formats.lora import (
+    B_BIAS,
+    EMBEDDING_A,
+    EMBEDDING_B,
+    MAGNITUDE,
+    OWN_ENTRY,
+    PEFT_FIELDS,
+    A,
+    B,
+    read_alpha,
+    refusals,
+    without_settings,
+)
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.strict_json import parse_object
 
 # The metadata that holds the config: PEFT's fields, each behind its component's name.
 CONFIG_ENTRY = "lora_adapter_metadata"
 _PEFT = "base_model.model."
+_TENSORS = (A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, B_BIAS)
+_SETTINGS = ("use_rslora", "use_dora", "lora_bias", "init_lora_weights")
 # What may stand behind a layer's path, newest layout first; the groups name the layer below `path`, its factor, the
 # adapter.
 _LAYOUTS = [re.compile(pattern) for pattern in (
@@ -30,14 +44,6 @@ _FACTORS = {"A": "lora_A", "B": "lora_B", "down": "lora_A", "up": "lora_B"}
 # The attention processors of old files name the layers of text encoders as those of the U-Net.
 _OLD_UNET = {"to_out": "to_out.0"}
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-# The fields of PEFT 0.21's LoraConfig: diffusers hands them all to it, which knows no other.
-_FIELDS = frozenset("""
-    alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias corda_config
-    ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights kasa_config
-    layer_replication layers_pattern layers_to_transform loftq_config lora_alpha lora_bias lora_dropout lora_ga_config
-    megatron_config megatron_core modules_to_save monteclora_config peft_type peft_version qalora_group_size r
-    rank_pattern revision target_modules target_parameters task_type trainable_token_indices use_bdlora use_dora
-    use_qalora use_rslora velora_config""".split())
 
 
 def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -46,25 +52,24 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     Raises:
         ValueError: the adapter holds what diffusers' files cannot.
     """
-    problems = [f"{name}: diffusers' LoRA files have no place for a base parameter that trained beside the deltas."
-                for name in state.trained] + without_settings(state)
+    problems = refusals(state, "diffusers' LoRA files", _TENSORS, _SETTINGS) + without_settings(state)
     if problems:
         raise ValueError("\n  ".join(problems))
     places = components.split(state.layers)
     names = sorted({component for component, _ in places.values()})
     tensors: dict[str, np.ndarray] = {}
     config: dict[str, Any] = {}
-    own: dict[str, Any] = {"component_in_paths": components.in_paths(state.layers), "config": {}}
     for component in names:
         layers = {below: state.layers[path] for path, (home, below) in places.items() if home == component}
         part, fields = peft.encode(AdapterState(state.method, layers,
                                                 config=_fields_of(state.config, component, names)))
         problems += _changes(component, layers, peft.decode(part, fields))
         tensors.update({f"{component}.{key.removeprefix(_PEFT)}": value for key, value in part.items()})
-        for field, value in fields.items():
-            (config if field in _FIELDS else own["config"])[f"{component}.{field}"] = value
+        # diffusers hands the fields to PEFT's LoraConfig, which takes no other.
+        config.update({f"{component}.{field}": value for field, value in fields.items() if field in PEFT_FIELDS})
     if problems:
         raise ValueError("\n  ".join(problems))
+    own = {"component_in_paths": components.in_paths(state.layers), "config": state.config}
     return tensors, {"format": "pt", CONFIG_ENTRY: json.dumps(config, indent=2, sort_keys=True),
                      OWN_ENTRY: json.dumps(own, sort_keys=True)}
 
@@ -99,7 +104,7 @@ def decode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> Ad
         elif alphas:
             raise ValueError(f"the file has a config ({CONFIG_ENTRY}) and keys of alpha: which counts is not said.")
         else:
-            fields = _fields_of(config | own["config"], component, list(parts))
+            fields = _fields_of(config, component, list(parts))
         try:
             state = peft.decode(part, fields)
         except ValueError as error:
@@ -107,10 +112,10 @@ def decode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> Ad
             continue
         layers.update({components.join(component, path, parts, own["component_in_paths"]): layer
                        for path, layer in state.layers.items()})
-        kept.update({components.join(component, field, parts): value for field, value in state.config.items()})
+        kept.update({components.join(component, field, parts): value for field, value in fields.items()})
     if problems:
         raise ValueError("\n  ".join(problems))
-    return AdapterState("lora", layers, config=kept)
+    return AdapterState("lora", layers, config=own.get("config", {} if config is None else kept))
 
 
 def _sorted_out(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, dict[str, np.ndarray]],
@@ -179,9 +184,9 @@ def _config(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _own(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return our own entry: whether the component stands in the paths, and the fields PEFT does not know."""
+    """Return our own entry: whether the component stands in the paths, and the config the adapter had."""
     if OWN_ENTRY not in metadata:
-        return {"component_in_paths": False, "config": {}}
+        return {"component_in_paths": False}
     try:
         found = parse_object(metadata[OWN_ENTRY].encode())
     except ValueError as error:

@@ -15,9 +15,18 @@ A, B = "mindpet_delta_lora_a", "mindpet_delta_lora_b"
 EMBEDDING_A, EMBEDDING_B = "mindpet_delta_lora_embedding_a", "mindpet_delta_lora_embedding_b"
 MAGNITUDE, B_BIAS = "mindpet_delta_lora_magnitude", "mindpet_delta_lora_b_bias"
 WORDS = {A: "factor A", B: "factor B", EMBEDDING_A: "an embedding's factor A", EMBEDDING_B: "an embedding's factor B",
-         MAGNITUDE: "DoRA's magnitude", B_BIAS: "the bias of B (lora_bias)"}
+         MAGNITUDE: "DoRA's magnitude", B_BIAS: "the bias of B (lora_bias)",
+         "mindpet_delta_lora_tokens": "tokens that train (trainable_token_indices)"}
 # Under this name our files hold, beside what the format has a place for, each layer's path and settings and the config.
 OWN_ENTRY = "mindpet_lite"
+# The fields of the LoraConfig of PEFT 0.21.
+PEFT_FIELDS = frozenset("""
+    alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias corda_config
+    ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights kasa_config
+    layer_replication layers_pattern layers_to_transform loftq_config lora_alpha lora_bias lora_dropout lora_ga_config
+    megatron_config megatron_core modules_to_save monteclora_config peft_type peft_version qalora_group_size r
+    rank_pattern revision target_modules target_parameters task_type trainable_token_indices use_bdlora use_dora
+    use_qalora use_rslora velora_config""".split())
 
 
 def pair_problems(path: str, tensors: Mapping[str, np.ndarray]) -> list[str]:
@@ -59,7 +68,7 @@ def refusals(state: AdapterState, target: str, tensors: Collection[str], setting
         if bool(own.get("use_dora")) != (MAGNITUDE in layer.tensors) and layer.settings is not None:
             problems.append(f"{path}: use_dora={own.get('use_dora')!r} does not fit its tensors "
                             f"{', '.join(sorted(layer.tensors))}.")
-        problems += pair_problems(path, layer.tensors) if {EMBEDDING_A, EMBEDDING_B}.isdisjoint(layer.tensors) else []
+        problems += pair_problems(path, layer.tensors) if {A, B} & layer.tensors.keys() else []
     return problems
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from mindpet_lite.formats.lora import (
     OWN_ENTRY,
+    PEFT_FIELDS,
     A,
     B,
     not_dense,
@@ -53,7 +54,7 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     config = {"r": first["lora_rank"], "lora_alpha": plain_alpha(first),
               "lora_dropout": first.get("lora_dropout", 0.0),
               "target_modules": sorted({path.rpartition(".")[2] for path in state.layers})}
-    config.update({key: value for key, value in state.config.items() if key not in config},
+    config.update({key: value for key, value in state.config.items() if key not in {*config, *PEFT_FIELDS}},
                   **{OWN_ENTRY: own_entry(state, {path: path for path in state.layers}, state.config)})
     return {f"{path}.{name}": value for path, layer in state.layers.items()
             for name, value in layer.tensors.items()}, config

@@ -47,6 +47,15 @@ def mixed(base, alphas, ranks=(2, 3, 4), **settings):
     return lora(layers)
 
 
+def text_encoder():
+    """Return an adapter of a CLIP text encoder, beside one layer of the U-Net."""
+    layers = {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": dense(4, 5, (32, 32))}
+    for number in range(2):
+        for name, sizes in (("self_attn.q_proj", (32, 32)), ("self_attn.out_proj", (32, 32)), ("mlp.fc1", (32, 64))):
+            layers[f"text_encoder.text_model.encoder.layers.{number}.{name}"] = dense(2, 5, sizes, seed=len(layers))
+    return lora(layers)
+
+
 def merge(base, state):
     """Return the weights with the adapter in them, computed in float64: W + s B A, in DoRA's form where it is DoRA."""
     weights = dict(base)
@@ -95,6 +104,15 @@ def outputs(tmp_path_factory):
         shutil.copytree(unet / "base", folder / f"{name}_merged")
         (folder / f"{name}_merged" / "diffusion_pytorch_model.safetensors").write_bytes(to_bytes(merge(base, state)))
         job(f"{name}_merged", "plain", folder / f"{name}_merged", unet / "io.npz")
+    state = text_encoder()
+    np.savez(folder / "text.npz", **{
+        path.removeprefix("text_encoder."): (2.5 * layer.tensors[B] @ layer.tensors[A]).astype(np.float32)
+        for path, layer in state.layers.items() if path.startswith("text_encoder.")})
+    job("text_merged", "text", "", folder / "text.npz")
+    for name, codec in (("text_diffusers", diffusers), ("text_kohya", kohya)):
+        (folder / name).mkdir()
+        (folder / name / "adapter.safetensors").write_bytes(to_bytes(*codec.encode(state)))
+        job(name, "text", unet / "base", "", folder / name / "adapter.safetensors")
     (folder / "jobs.json").write_text(json.dumps(jobs))
     result = subprocess.run([sys.executable, Path(__file__).with_name("torch_side.py"), folder / "jobs.json",
                              folder / "out.npz"], capture_output=True, text=True, cwd=folder, timeout=600)
@@ -110,6 +128,12 @@ def assert_close(found, wanted):
 def test_the_unets_adapter_in_each_format(outputs, name):
     shared, found = outputs
     assert_close(found[name], np.load(shared / "unet_tiny" / "io.npz")["output_lora"])
+
+
+@pytest.mark.parametrize("name", ["text_diffusers", "text_kohya"])
+def test_a_text_encoder_beside_the_unet(outputs, name):
+    _, found = outputs
+    assert_close(found[name], found["text_merged"])
 
 
 @pytest.mark.parametrize("name", LLAMA)

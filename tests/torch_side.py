@@ -3,7 +3,9 @@
     python torch_side.py <jobs.json> <out.npz>
 
 A job is {"name", "kind", "base": folder, "data": npz with the inputs, "adapter": file or folder}; of kind "diffusers",
-"peft" or "plain" (the base alone). The result holds each model's output by name.
+"peft" or "plain" (the base alone), or of kind "text": a text encoder made here, either with the adapter as diffusers
+loads it or, where "data" is given, with the differences of weights in that npz added. The result holds each model's
+output by name.
 """
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 
 
@@ -40,8 +43,32 @@ def with_peft(base: Path, adapter: Path) -> torch.nn.Module:
     return PeftModel.from_pretrained(plain(base), str(adapter))
 
 
+def text(job: dict[str, str]) -> np.ndarray:
+    """Return the output of a small CLIP text encoder with the job's adapter or differences of weights."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+    torch.manual_seed(0)
+    net = CLIPTextModel(CLIPTextConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                       num_attention_heads=4, max_position_embeddings=16)).eval()
+    layers = dict(net.named_modules())
+    with torch.no_grad():
+        if job["data"]:
+            for path, delta in np.load(job["data"]).items():
+                # Newer versions of transformers name layers without what stands before them in older ones.
+                layers[path if path in layers else path.removeprefix("text_model.")].weight += torch.from_numpy(delta)
+        else:
+            adapter, unet = Path(job["adapter"]), UNet2DConditionModel.load_config(job["base"])
+            tensors, alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
+                str(adapter.parent), weight_name=adapter.name, unet_config=FrozenDict(unet),
+                return_lora_metadata=True)
+            StableDiffusionLoraLoaderMixin.load_lora_into_text_encoder(
+                tensors, network_alphas=alphas, text_encoder=net, lora_scale=1.0, metadata=metadata)
+        return net(torch.arange(10)[None]).last_hidden_state.numpy()
+
+
 def output(job: dict[str, str]) -> np.ndarray:
     """Return the model's output on the inputs of the npz file."""
+    if job["kind"] == "text":
+        return text(job)
     base = Path(job["base"])
     net = {"plain": lambda: plain(base), "diffusers": lambda: with_diffusers(base, Path(job["adapter"])),
            "peft": lambda: with_peft(base, Path(job["adapter"]))}[job["kind"]]().eval()

@@ -63,6 +63,7 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         layers = {below: state.layers[path] for path, (home, below) in places.items() if home == component}
         part, fields = peft.encode(AdapterState(state.method, layers,
                                                 config=_fields_of(state.config, component, names)))
+        fields = _by_ends(fields) if component.startswith("text_encoder") else fields
         problems += _changes(component, layers, peft.decode(part, fields))
         tensors.update({f"{component}.{key.removeprefix(_PEFT)}": value for key, value in part.items()})
         # diffusers hands the fields to PEFT's LoraConfig, which takes no other.
@@ -72,6 +73,19 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     own = {"component_in_paths": components.in_paths(state.layers), "config": state.config}
     return tensors, {"format": "pt", CONFIG_ENTRY: json.dumps(config, indent=2, sort_keys=True),
                      OWN_ENTRY: json.dumps(own, sort_keys=True)}
+
+
+def _by_ends(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a text encoder's config without what stands before CLIP's layers in older versions of transformers.
+
+    PEFT compares the names in it with the ends of paths, so that they fit older and newer versions.
+    """
+    found = dict(fields)
+    if isinstance(fields.get("target_modules"), list):
+        found["target_modules"] = [name.removeprefix("text_model.") for name in fields["target_modules"]]
+    for name in ("rank_pattern", "alpha_pattern"):
+        found[name] = {key.removeprefix("text_model."): value for key, value in (fields.get(name) or {}).items()}
+    return found
 
 
 def _changes(component: str, layers: Mapping[str, LayerState], read: AdapterState) -> list[str]:

@@ -7,21 +7,58 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "README_CN.md", "docs/guide.md", "docs/guide_CN.md", "docs/mindpet.md", "docs/mindpet_CN.md"]
 
 
-@pytest.mark.parametrize("page", ["README.md", "README_CN.md", "docs/guide.md", "docs/guide_CN.md"])
+def blocks_of(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def write_files(page: str, folder: Path) -> None:
+    """Write the YAML blocks whose first line is a comment with a file's name, for the Python blocks to read."""
+    for block in blocks_of(page, "yaml"):
+        name = re.match(r"# (\S+\.yaml)\n", block)
+        if name:
+            (folder / name[1]).write_text(block, encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run(page, tmp_path):
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    blocks = blocks_of(page, "python")
     assert blocks
+    write_files(page, tmp_path)
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks), encoding="utf-8")
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_both_languages_show_the_same_migration():
+    def code(page: str) -> list[str]:
+        return [re.sub(r"\s*#.*", "", block) for block in blocks_of(page, "python")]
+
+    assert code("docs/mindpet.md") == code("docs/mindpet_CN.md")
+
+
+def test_links_between_pages_lead_somewhere():
+    link = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        for target, anchor in link.findall(path.read_text(encoding="utf-8")):
+            other = (path.parent / target).resolve() if target else path
+            assert other.exists(), f"{path.name} links to {target}, which is not there"
+            if anchor:
+                assert anchor in anchors_of(other), f"{path.name} links to {target}#{anchor}, which is not there"
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_figures_in_readme_are_printed_by_the_snippet(tmp_path):
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[0]
+    block = blocks_of("README.md", "python")[0]
     (tmp_path / "page.py").write_text(block, encoding="utf-8")
     done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert re.search(r"# (trainable params: .*)", block)[1] in done.stdout

@@ -146,7 +146,7 @@ def test_damaged_and_hostile_headers_are_refused_in_words(header, data, message)
     assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("length", [0, 1, 10, 99_999_999, 100_000_001, 2 ** 31, 2 ** 63, 2 ** 64 - 1])
+@pytest.mark.parametrize("length", [0, 1, 10, 30_000_000, 100_000_001, 2 ** 31, 2 ** 63, 2 ** 64 - 1])
 def test_wrong_header_lengths_are_refused(length):
     whole = to_bytes({"x": np.ones(2, np.float32)})
     Path("x.safetensors").write_bytes(length.to_bytes(8, "little") + whole[8:])

@@ -23,8 +23,9 @@ _TYPES: dict[str, np.dtype] = {
     "F32": np.dtype("<f4"), "U32": np.dtype("<u4"), "I32": np.dtype("<i4"), "BF16": BF16, "F16": np.dtype("<f2"),
     "U16": np.dtype("<u2"), "I16": np.dtype("<i2"), "I8": np.dtype("i1"), "U8": np.dtype("u1"), "BOOL": np.dtype("?")}
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
-# The safetensors library has the same limit.
-_MAX_HEADER = 100_000_000
+# A tensor takes about 100 bytes of a header, and reading a header takes up to 25 times its size in memory. (The
+# safetensors library reads headers up to 100 MB.)
+_MAX_HEADER = 30_000_000
 _MAX_NAME, _MAX_AXES = 1000, 32
 
 

@@ -41,13 +41,7 @@ def problems_of(config: Mapping[str, Any]) -> list[str]:
                         f"trained on. If yours is the residual base, set the field to true.")
     if start in RESIDUAL_STARTS and config.get("use_dora"):
         problems.append(f"init_lora_weights = {start!r} with use_dora is not supported.")
-    for name, kind in (("target_modules", str), ("modules_to_save", str), ("exclude_modules", str),
-                       ("layers_to_transform", int)):
-        value = config.get(name)
-        if not all(isinstance(item, kind) for item in (value if isinstance(value, list) else [value])) \
-                and value is not None:
-            problems.append(f"{name} must be a list of {'names' if kind is str else 'numbers'}, but the config says "
-                            f"{value!r}.")
+    problems += _list_problems(config)
     problems += _token_problems(config.get("trainable_token_indices"))
     for name, patterns, kind in _NUMBERS:
         by_pattern = config.get(patterns) or {}
@@ -63,6 +57,18 @@ def problems_of(config: Mapping[str, Any]) -> list[str]:
                 compile_end(key)
             except ValueError as error:
                 problems.append(f"{patterns}[{key!r}] {error}")
+    return problems
+
+
+def _list_problems(config: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for name, kind in (("target_modules", str), ("modules_to_save", str), ("exclude_modules", str),
+                       ("layers_to_transform", int)):
+        value = config.get(name)
+        items = value if isinstance(value, list) else [value]
+        if value is not None and not all(isinstance(item, kind) for item in items):
+            problems.append(f"{name} must be a list of {'names' if kind is str else 'numbers'}, but the config says "
+                            f"{value!r}.")
     return problems
 
 

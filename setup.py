@@ -9,9 +9,9 @@ VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "mindpet_lite" / "__init__
 
 # What the Wukong example needs besides the package. resvg-py draws the emoji; its version decides the pixels.
 # manimgx-fonts-cjk is Noto Sans CJK (SIL Open Font License), for captions in Chinese.
-EXAMPLES = ["pillow>=10.1", "matplotlib", "tqdm", "resvg-py==0.5.0", "manimgx-fonts-cjk"]
+EXAMPLES = ["pillow>=10.1", "matplotlib", "tqdm", "resvg-py==0.5.0", "manimgx-fonts-cjk", "safetensors"]
 CLI = ["click>=8"]
-TEST = ["pytest", "hypothesis"]
+TEST = ["pytest", "hypothesis", "safetensors"]
 # The tests that have PEFT and diffusers themselves read our files.
 INTEROP = ["torch==2.13.0", "peft==0.21.2", "diffusers==0.42.1"]
 
@@ -26,7 +26,7 @@ setup(
     package_data={"mindpet_lite": ["py.typed"]},
     python_requires=">=3.10,<3.13",
     # MindSpore 2.7 to 2.10 fail with NumPy 2 in PyNative mode ("numpy.core.multiarray failed to import").
-    install_requires=["mindspore>=2.7", "numpy<2", "pyyaml", "safetensors"],
+    install_requires=["mindspore>=2.7", "numpy<2", "pyyaml"],
     extras_require={
         "cli": CLI,
         "examples": EXAMPLES,

@@ -3,12 +3,20 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 from mindpet_lite import __version__, tasks
+from mindpet_lite.config import read_yaml
+from mindpet_lite.delta import METHODS
+from mindpet_lite.formats.detect import FORMATS
+from mindpet_lite.formats.names import Table
+from mindpet_lite.offline import inspect as inspection
+from mindpet_lite.offline.merge import merge
 from mindpet_lite.tasks.options import PATHS, SETTINGS
 from mindpet_lite.tasks.process import echo
 
@@ -54,3 +62,52 @@ def _task_command(task: Callable[..., tasks.TaskResult], summary: str) -> click.
 run.add_command(_task_command(tasks.finetune, "Run your training script."))
 run.add_command(_task_command(tasks.evaluate, "Run your evaluation script; print its result."))
 run.add_command(_task_command(tasks.infer, "Run your inference script; print its result."))
+
+
+_PATH = click.Path(path_type=Path)
+_FROM = click.option("--from", "kind", type=click.Choice(FORMATS), help="The adapter's format; detected without it.")
+_NAMES = click.option("--names", type=_PATH, 
+                      help="YAML or JSON file: layers' names in the base by those in the adapter.")
+_QUIET = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+
+
+def _table(path: Path | None) -> Table | None:
+    """Return the names in a file: a mapping, or under `patterns` pairs of a regular expression and its replacement."""
+    if path is None:
+        return None
+    found = read_yaml(path)
+    pairs = found.get("patterns")
+    if set(found) == {"patterns"} and isinstance(pairs, list) and all(
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+            for pair in pairs):
+        return [(pattern, replacement) for pattern, replacement in pairs]
+    if all(isinstance(name, str) and isinstance(value, str) for name, value in found.items()):
+        return found
+    raise ValueError(f"{path}: expected names by names, or 'patterns' with pairs of a regular expression and what to "
+                     f"put in its place.")
+
+
+@mindpet_lite.command("inspect", epilog="\b\nExample:\n  mindpet-lite inspect adapter/")
+@click.argument("path", type=_PATH)
+@_FROM
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def _inspect(path: Path, kind: str | None, as_json: bool) -> None:
+    """Print what the adapter at PATH is: format, method, layers, ranks, alphas, sizes, norms."""
+    report = inspection.inspect(path, kind, METHODS)
+    echo(json.dumps(report, indent=2, ensure_ascii=False) + "\n" if as_json else inspection.table(report))
+
+
+@mindpet_lite.command("merge", epilog="\b\nExample:\n  mindpet-lite merge --base llama/ --adapter adapter/ --out "
+                                      "llama-merged/")
+@click.option("--base", required=True, type=_PATH, help="Directory or file: safetensors, shards, or .ckpt.")
+@click.option("--adapter", required=True, type=_PATH, help="A LoRA adapter of any format.")
+@click.option("--out", required=True, type=_PATH, help="New directory for the merged model.")
+@_FROM
+@_NAMES
+@_QUIET
+def _merge(base: Path, adapter: Path, out: Path, kind: str | None, names: Path | None, quiet: bool) -> None:
+    """Write a base with an adapter merged into its weights, file to file."""
+    done = merge(base, adapter, out, kind, _table(names), quiet)
+    for path in done.left_behind:
+        sys.stderr.write(f"mindpet-lite: {path} was left behind: it holds the model unmerged.\n")
+    echo(f"merged {len(done.changed)} of {done.tensors} tensors into {out}\n")

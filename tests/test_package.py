@@ -85,8 +85,11 @@ def test_arrows_point_one_way():
         outside = {name.split(".")[0] for name in imports_of(path)} - set(sys.stdlib_module_names) - {"mindpet_lite"}
         name = path.relative_to(ROOT)
         if room == "formats":
-            assert outside <= {"numpy", "safetensors"}, name
+            assert outside <= {"numpy"}, name
             assert all(item.startswith("mindpet_lite.formats") for item in own), name
+        elif room == "offline":
+            assert outside <= {"numpy", "safetensors", "tqdm"}, name
+            assert all(item.startswith(("mindpet_lite.formats", "mindpet_lite.offline")) for item in own), name
         elif room == "delta" and path != ROOT / "delta" / "__init__.py":
             # The shared rooms, and in a method of several files its own folder: never another method.
             shared = {f"mindpet_lite.delta.{item}" for item in (
@@ -99,7 +102,10 @@ def test_arrows_point_one_way():
             assert "mindpet_lite" not in own and "mindpet_lite.cli" not in own, name
         assert "yaml" not in outside or path == ROOT / "config.py", f"{name}: only config.py reads YAML"
         assert "click" not in outside or path.parent == ROOT, f"{name}: only the command line knows click"
-        assert outside <= {"mindspore", "numpy", "yaml", "safetensors", "click"}, name
+        assert "tqdm" not in outside or room == "offline", f"{name}: only long work on files has a progress bar"
+        assert "mindpet_lite.offline" not in {".".join(item.split(".")[:2]) for item in own} or room in (
+            "", "offline"), f"{name}: only the command line works on files"
+        assert outside <= {"mindspore", "numpy", "yaml", "safetensors", "click", "tqdm"}, name
 
 
 def test_graph_knows_no_method_by_name():

@@ -1,0 +1,154 @@
+"""`mindpet-lite merge` of a sharded base beside a plain read and write of the same bytes, in one run.
+
+    python benchmarks/merge_files.py                               # 1 GB, bfloat16, four shards, rank 16 on all linear
+    python benchmarks/merge_files.py --gigabytes 4
+    python benchmarks/merge_files.py --dtype float16 --targets q_proj v_proj
+
+The base is a stack of Llama blocks of width 4096 with its embedding. Copy and merge run interleaved, each in a process
+of its own, and medians are compared, because a disk's speed drifts. Neither waits for the disk to have taken the bytes.
+Memory is the largest resident size that the process had, above what it had when all was imported.
+"""
+import argparse
+import json
+import multiprocessing
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from mindpet_lite.formats.directory import save
+from mindpet_lite.formats.files import BF16, to_header
+from mindpet_lite.formats.state import AdapterState, LayerState
+from mindpet_lite.offline.merge import merge
+from mindpet_lite.offline.numbers import rounded
+
+WIDTH, INNER, VOCABULARY = 4096, 11008, 32000
+LINEAR = {"self_attn.q_proj": (WIDTH, WIDTH), "self_attn.k_proj": (WIDTH, WIDTH), "self_attn.v_proj": (WIDTH, WIDTH),
+          "self_attn.o_proj": (WIDTH, WIDTH), "mlp.gate_proj": (INNER, WIDTH), "mlp.up_proj": (INNER, WIDTH),
+          "mlp.down_proj": (WIDTH, INNER)}
+DTYPES = {"bfloat16": BF16, "float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+BLOCK = 8 << 20
+
+
+def shapes_of(size: float, dtype: np.dtype) -> dict[str, tuple[int, ...]]:
+    """Return shapes by name: the embedding, then as many blocks as fit into the size."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, WIDTH)}
+    block = sum(np.prod(shape) for shape in LINEAR.values()) * dtype.itemsize
+    for number in range(max(1, round((size - VOCABULARY * WIDTH * dtype.itemsize) / block))):
+        for name, shape in LINEAR.items():
+            shapes[f"model.layers.{number}.{name}.weight"] = shape
+        shapes[f"model.layers.{number}.input_layernorm.weight"] = (WIDTH,)
+    return shapes
+
+
+def make_base(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, shards: int) -> int:
+    """Write a base of random values and return its bytes."""
+    rng = np.random.default_rng(1)
+    pool = rounded(rng.standard_normal(VOCABULARY * WIDTH, np.float32) * np.float32(0.02), dtype)
+    names, index = list(shapes), {}
+    for number in range(shards):
+        own = names[len(names) * number // shards:len(names) * (number + 1) // shards]
+        file = folder / f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        header, order = to_header({name: (dtype, shapes[name]) for name in own})
+        with file.open("wb") as target:
+            target.write(header)
+            for name in order:
+                target.write(pool[:int(np.prod(shapes[name]))].tobytes())
+        index.update({name: file.name for name in own})
+    size = sum(item.stat().st_size for item in folder.iterdir())
+    (folder / "model.safetensors.index.json").write_text(json.dumps(
+        {"metadata": {"total_size": size}, "weight_map": index}))
+    return size
+
+
+def make_adapter(folder: Path, shapes: dict[str, tuple[int, ...]], targets: list[str], rank: int) -> int:
+    """Write an adapter of random values and return how many layers it has."""
+    rng = np.random.default_rng(2)
+    layers = {name.removesuffix(".weight"): LayerState(
+        {"mindpet_delta_lora_a": rng.standard_normal((rank, shape[1]), np.float32) * np.float32(0.01),
+         "mindpet_delta_lora_b": rng.standard_normal((shape[0], rank), np.float32) * np.float32(0.01)},
+        {"lora_rank": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0})
+        for name, shape in shapes.items() if any(name.endswith(f"{target}.weight") for target in targets)}
+    save(AdapterState("lora", layers), folder)
+    return len(layers)
+
+
+def copy(base: Path, adapter: Path, out: Path) -> None:
+    """Read and write every file of the base."""
+    out.mkdir()
+    for path in base.iterdir():
+        with path.open("rb", buffering=0) as source, (out / path.name).open("wb", buffering=0) as target:
+            while block := source.read(BLOCK):
+                target.write(block)
+
+
+def merged(base: Path, adapter: Path, out: Path) -> None:
+    merge(base, adapter, out, quiet=True)
+
+
+def measured(work, folders: tuple[Path, Path, Path], result) -> None:
+    """Put the seconds that `work` takes into a queue, and the memory above what the process had before, in bytes."""
+    def peak() -> int:
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+    # Forget the peak of the imports, and of the process that started this one.
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = peak(), time.perf_counter()
+    work(*folders)
+    result.put((time.perf_counter() - start, peak() - before))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=1)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--targets", nargs="+", default=[name.rpartition(".")[2] for name in LINEAR])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", help="on the disk to measure; default: that for temporary files")
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(dir=args.folder))
+    try:
+        shapes = shapes_of(args.gigabytes * 1e9, DTYPES[args.dtype])
+        (folder / "base").mkdir()
+        size = make_base(folder / "base", shapes, DTYPES[args.dtype], args.shards)
+        layers = make_adapter(folder / "adapter", shapes, args.targets, args.rank)
+        largest = max(int(np.prod(shape)) for shape in shapes.values()) * DTYPES[args.dtype].itemsize
+        print(f"{size / 1e9:.2f} GB of {args.dtype} in {args.shards} shards, {layers} of {len(shapes)} tensors adapted "
+              f"with rank {args.rank}, largest tensor {largest / 1e6:.0f} MB")
+        spawn = multiprocessing.get_context("spawn")
+        seconds: dict[str, list[float]] = {"copy": [], "merge": []}
+        memory: dict[str, list[int]] = {"copy": [], "merge": []}
+        for number in range(args.rounds + 1):
+            for name, work in (("copy", copy), ("merge", merged)):
+                result = spawn.Queue()
+                process = spawn.Process(target=measured, args=(
+                    work, (folder / "base", folder / "adapter", folder / "out"), result))
+                process.start()
+                process.join()
+                if process.exitcode:
+                    sys.exit(f"{name} failed")
+                taken, peak = result.get()
+                shutil.rmtree(folder / "out")
+                # The first round is there to warm up.
+                if number:
+                    seconds[name].append(taken)
+                    memory[name].append(peak)
+        for name, values in seconds.items():
+            print(f"{name:6} {statistics.median(values):6.2f} s (from {min(values):.2f} to {max(values):.2f}), "
+                  f"{max(memory[name]) / 1e6:5.0f} MB above the imports")
+        ratios = [one / other for one, other in zip(seconds["merge"], seconds["copy"])]
+        print(f"merge / copy: {statistics.median(seconds['merge']) / statistics.median(seconds['copy']):.2f} "
+              f"(by round {', '.join(f'{ratio:.2f}' for ratio in ratios)})")
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""What an adapter makes of one tensor of the base."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from mindpet_lite.offline.numbers import Scratch, store, widen, widened
+
+# Numbers in a block of rows: few enough for a processor's cache, enough for Python.
+_BLOCK = 1 << 18
+# OpenBLAS computes products of at most so many multiplications in the thread that asks; for larger ones its own threads
+# get in the way of ours.
+_PRODUCT = 1 << 18
+_TILE = 64
+_SCRATCH = Scratch()
+# Takes rows of a tensor, flattened to a matrix, and the number of the first; changes them in place. Raises ValueError
+# where a new value would not be finite.
+Fill = Callable[[np.ndarray, int], None]
+Whole = Callable[[], np.ndarray]
+
+
+class Change(Protocol):
+    """A new value for a tensor of the base, in the type that it has."""
+
+    def start(self, whole: Whole) -> Fill:
+        """Return what changes the rows of a tensor, in any order and in any thread; `whole` reads the tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """LoRA: W + L R on the weight as the file has it, flattened to rows; with DoRA then scaled.
+
+    Added in float32 (float64 where the base is) and rounded once. DoRA (Liu et al., 2024,
+    https://arxiv.org/abs/2402.09353) scales each output's weights to the magnitude m: W' = m · V / ||V|| with
+    V = W + L R.
+
+    Args:
+        left: L (rows, rank), with the adapter's scale.
+        right: R (rank, columns).
+        magnitude: m, one number for each output; None without DoRA.
+        outputs_in_rows: an output's weights are a row, else (embeddings, transposed layers) a column.
+        residual: gives what the initialisation took out of the base, as L and R, from W.
+    """
+
+    left: np.ndarray
+    right: np.ndarray
+    magnitude: np.ndarray | None = None
+    outputs_in_rows: bool = True
+    residual: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
+
+    def start(self, whole: Whole) -> Fill:
+        """Return what adds the update; see `Change`."""
+        left, right, factor = self.left, self.right, None
+        if self.residual is not None:
+            weight = whole()
+            taken, basis = self.residual(widened(weight.reshape(weight.shape[0], -1)))
+            left, right = np.concatenate([-taken, left], axis=1), np.concatenate([basis, right])
+        if self.magnitude is not None and not self.outputs_in_rows:
+            weight = whole()
+            squares = np.zeros(weight.shape[1])
+            for begin, rows in _blocks(weight):
+                squares += np.square(_sum(rows, left[begin:begin + len(rows)], right)).sum(0)
+            factor = (self.magnitude / np.sqrt(squares)).astype(np.float32)
+
+        def fill(rows: np.ndarray, first: int) -> None:
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                for begin, part in _blocks(rows):
+                    own = slice(first + begin, first + begin + len(part))
+                    value = _sum(part, left[own], right)
+                    if factor is not None:
+                        value *= factor
+                    elif self.magnitude is not None:
+                        value *= (self.magnitude[own] / np.sqrt(np.square(value).sum(1)))[:, None]
+                    store(value, part, _SCRATCH)
+        return fill
+
+
+@dataclasses.dataclass(frozen=True)
+class Added:
+    """A sum, such as of a bias and the bias of B."""
+
+    update: np.ndarray
+
+    def start(self, whole: Whole) -> Fill:
+        """Return what adds the update; see `Change`."""
+        update = self.update.reshape(len(self.update), -1)
+        return lambda rows, first: store(widen(rows, _SCRATCH) + update[first:first + len(rows)], rows, _SCRATCH)
+
+
+@dataclasses.dataclass(frozen=True)
+class Replaced:
+    """A parameter that trained beside the deltas, or rows of one.
+
+    Args:
+        value: of the parameter, or of its rows.
+        rows: their numbers; None for all.
+    """
+
+    value: np.ndarray
+    rows: Sequence[int] | None = None
+
+    def start(self, whole: Whole) -> Fill:
+        """Return what puts the trained values in; see `Change`."""
+        value = self.value.reshape(self.value.shape[0] if self.value.ndim else 1, -1)
+
+        def fill(rows: np.ndarray, first: int) -> None:
+            if self.rows is None:
+                store(widened(value[first:first + len(rows)]), rows, _SCRATCH)
+            for number, row in enumerate(self.rows or ()):
+                if first <= row < first + len(rows):
+                    store(widened(value[number:number + 1]), rows[row - first:row - first + 1], _SCRATCH)
+        return fill
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Several changes of one tensor, one after the other."""
+
+    changes: tuple[Change, ...]
+
+    def start(self, whole: Whole) -> Fill:
+        """Return what makes all changes; see `Change`."""
+        fills: list[Fill] = []
+
+        def so_far() -> np.ndarray:
+            weight = whole()
+            for one in fills:
+                one(weight.reshape(len(weight), -1), 0)
+            return weight
+
+        for change in self.changes:
+            fills.append(change.start(so_far))
+
+        def fill(rows: np.ndarray, first: int) -> None:
+            for one in fills:
+                one(rows, first)
+        return fill
+
+
+def _sum(rows: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return rows + L R in float32 or float64, in memory that the next call uses again."""
+    update = _SCRATCH.array("update", rows.shape, np.float32)
+    columns = max(1, _PRODUCT // (min(len(left), _TILE) * left.shape[1]))
+    for row in range(0, len(left), _TILE):
+        for column in range(0, right.shape[1], columns):
+            tile = slice(row, row + _TILE), slice(column, column + columns)
+            np.matmul(left[tile[0]], right[:, tile[1]], out=update[tile])
+    wide = widen(rows, _SCRATCH)
+    return np.add(wide, update, out=None if wide.dtype == np.float64 else update)
+
+
+def _blocks(rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield blocks of rows and the number of the first of each."""
+    rows = rows.reshape(len(rows), -1)
+    step = max(1, _BLOCK // max(1, rows.shape[1]))
+    for begin in range(0, len(rows), step):
+        yield begin, rows[begin:begin + step]

@@ -1,0 +1,93 @@
+"""An adapter merged into a base, file to file, without a net."""
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from mindpet_lite.formats.names import Table
+from mindpet_lite.offline.adapters import read_adapter
+from mindpet_lite.offline.base import Base, open_base
+from mindpet_lite.offline.changes import Change
+from mindpet_lite.offline.folder import new_directory, refuse_filled
+from mindpet_lite.offline.plan import plan
+from mindpet_lite.offline.progress import Progress
+from mindpet_lite.offline.rewrite import rewrite
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """What a merge did.
+
+    Args:
+        out: the directory.
+        changed: names of the tensors that changed.
+        tensors: how many the base has.
+        size: bytes of the files of tensors.
+        left_behind: files of the base that hold the model in another form, which were not copied.
+    """
+
+    out: Path
+    changed: tuple[str, ...]
+    tensors: int
+    size: int
+    left_behind: tuple[Path, ...]
+
+
+def merge(base: Path, adapter: Path, out: Path, kind: str | None = None, table: Table | None = None,
+          quiet: bool = False) -> Merged:
+    """Write to `out` the base with the adapter's update in its weights.
+
+    Each weight W becomes W + s · B A (with DoRA scaled), added in float32 and rounded once to the type that the base
+    has it in. The files, their order and their metadata stay as they are, and so does every other byte. `out` appears
+    when all of it is written and was read back; until then, and after any error, there is nothing.
+
+    Args:
+        base: a file (safetensors or MindSpore's ``.ckpt``), or a directory with one or more and what belongs to them.
+        adapter: of any format.
+        out: a directory that is empty or not there yet.
+        kind: the adapter's format; None to detect it.
+        table: names of layers, see `formats.names.map_names`.
+        quiet: show no progress.
+
+    Raises:
+        OSError: a file is missing or cannot be read; `out` holds something, or the disk has too little space.
+        ValueError: the adapter does not fit the base, cannot be merged, or a file is damaged.
+    """
+    refuse_filled(out)
+    with open_base(base) as tensors:
+        found = read_adapter(adapter, kind, paths=tensors.owners)
+        try:
+            changes = plan(found.state, tensors, table)
+        except ValueError as error:
+            raise ValueError(f"The adapter in {adapter} cannot be merged into {base}:\n  {error}") from error
+        size = _check_space(tensors, out)
+        with new_directory(out) as folder, Progress("merge", size, quiet) as progress:
+            _write(tensors, changes, folder, progress)
+    return Merged(out, tuple(sorted(changes)), len(tensors.names()), size, tensors.layout.copies)
+
+
+def _write(base: Base, changes: Mapping[str, Change], folder: Path, progress: Progress) -> None:
+    root = base.layout.root
+    for path in base.layout.others:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(root / path, folder / path)
+    for path, file in base.files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        own = {name: changes[full] for name, full in base.in_file(path).items() if full in changes}
+        rewrite(file, folder / path, own, progress.advance)
+
+
+def _check_space(base: Base, out: Path) -> int:
+    """Return the bytes of the base's tensors, having refused a disk with too little space."""
+    def size_of(paths: Iterable[Path]) -> int:
+        return sum((base.layout.root / path).stat().st_size for path in paths)
+
+    there = next(parent for parent in out.absolute().parents if parent.exists())
+    size = size_of(base.files)
+    needed, free = size + size_of(base.layout.others), shutil.disk_usage(there).free
+    if free < needed:
+        raise OSError(f"{out} needs {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free: free some, or "
+                      f"give another place.")
+    return size

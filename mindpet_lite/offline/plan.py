@@ -1,0 +1,195 @@
+"""Which tensors of a base an adapter changes, and how; all that can be wrong is said before anything is written."""
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mindpet_lite.formats.files import as_float, type_name
+from mindpet_lite.formats.lora import B_BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, A, B, pair_problems
+from mindpet_lite.formats.names import Table, renamed
+from mindpet_lite.formats.state import AdapterState, LayerState
+from mindpet_lite.offline.base import Base
+from mindpet_lite.offline.changes import Added, Chain, Change, LowRank, Replaced
+from mindpet_lite.offline.initials import residual_of
+from mindpet_lite.offline.numbers import FLOATS
+
+TOKENS = "mindpet_delta_lora_tokens"
+_KNOWN = {A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, B_BIAS, TOKENS}
+_TABLES = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared|embedding)")
+_HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|output_projection)")
+_WITH_HEAD = re.compile(r"LMHead|ForCausalLM|ForConditionalGeneration|ForMaskedLM|ForPreTraining")
+# What stands beside a quantised weight, or for it, below a layer.
+_QUANTISED = ("qweight", "qzeros", "SCB", "weight_format", "weight_scale", "weight_scale_inv", "absmax",
+              "weight.absmax", "weight_packed", "weight_quantizer")
+
+
+def plan(state: AdapterState, base: Base, table: Table | None = None) -> dict[str, Change]:
+    """Return what the adapter makes of each tensor that it changes, by the base's names.
+
+    Args:
+        state: the adapter.
+        base: the base it was trained on.
+        table: names of layers, see `formats.names.map_names`.
+
+    Raises:
+        ValueError: the adapter does not fit the base or cannot be merged. All problems of a kind stand in one message.
+    """
+    if state.method != "lora":
+        raise ValueError(f"only LoRA can be merged file to file, but the adapter is of method {state.method!r}: load "
+                         f"it into the net and use mindpet_lite.merge().")
+    config = base.config()
+    if config.get("quantization_config"):
+        raise ValueError("the base is quantised (its config.json has a quantization_config): merge onto the base it "
+                         "was quantised from, and quantise the result.")
+    state = renamed(state, base.owners, table)
+    found: dict[str, list[Change]] = {}
+    problems: list[str] = []
+    # Before the deltas: PEFT's file of an adapted embedding holds the table that its delta is on.
+    for name, value in state.trained.items():
+        try:
+            found[_trained(name, value, base)] = [Replaced(value)]
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    for path, layer in state.layers.items():
+        try:
+            for name, change in _of_layer(path, layer, state, base).items():
+                found.setdefault(name, []).append(change)
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
+    problems += _tied(found, base, config)
+    if problems:
+        raise ValueError("\n  ".join(problems))
+    return {name: own[0] if len(own) == 1 else Chain(tuple(own)) for name, own in found.items()}
+
+
+def scale_of(settings: Mapping[str, Any]) -> float:
+    """Return s of s · B A: alpha / rank, with rsLoRA alpha / sqrt(rank)."""
+    rank = settings["lora_rank"]
+    return settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _of_layer(path: str, layer: LayerState, state: AdapterState, base: Base) -> dict[str, Change]:
+    """Return what a layer's delta changes."""
+    if layer.settings is None:
+        raise ValueError("rank and alpha are not known, for the file does not say them; load it into a net that was "
+                         "adapted as in training, and merge that.")
+    unknown = sorted(set(layer.tensors) - _KNOWN)
+    if unknown:
+        raise ValueError(f"it holds {', '.join(unknown)}, which cannot be merged.")
+    broken = [name for name, value in layer.tensors.items() if not np.isfinite(as_float(value)).all()]
+    if broken:
+        raise ValueError(f"{', '.join(broken)} holds NaN or infinite values.")
+    weight = _weight(path, base)
+    if TOKENS in layer.tensors:
+        return {weight: _tokens(layer, base.shape(weight))}
+    scale = scale_of(layer.settings)
+    left, right, in_rows = _oriented(layer, base.shape(weight), bool(state.config.get("fan_in_fan_out")), scale)
+    # PEFT starts embeddings in its plain way whatever the config says.
+    start = None if EMBEDDING_A in layer.tensors else layer.settings.get("init_lora_weights")
+    residual = residual_of(start, layer.settings["lora_rank"], scale, in_rows)
+    magnitude = layer.tensors.get(MAGNITUDE)
+    if magnitude is not None:
+        magnitude = _flat_magnitude(magnitude, left.shape[0] if in_rows else right.shape[1])
+    found: dict[str, Change] = {weight: LowRank(left, right, magnitude, in_rows, residual)}
+    if B_BIAS in layer.tensors:
+        found.update(_bias(path, scale * as_float(layer.tensors[B_BIAS]).astype(np.float32), base))
+    return found
+
+
+def _weight(path: str, base: Base) -> str:
+    """Return the name of a layer's weight, having refused a quantised one."""
+    weight = base.weight_of(path)
+    if weight is None:
+        stored = [name for name in base.owners.get(path, {}) if name in _QUANTISED]
+        raise ValueError(f"the base is quantised ({', '.join(stored)}): merge onto the base it was quantised from."
+                         if stored else "the base has no weight there.")
+    quantised = [name for name in _QUANTISED if name in base.owners[path] or f"{weight}.{name}" in base.owners[path]]
+    if base.dtype(weight) not in FLOATS or quantised:
+        raise ValueError(f"the base is quantised ({weight} is {type_name(base.dtype(weight))}"
+                         f"{''.join(f', with {name} beside it' for name in quantised)}): merge onto the base it was "
+                         f"quantised from.")
+    return weight
+
+
+def _tokens(layer: LayerState, shape: tuple[int, ...]) -> Replaced:
+    rows, value = (layer.settings or {})["token_indices"], layer.tensors[TOKENS]
+    if len(shape) != 2 or value.shape != (len(rows), shape[1]) or max(rows, default=0) >= shape[0]:
+        raise ValueError(f"it trains the tokens {rows} with values of shape {value.shape}, which the table of shape "
+                         f"{shape} does not have.")
+    return Replaced(value, rows)
+
+
+def _oriented(layer: LayerState, shape: tuple[int, ...], transposed: bool,
+              scale: float) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Return L and R with W + L R for a weight of `shape`, and whether its outputs are its rows.
+
+    A transposed layer (`fan_in_fan_out`, such as GPT-2's) has its outputs in columns, where the shape allows both.
+    """
+    is_table = EMBEDDING_A in layer.tensors
+    names = (EMBEDDING_A, EMBEDDING_B) if is_table else (A, B)
+    if any(name not in layer.tensors for name in names):
+        raise ValueError("it lacks one of its factors.")
+    a, b = (as_float(layer.tensors[name]).astype(np.float32) for name in names)
+    problems = [] if is_table else pair_problems("it", {A: a, B: b})
+    if problems:
+        raise ValueError(problems[0])
+    if a.ndim > 2 and b.shape[1] != a.shape[0]:
+        raise ValueError("with groups the update makes each output depend on every input channel, which a kernel of "
+                         "as many groups cannot hold; use it unmerged.")
+    update = (b.shape[0], *a.shape[1:])
+    as_it_is = update == shape and not is_table
+    # 1x1 convolutions and dense layers hold the same matrix, and tools take one for the other.
+    if not as_it_is and not is_table and set(update[2:]) | set(shape[2:]) <= {1}:
+        as_it_is = update[:2] == shape[:2]
+    turned = len(shape) == 2 and update[:2][::-1] == shape and set(update[2:]) <= {1}
+    a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1) * np.float32(scale)
+    if turned and (is_table or transposed):
+        return np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), False
+    if not as_it_is:
+        raise ValueError(f"the adapter's update has the shape {update[::-1] if is_table else update}, but the base's "
+                         f"weight has {shape}.")
+    return b, a, True
+
+
+def _flat_magnitude(magnitude: np.ndarray, outputs: int) -> np.ndarray:
+    if magnitude.size != outputs:
+        raise ValueError(f"DoRA's magnitude of shape {magnitude.shape} is not one number for each of the {outputs} "
+                         f"outputs.")
+    return as_float(magnitude).astype(np.float32).reshape(-1)
+
+
+def _bias(path: str, update: np.ndarray, base: Base) -> dict[str, Change]:
+    name = base.parameter(f"{path}.bias")
+    if name is None:
+        raise ValueError("it has a bias of B (lora_bias), but the base has no bias there that could take it up.")
+    if base.shape(name) != update.shape:
+        raise ValueError(f"its bias of B has the shape {update.shape}, but {name} has {base.shape(name)}.")
+    return {name: Added(update)}
+
+
+def _trained(name: str, value: np.ndarray, base: Base) -> str:
+    """Return the base's name of a parameter that trained beside the deltas."""
+    own = base.parameter(name)
+    if own is None:
+        raise ValueError("it trained beside the deltas, but the base does not have it.")
+    if base.shape(own) != value.shape:
+        raise ValueError(f"it has the shape {value.shape}, but {base.shape(own)} in the base.")
+    if base.dtype(own) not in FLOATS or not np.isfinite(as_float(value)).all():
+        raise ValueError("the base is quantised there, or the trained values are not finite.")
+    return own
+
+
+def _tied(found: Mapping[str, list[Change]], base: Base, config: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each change of an embedding that is the output layer's weight too."""
+    heads = [path for path in base.owners if _HEADS.fullmatch(path)]
+    kinds = " ".join(map(str, config.get("architectures") or ()))
+    tied = config.get("tie_word_embeddings", not heads and bool(_WITH_HEAD.search(kinds)))
+    if not tied or kinds and not _WITH_HEAD.search(kinds):
+        return []
+    return [f"{name}: the net uses one weight for its embedding and its output layer (tie_word_embeddings), so that "
+            f"merging would change both: use the adapter unmerged, or untie the base first."
+            for name in found if _TABLES.fullmatch(name.rpartition(".")[0]) or name.rpartition(".")[0] in heads]

@@ -238,7 +238,7 @@ def test_missing_unexpected_and_misshapen_stand_in_one_message():
     net = adapted()
     with unchanged(net), pytest.raises(ValueError) as caught:
         mp.load_adapter(net, "adapter")
-    for part in ("unexpected: the net has no layer 'to_v'", "missing: the net's adapted layer to_q",
+    for part in ("unexpected: to_v is no layer of the net. Close to it: to_q", "missing: the net's adapted layer to_q",
                  "misshapen: to_out.0.mindpet_delta_lora_b is (6, 2) in the net, (5, 2) in the file",
                  "not finite: blocks.1.0.mindpet_delta_lora_b", "which is unchanged"):
         assert part in str(caught.value), str(caught.value)
@@ -248,8 +248,10 @@ CONFIG_DAMAGE = [
     ({"peft_type": "LOHA"}, "peft_type must be 'LORA'"), ({"peft_type": None}, "peft_type"),
     ({"r": 3}, "do not fit rank 3"), ({"r": "2"}, "r must be a positive number"), ({"r": 0}, "r must be"),
     ({"r": True}, "r must be"), ({"lora_alpha": None}, "lora_alpha must be"), ({"lora_alpha": -1}, "lora_alpha must"),
-    ({"lora_alpha": float("nan")}, "lora_alpha must"), ({"use_dora": True}, "use_dora = True is not supported"),
-    ({"use_rslora": True}, "use_rslora"), ({"bias": "all"}, "bias = 'all'"), ({"fan_in_fan_out": True}, "fan_in"),
+    ({"lora_alpha": float("nan")}, "lora_alpha must"), ({"use_dora": True}, "lacks lora_magnitude_vector"),
+    ({"use_rslora": 3}, "use_rslora must be true or false"), ({"bias": "some"}, "bias must be"),
+    ({"lora_bias": True}, "lacks lora_B.bias"), ({"use_qalora": True}, "use_qalora = True is not supported"),
+    ({"init_lora_weights": "corda"}, "init_lora_weights = 'corda' is not supported"),
     ({"modules_to_save": ["head"]}, "modules_to_save"), ({"rank_pattern": [1]}, "rank_pattern must be an object"),
     ({"rank_pattern": {"(": 2}}, "no regular expression"), ({"alpha_pattern": {"to_q": "x"}}, "alpha_pattern"),
     ({"alpha_pattern": {"to_q": 0}}, "alpha_pattern"), ({"lora_dropout": 2}, "lora_dropout"),
@@ -318,7 +320,7 @@ def test_missing_files_are_named():
             mp.load_adapter(Attention(), "adapter")
         os.rename("away", f"adapter/{name}")
     Path("file").write_text("")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(ValueError, match="file is not a whole safetensors file"):
         mp.load_adapter(Attention(), "file")
 
 
@@ -404,7 +406,7 @@ def test_mindpets_checkpoint_of_a_layer_that_stands_alone():
     (["0.0.mindpet_delta_lora_a"], "missing: 0.0.mindpet_delta_lora_b"),
     (["0.0.mindpet_delta_lora_a", "0.0.mindpet_delta_lora_A", "0.0.mindpet_delta_lora_b"], "both spellings"),
     (["0.0.mindpet_delta_lora_a", "0.0.mindpet_delta_lora_b", "1.weight"], "1.weight belongs to no adapted layer"),
-    (["9.mindpet_delta_lora_a", "9.mindpet_delta_lora_b"], "the net has no layer '9'"),
+    (["9.mindpet_delta_lora_a", "9.mindpet_delta_lora_b"], "unexpected: 9 is no layer of the net"),
     (["1.mindpet_delta_lora_a", "1.mindpet_delta_lora_b"], "does not say rank and alpha"),
 ])
 def test_a_checkpoint_that_does_not_fit_is_refused(names, message):
@@ -444,3 +446,95 @@ def test_modules_to_save_that_do_not_fit_are_refused(names, message):
     net = Attention()
     with unchanged(net), pytest.raises(ValueError, match=message):
         mp.get_pet_model(net, config(["to_k"], modules_to_save=names))
+
+
+def test_modules_to_save_go_through_files(mode):
+    net = mp.get_pet_model(Attention(), config(["to_k"], modules_to_save=["norm", "blocks.1"]))
+    randomise(net)
+    for item in net.trainable_params():
+        item.set_data(Tensor(np.random.default_rng(3).standard_normal(item.shape).astype(np.float32)))
+    mp.save_adapter(net, "adapter")
+    assert json.loads(Path("adapter", CONFIG).read_text())["modules_to_save"] == ["blocks.1.0", "norm"]
+    assert {"base_model.model.norm.weight", "base_model.model.norm.bias"} <= set(load_file(Path("adapter", TENSORS)))
+    fresh = Attention()
+    load_values(fresh, net)
+    fresh.norm.gamma.set_data(Tensor(np.zeros(6, np.float32)))
+    mp.load_adapter(fresh, "adapter")
+    x = inputs(5, 6)
+    assert np.array_equal(fresh.set_train(False)(x).asnumpy(), net.set_train(False)(x).asnumpy())
+    # Loaded into a net of which nothing is frozen, they are saved again.
+    mp.save_adapter(fresh, "again")
+    assert Path("again", TENSORS).read_bytes() == Path("adapter", TENSORS).read_bytes()
+
+
+# The base it belongs to
+
+def test_an_adapter_of_another_base_is_told_by_name(recwarn):
+    net = adapted()
+    mp.save_adapter(net, "adapter")
+    mp.load_adapter(net, "adapter")
+    assert not recwarn.list
+    other = Attention()
+    load_values(other, net)
+    other.to_q.weight.set_data(Tensor(np.ones((6, 6), np.float32)))
+    with unchanged(other), pytest.raises(ValueError, match="another base than this net: the weights of to_q are not"):
+        mp.load_adapter(other, "adapter", strict_base=True)
+    with pytest.warns(UserWarning, match="another base than this net: the weights of to_q are not"):
+        mp.load_adapter(other, "adapter")
+
+
+def test_a_base_in_half_precision_is_the_same_base(recwarn):
+    net = nn.SequentialCell(nn.Dense(6, 6))
+    half = nn.SequentialCell(nn.Dense(6, 6, dtype=ms.float16))
+    half[0].weight.set_data(net[0].weight.astype(ms.float16))
+    mp.save_adapter(mp.get_pet_model(net, config(["0"])), "adapter")
+    mp.load_adapter(half, "adapter", strict_base=True)
+    assert not recwarn.list
+
+
+# Other names, other formats
+
+class Renamed(nn.Cell):
+    """The layers of `Attention` below another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Attention()
+
+    def construct(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("name_map", [None, {path: f"inner.{path}" for path in TARGETS}, [(r"^(.*)$", r"inner.\1")]])
+def test_names_are_mapped_by_their_end_or_a_table(name_map):
+    net = adapted()
+    randomise(net)
+    mp.save_adapter(net, "adapter")
+    other = Renamed()
+    load_values(other.inner, net)
+    for path, item in other.inner.parameters_and_names():
+        item.set_data(dict(net.parameters_and_names())[path])
+    mp.load_adapter(other, "adapter", name_map=name_map, strict_base=True)
+    x = inputs(5, 6)
+    assert np.array_equal(other.set_train(False)(x).asnumpy(), net.set_train(False)(x).asnumpy())
+
+
+@pytest.mark.parametrize("format, place", [("peft", "adapter"), ("mindpet", "a.ckpt"), ("mindpet", "a.safetensors"),
+                                           ("mindformers", "adapter")])
+def test_every_format_goes_through_a_net(format, place, mode):
+    net = adapted(["to_q", "to_k"], lora_rank=3, lora_alpha=7)
+    randomise(net)
+    mp.save_adapter(net, place, format=format)
+    fresh = Attention()
+    load_values(fresh, net)
+    mp.load_adapter(fresh, place)
+    assert (fresh.to_q.lora_rank, fresh.to_q.lora_alpha) == (3, 7)
+    x = inputs(5, 6)
+    assert np.array_equal(fresh.set_train(False)(x).asnumpy(), net.set_train(False)(x).asnumpy())
+
+
+def test_an_unknown_format_lists_those_there_are():
+    with pytest.raises(ValueError, match="format must be one of peft.*Did you mean 'kohya'"):
+        mp.save_adapter(adapted(), "adapter", format="kohia")
+    with pytest.raises(ValueError, match="format"):
+        mp.load_adapter(adapted(), "adapter", format="kohia")

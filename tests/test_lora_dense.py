@@ -568,3 +568,24 @@ def test_a_deep_copy_is_a_net_of_its_own(mode):
 
 def test_repr_names_rank_and_alpha():
     assert "lora_rank=2, lora_alpha=3" in repr(LoRADense(6, 4, 2, 3))
+
+
+def test_a_compiled_gradient_function_sees_the_scale_and_what_is_loaded(mode):
+    net = nn.SequentialCell(nn.Dense(4, 4))
+    mp.get_pet_model(net, config(["0"]))
+    randomise(net)
+    x, parameters = inputs(2, 4), net.trainable_params()
+
+    def loss(value):
+        return (net(value) ** 2).mean()
+
+    step = ms.value_and_grad(loss, None, parameters)
+    mp.save_adapter(net, "adapter")
+    full = float(step(x)[0].asnumpy())
+    mp.set_lora_scale(net, 0.5)
+    assert float(step(x)[0].asnumpy()) == pytest.approx(float(loss(x).asnumpy()), rel=1e-6) != full
+    mp.set_lora_scale(net, 1)
+    nn.SGD(parameters, 0.1)(step(x)[1])
+    assert float(step(x)[0].asnumpy()) != full
+    mp.load_adapter(net, "adapter")
+    assert float(step(x)[0].asnumpy()) == full

@@ -13,7 +13,7 @@ from mindspore.common.initializer import HeUniform
 from mindpet_lite.delta.activation import ACTIVATIONS, check_non_linearity
 from mindpet_lite.delta.base import Delta, check_float_type
 from mindpet_lite.delta.dense import AdaptedDense, TypedCell
-from mindpet_lite.delta.parts import as_type, check_strategies, prefix_of, set_strategies
+from mindpet_lite.delta.parts import as_type, check_strategies, prefix_of, put, set_strategies
 
 # As A of LoRA starts: by the width of the input, so that no non-linearity starts where it is flat.
 HE_UNIFORM = HeUniform(negative_slope=math.sqrt(5))
@@ -48,7 +48,7 @@ class Steered(Delta):
 
     def refresh(self) -> None:
         """Set the live factor to `strength`, or 0 where switched off."""
-        self.adapter_scaling.set_data(Tensor(self.strength if self.enabled else 0.0, mindspore.float32))
+        put(self.adapter_scaling, Tensor(self.strength if self.enabled else 0.0, mindspore.float32))
 
     def unlike(self, settings: Mapping[str, Any]) -> list[str]:
         """Return whether the non-linearity is another; other sizes show in the shapes."""

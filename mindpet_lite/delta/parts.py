@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import mindspore
-from mindspore import Tensor, ops
+from mindspore import Parameter, Tensor, ops
 from mindspore.common.initializer import Initializer, initializer
 
 from mindpet_lite.delta.activation import activation_strategies
@@ -22,6 +22,19 @@ def as_type(x: Tensor, dtype: mindspore.dtype) -> Tensor:
 def prefix_of(weight_name: str) -> str:
     """Return what stands before ``weight`` in a Parameter name: the delta's names go beside it."""
     return weight_name[:-len("weight")] if weight_name.endswith(".weight") else ""
+
+
+def put(parameter: Parameter, value: Tensor) -> None:
+    """Write `value` into a Parameter's own memory.
+
+    `Parameter.set_data` gives it other memory. A compiled cell sees that at its next call, a compiled gradient function
+    (`mindspore.value_and_grad` in graph mode) never does.
+    """
+    if parameter.dtype == mindspore.bfloat16 and mindspore.get_context("device_target") == "CPU":
+        # No kernel there.
+        parameter.set_data(value)
+    else:
+        ops.assign(parameter, value)
 
 
 def check_init(name: str, value: object) -> None:

@@ -34,7 +34,7 @@ def load(directory: Path) -> AdapterState:
     """
     try:
         with open_together(directory, (CONFIG_FILE, TENSOR_FILE)) as files:
-            config = _config(files[CONFIG_FILE], directory / CONFIG_FILE)
+            config = read_config(files[CONFIG_FILE], directory / CONFIG_FILE)
             with tensors_in(files[TENSOR_FILE], directory / TENSOR_FILE) as file:
                 tensors = {name: file.read(name) for name in file.keys()}
     except FileNotFoundError as error:
@@ -46,7 +46,12 @@ def load(directory: Path) -> AdapterState:
         raise ValueError(f"The adapter in {directory} cannot be used:\n  {error}") from error
 
 
-def _config(handle: BinaryIO, path: Path) -> dict[str, Any]:
+def read_config(handle: BinaryIO, path: Path) -> dict[str, Any]:
+    """Return the config in an open file.
+
+    Raises:
+        ValueError: it is no JSON object, or too large to be one.
+    """
     if os.fstat(handle.fileno()).st_size > _MAX_CONFIG:
         raise ValueError(f"{path} is larger than {_MAX_CONFIG} bytes, which no config is.")
     try:

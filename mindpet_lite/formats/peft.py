@@ -100,6 +100,10 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Adap
     found = {path: _layer(path, parts, config, problems) for path, parts in layers.items()}
     trained = {place: value for key, value in others.items()
                if (place := _place_of_trained(key, layers, config, problems)) is not None}
+    saved = config.get("modules_to_save") or []
+    problems += [f"modules_to_save names {entry!r}, but the file holds nothing of it."
+                 for entry in ([saved] if isinstance(saved, str) else saved)
+                 if not any(_is_in(name, str(entry)) for name in trained)]
     if problems:
         raise ValueError("\n  ".join(problems))
     return AdapterState("lora", found, trained, dict(config))
@@ -138,14 +142,17 @@ def _place_of_trained(key: str, layers: Mapping[str, Any], config: Mapping[str, 
         # PEFT writes the table of an adapted embedding along, and takes it over when it reads the file.
         return place
     saved = config.get("modules_to_save") or []
-    parts = place.split(".")
-    whole = any(".".join(parts[start:stop]) == item for item in ([saved] if isinstance(saved, str) else saved)
-                for start in range(len(parts)) for stop in range(start + 1, len(parts)))
+    whole = any(_is_in(place, str(item)) for item in ([saved] if isinstance(saved, str) else saved))
     if key.startswith(_PREFIX) and (whole or config.get("bias") in ("all", "lora_only") and place.endswith("bias")):
         return place
     problems.append(f"{key} is no tensor of a LoRA layer (expected {_PREFIX}<path>.lora_A.weight or lora_B, or "
                     f"lora_embedding_A or B), and the config names it neither in modules_to_save nor in bias.")
     return None
+
+
+def _is_in(name: str, module: str) -> bool:
+    """Tell whether a parameter is below a module that is named by its path or the end of it."""
+    return f".{module}." in f".{name}"
 
 
 def _rank_fits(a: np.ndarray, b: np.ndarray, rank: int) -> bool:

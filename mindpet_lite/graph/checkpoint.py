@@ -12,16 +12,17 @@ from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
 
 from mindpet_lite.delta import METHODS
-from mindpet_lite.delta.base import Delta, DeltaConfig, did_you_mean
-from mindpet_lite.formats import directory as folder
-from mindpet_lite.formats import mindpet
-from mindpet_lite.formats.checkpoint_file import open_checkpoint
+from mindpet_lite.delta.base import Delta, DeltaConfig, did_you_mean, warn_user
+from mindpet_lite.delta.parts import put
+from mindpet_lite.formats.adapters import read_adapter, to_files, write_files
+from mindpet_lite.formats.names import Table, map_names, renamed
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.values import in_float32
+from mindpet_lite.graph.fingerprint import FIELD, differing, fingerprint
 from mindpet_lite.graph.freeze import apply_trains, net_parameters
 from mindpet_lite.graph.inject import adapt, set_base_values, settle_names
 from mindpet_lite.graph.live import deltas, deltas_in
-from mindpet_lite.graph.tree import cells_by_path, replace, require_cell
+from mindpet_lite.graph.tree import cells_by_path, replace, require_cell, without_inner
 
 # PyTorch's names of the Parameters that MindSpore calls otherwise.
 _ELSEWHERE = {"gamma": "weight", "beta": "bias", "embedding_table": "weight"}
@@ -58,45 +59,60 @@ def _trained_beside(net: nn.Cell, found: Mapping[str, Delta]) -> dict[str, np.nd
             if frozen and parameter.requires_grad or came.intersection(names)}
 
 
-def save_adapter(net: nn.Cell, directory: str | os.PathLike[str]) -> Path:
-    """Write the deltas of `net` as an adapter directory, and what trains beside them; the frozen base is not in it.
+def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft") -> Path:
+    """Write the deltas of `net` as an adapter, and what trains beside them; the frozen base is not in it.
 
-    ``adapter_config.json`` and ``adapter_model.safetensors`` are written whole or not at all: LoRA as PEFT has it, with
-    keys ``base_model.model.<path>.lora_A.weight``; other methods under ``<path>.<our parameter name>``. The
-    strength of :func:`mindpet_lite.set_lora_scale` is a state of the running net and is not written.
+    What is written is written whole or not at all. The strength of :func:`mindpet_lite.set_lora_scale` is a state of
+    the running net and is not written. An adapter that is new says in its config which base it belongs to, by a hash
+    of each adapted layer's weight; one that came from elsewhere keeps its config as it was.
 
     Args:
         net: a net with adapted layers.
-        directory: made if missing; files of an earlier save are replaced.
+        path: a directory (made if missing; files of an earlier save are replaced) or, for formats of one file, its
+            name.
+        format: "peft": a directory with ``adapter_config.json`` and ``adapter_model.safetensors``, LoRA with PEFT's
+            keys ``base_model.model.<path>.lora_A.weight``, other methods under ``<path>.<our parameter name>``;
+            "diffusers" or "kohya": a ``.safetensors`` file for a U-Net or text encoder; "mindpet": a ``.ckpt`` or
+            ``.safetensors`` file; "mindformers": a directory.
 
     Returns:
-        The directory.
+        The path.
 
     Raises:
         TypeError: `net` is no Cell.
-        ValueError: the net has no adapted layer, layers of several methods, or the net itself is one (a layer needs a
-            path).
-        OSError: the directory cannot be written, or the disk is full; what was there is unchanged.
+        ValueError: the net has no adapted layer, layers of several methods, or is itself one (a layer needs a path);
+            the format is unknown, or cannot hold this adapter: the message says which field of which layer.
+        OSError: the place cannot be written, or the disk is full; what was there is unchanged.
     """
     state = adapter_state(require_cell(net))
     if "" in state.layers:
         raise ValueError("The net itself is the adapted layer, so it has no path to be saved under: put it in a cell.")
-    folder.save(state, Path(directory))
-    return Path(directory)
+    if not state.config and format in ("peft", "mindformers"):
+        cells = cells_by_path(net)
+        state.config[FIELD] = {path: found for path in state.layers if (found := fingerprint(cells[path]))}
+    write_files(to_files(state, format, Path(path)))
+    return Path(path)
 
 
-def load_adapter(net: nn.Cell, directory: str | os.PathLike[str]) -> nn.Cell:
+def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None = None,
+                 name_map: Table | None = None, strict_base: bool = False) -> nn.Cell:
     """Load an adapter into `net`, all of it or nothing, in place.
 
     Layers that the file names and that are still plain are adapted first, with the file's settings. Where the net has
     another alpha than the file, the file's is taken. Parameters that were trainable or frozen stay so; only a BitFit
     file, whose parameters are the net's own, makes them train and freezes the rest.
 
+    The layers of a file are those of the net with the same path; else the one whose path ends so; else the layer that
+    another library calls so (Hugging Face's Llama and BERT, diffusers' U-Net, Stable Diffusion's own names).
+
     Args:
         net: the base, adapted or not.
-        directory: as `save_adapter` or PEFT wrote it; or a ``.ckpt`` file, as `TrainableParamsCheckPoint` or MindPet
-            wrote it. MindPet's names are read in both spellings (``mindpet_delta_lora_a`` and ``..._A``); its files
-            hold no rank and alpha, so they fit a net that is adapted already.
+        path: a directory or file, as `save_adapter`, PEFT, diffusers, kohya's scripts, MindPet or MindFormers wrote
+            it. MindPet's checkpoints hold no rank and alpha, so they fit a net that is adapted already.
+        format: "peft", "diffusers", "kohya", "mindpet" or "mindformers"; told by keys and files without it.
+        name_map: for layers that are called otherwise: ``{path in the file: path in the net}``, or pairs of a regular
+            expression and what to put in its place.
+        strict_base: refuse an adapter that was trained on another base, instead of a warning.
 
     Returns:
         `net`.
@@ -108,12 +124,19 @@ def load_adapter(net: nn.Cell, directory: str | os.PathLike[str]) -> nn.Cell:
             message. The net is unchanged.
     """
     cells = cells_by_path(net)
-    path = Path(directory)
-    state = in_float32(_read_checkpoint(path, cells) if path.suffix == ".ckpt" else folder.load(path), str(path))
-    homes, problems = _homes(state, cells)
-    beside = _places_of_trained(state, net, problems)
+    source = read_adapter(Path(path), format, METHODS, list(without_inner(cells)))
+    state, homes, beside, problems = _placed(in_float32(source.state, str(path)), source.kind, net, cells, name_map)
+    expected = state.config.get(FIELD)
+    other = differing(expected, cells) if isinstance(expected, Mapping) and not problems else []
+    if other:
+        text = (f"{path} was trained on another base than this net: the weights of {', '.join(other[:3])}"
+                f"{f' and {len(other) - 3} more layers' if len(other) > 3 else ''} are not those it belongs to.")
+        if strict_base:
+            problems.append(text)
+        else:
+            warn_user(text)
     if problems:
-        raise ValueError(f"The adapter in {directory} does not fit the net, which is unchanged:\n  "
+        raise ValueError(f"The adapter in {path} does not fit the net, which is unchanged:\n  "
                          + "\n  ".join(problems))
     swaps = {cells[place]: delta for place, delta in homes.items()
              if isinstance(delta, nn.Cell) and delta is not cells[place]}
@@ -127,7 +150,7 @@ def load_adapter(net: nn.Cell, directory: str | os.PathLike[str]) -> nn.Cell:
         _fill(delta, state.layers[place])
         delta.origin, delta.came_along = state.config, came
     for name, parameter in beside.items():
-        parameter.set_data(Tensor(state.trained[name]).astype(parameter.dtype))
+        put(parameter, Tensor(state.trained[name]).astype(parameter.dtype))
     thawed = {id(item) for delta in homes.values() if not isinstance(delta, nn.Cell)
               for item in delta.delta_parameters().values()}
     if thawed:
@@ -135,6 +158,29 @@ def load_adapter(net: nn.Cell, directory: str | os.PathLike[str]) -> nn.Cell:
     if swaps:
         replace(net, swaps)
     return net
+
+
+def _placed(state: AdapterState, kind: str, net: nn.Cell, cells: Mapping[str, nn.Cell], name_map: Table | None
+            ) -> tuple[AdapterState, dict[str, Delta], dict[str, Parameter], list[str]]:
+    """Return the adapter under the net's paths, the home of each layer and base parameter, and every problem found."""
+    if kind == "mindpet":
+        state = _by_parameter_name(state, cells)
+    paths = [path for path in without_inner(cells) if path]
+    problems: list[str] = []
+    if name_map is not None or not set(state.layers) <= set(cells):
+        try:
+            table = map_names(state.layers, paths, name_map)
+            expected = state.config.get(FIELD)
+            state = renamed(state, paths, name_map)
+            if isinstance(expected, Mapping):
+                state.config[FIELD] = {table.get(path, path): found for path, found in expected.items()}
+        except ValueError as error:
+            problems += [f"unexpected: {line.strip()}" for line in str(error).splitlines()]
+            # What is found is checked all the same, for one message.
+            state = dataclasses.replace(state, layers={path: layer for path, layer in state.layers.items()
+                                                       if path in cells}, trained={})
+    homes, more = _homes(state, cells)
+    return state, homes, _places_of_trained(state, net, problems), problems + more
 
 
 def _homes(state: AdapterState, cells: Mapping[str, nn.Cell]) -> tuple[dict[str, Delta], list[str]]:
@@ -191,7 +237,9 @@ def _home(kind: type[DeltaConfig], method: str, cell: nn.Cell, layer: LayerState
         raise ValueError("the layer is plain and the file does not say rank and alpha or whatever its method needs: "
                          "adapt the net first, with the values it was trained with.")
     _refuse_larger_than_file(kind, layer)
-    return adapt(kind(**layer.settings), cell)
+    half = "param_init_type" in {field.name for field in dataclasses.fields(kind)} and all(
+        value.dtype == np.float16 for value in layer.tensors.values())
+    return adapt(kind(**layer.settings, **({"param_init_type": mstype.float16} if half else {})), cell)
 
 
 def _refuse_larger_than_file(kind: type[DeltaConfig], layer: LayerState) -> None:
@@ -229,27 +277,17 @@ def _value_problems(name: str, parameter: Parameter, value: np.ndarray) -> list[
 
 def _fill(delta: Delta, layer: LayerState) -> None:
     for name, parameter in delta.delta_parameters().items():
-        parameter.set_data(Tensor(layer.tensors[name]).astype(parameter.dtype))
+        put(parameter, Tensor(layer.tensors[name]).astype(parameter.dtype))
     if layer.settings is not None:
         delta.adopt_settings(layer.settings)
 
 
-def _read_checkpoint(path: Path, cells: Mapping[str, nn.Cell]) -> AdapterState:
-    """Read a MindSpore checkpoint of deltas; MindPet's name layers by `Parameter.name`, which may not be the path."""
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}: check the path.")
-    with open_checkpoint(path) as file:
-        settings = file.metadata.get(mindpet.SETTINGS_KEY)
-        tensors = {name: file.read(name) for name in file.keys()}
-    try:
-        state = mindpet.decode(tensors, settings, METHODS)
-    except ValueError as error:
-        raise ValueError(f"The adapter in {path} cannot be used:\n  {error}") from error
-    if settings is not None:
-        return state
+def _by_parameter_name(state: AdapterState, cells: Mapping[str, nn.Cell]) -> AdapterState:
+    """Return the adapter with paths: MindPet names layers by `Parameter.name`, which may not be the path."""
     path_of = {parameter.name.removesuffix(name).removesuffix("."): place
                for place, delta in deltas_in(cells).items() for name, parameter in delta.delta_parameters().items()}
-    return AdapterState(state.method, {path_of.get(name, name): layer for name, layer in state.layers.items()})
+    return AdapterState(state.method, {name if name in cells else path_of.get(name, name): layer
+                                       for name, layer in state.layers.items()}, state.trained, state.config)
 
 
 def _to_numpy(parameter: Parameter) -> np.ndarray:

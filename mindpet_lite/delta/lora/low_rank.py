@@ -21,7 +21,7 @@ from mindpet_lite.delta.base import (
     warn_user,
 )
 from mindpet_lite.delta.lora.start import RESIDUAL, check_start, factors
-from mindpet_lite.delta.parts import as_type, check_init, initial
+from mindpet_lite.delta.parts import as_type, check_init, initial, put
 
 HE_UNIFORM = HeUniform(negative_slope=math.sqrt(5))
 # The settings that MindPet's LoRA did not have.
@@ -192,9 +192,9 @@ class LowRank(Delta):
         """Set the live factor to ``strength · s``, or 0 where switched off; with DoRA, the live strength."""
         strength = self.strength if self.enabled else 0.0
         if self.use_dora:
-            self.lora_strength.set_data(Tensor(strength, mindspore.float32))
+            put(self.lora_strength, Tensor(strength, mindspore.float32))
             strength = 1.0
-        self.lora_scaling.set_data(Tensor(strength * self._factor(), mindspore.float32))
+        put(self.lora_scaling, Tensor(strength * self._factor(), mindspore.float32))
 
     def _scaled_bias(self, dtype: mindspore.dtype) -> Tensor:
         """Return s times the bias of B, in the shape that is added to the layer's output."""

@@ -10,7 +10,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from mindpet_lite.delta.base import Delta
 from mindpet_lite.delta.lora.embedding import LoRAEmbedding
-from mindpet_lite.delta.parts import as_type
+from mindpet_lite.delta.parts import as_type, put
 
 
 class TrainedTokens(nn.Embedding, Delta):
@@ -73,7 +73,7 @@ class TrainedTokens(nn.Embedding, Delta):
 
     def refresh(self) -> None:
         """Set the live gate to the strength, or 0 where switched off."""
-        self.lora_token_gate.set_data(Tensor(self.strength if self.enabled else 0.0, mindspore.float32))
+        put(self.lora_token_gate, Tensor(self.strength if self.enabled else 0.0, mindspore.float32))
 
     def merged_value(self) -> dict[Parameter, Tensor]:
         """Return the table with the trained rows in it, at the strength of the running net."""

@@ -1,0 +1,168 @@
+"""Adapters on the disk in any format: the one place that knows how each is read and written."""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindpet_lite.formats import diffusers, kohya, mindformers, mindpet, native, peft
+from mindpet_lite.formats.atomic import atomic_file, open_together, write_together
+from mindpet_lite.formats.checkpoint_file import open_checkpoint, to_parts
+from mindpet_lite.formats.detect import FORMATS, detect
+from mindpet_lite.formats.directory import CONFIG_FILE, TENSOR_FILE, read_config
+from mindpet_lite.formats.files import TensorFile, open_tensors, tensors_in, to_bytes
+from mindpet_lite.formats.state import AdapterState
+
+TARGETS = ("peft", "diffusers", "kohya", "mindpet", "mindformers")
+# The name by which diffusers finds the file in a directory.
+_DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """An adapter as it was read.
+
+    Args:
+        state: what it is.
+        kind: its format.
+        files: what was read.
+    """
+
+    state: AdapterState
+    kind: str
+    files: tuple[Path, ...]
+
+
+def read_adapter(path: Path, kind: str | None = None, methods: Iterable[str] = ("lora",),
+                 paths: Iterable[str] | None = None) -> Adapter:
+    """Read an adapter of any format.
+
+    Args:
+        path: a file, or a directory with one adapter.
+        kind: its format; None to tell it by keys and files.
+        methods: the names of the methods that a checkpoint of MindPet's may hold, which does not say its own.
+        paths: of the layers of the net it is for, where they are known: kohya's names alone may not tell a path.
+
+    Raises:
+        OSError: a file is missing or cannot be read.
+        ValueError: it is no adapter, not of the format `kind`, or damaged.
+    """
+    if kind is not None and kind not in FORMATS:
+        raise ValueError(f"the format of an adapter is one of {', '.join(FORMATS)}, not {kind!r}.")
+    config_file, tensor_file = _files(path)
+    with _open(config_file, tensor_file) as (config, file):
+        try:
+            found = kind or detect(file.keys(), file.metadata, config)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        tensors = {name: file.read(name) for name in file.keys()}
+    if found in ("peft", native.FORMAT) and config is None:
+        raise FileNotFoundError(f"There is no {CONFIG_FILE} beside {tensor_file}, which holds the adapter's settings: "
+                                f"give the directory with both.")
+    try:
+        state = _decode(found, tensors, file.metadata, config, methods, paths)
+    except ValueError as error:
+        raise ValueError(f"The adapter in {path} cannot be used:\n  {error}") from error
+    return Adapter(state, found, tuple(filter(None, (config_file, tensor_file))))
+
+
+def to_files(state: AdapterState, kind: str, path: Path) -> dict[Path, bytes]:
+    """Return what to write so that `path` holds the adapter in a format: contents by file.
+
+    Raises:
+        ValueError: `path` does not suit the format, or the format cannot hold the adapter.
+    """
+    if kind not in TARGETS:
+        near = difflib.get_close_matches(str(kind), TARGETS, n=1)
+        raise ValueError(f"format must be one of {', '.join(TARGETS)}, but got {kind!r}."
+                         f"{f' Did you mean {near[0]!r}?' if near else ''}")
+    if kind in ("peft", "mindformers"):
+        if path.suffix in (".safetensors", ".ckpt"):
+            raise ValueError(f"{kind}'s adapters are directories, but {path} is a file's name.")
+        # What PEFT has no method for has our own form, in the same two files.
+        of_peft = peft if state.method in peft.METHODS else native
+        tensors, config = (of_peft if kind == "peft" else mindformers).encode(state)
+        return {path / CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+                path / TENSOR_FILE: to_bytes(tensors)}
+    if kind == "diffusers" and path.suffix != ".safetensors":
+        path = path / _DIFFUSERS_FILE
+    if kind == "mindpet" and path.suffix == ".ckpt":
+        tensors, texts = mindpet.encode(state)
+        return {path: b"".join(to_parts([*tensors.items(), *texts.items()]))}
+    if path.suffix != ".safetensors":
+        ends = ".ckpt or .safetensors" if kind == "mindpet" else ".safetensors"
+        raise ValueError(f"{kind}'s adapters are single files: give a name that ends in {ends} instead of {path}.")
+    tensors, texts = {"diffusers": diffusers, "kohya": kohya, "mindpet": mindpet}[kind].encode(state)
+    return {path: to_bytes(tensors, texts)}
+
+
+def write_files(files: Mapping[Path, bytes]) -> None:
+    """Write the files of one adapter, whole or not at all."""
+    first, *others = files
+    if others:
+        write_together(first.parent, {path.name: data for path, data in files.items()})
+        return
+    with atomic_file(first) as temporary:
+        temporary.write_bytes(files[first])
+
+
+def open_file(path: Path) -> TensorFile:
+    """Open a file of tensors: MindSpore's checkpoint by its ending, else safetensors."""
+    return open_checkpoint(path) if path.suffix == ".ckpt" else open_tensors(path)
+
+
+def _decode(kind: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], config: dict[str, Any] | None,
+            methods: Iterable[str], paths: Iterable[str] | None) -> AdapterState:
+    if kind == "peft":
+        return peft.decode(tensors, config or {})
+    if kind == native.FORMAT:
+        return native.decode(tensors, config or {})
+    if kind == "diffusers":
+        return diffusers.decode(tensors, metadata)
+    if kind == "kohya":
+        return kohya.decode(tensors, metadata, paths)
+    if kind == "mindpet":
+        return mindpet.decode(tensors, metadata.get(mindpet.SETTINGS_KEY), methods)
+    return mindformers.decode(tensors, config)
+
+
+def _files(path: Path) -> tuple[Path | None, Path]:
+    """Return the config of an adapter, None where there is none, and its tensors."""
+    if not path.exists():
+        raise FileNotFoundError(f"There is nothing at {path}: check the path.")
+    folder = path if path.is_dir() else path.parent
+    config = folder / CONFIG_FILE if (folder / CONFIG_FILE).is_file() else None
+    found = sorted(item for item in folder.iterdir() if item.suffix in (".safetensors", ".ckpt"))
+    if not path.is_dir():
+        # A config beside several files of tensors may be another's.
+        return (config if path.stem == Path(TENSOR_FILE).stem or found == [path] else None), path
+    named = [item for item in found if item.stem == Path(TENSOR_FILE).stem] or found
+    if len(named) != 1:
+        pickled = " Its adapter_model.bin is a pickle, which can run code when it is read and is never read: save it " \
+                  "with safe_serialization=True." if (folder / "adapter_model.bin").exists() else ""
+        raise FileNotFoundError(f"{path} is no directory of one adapter: it holds {len(named) or 'no'} files of "
+                                f"tensors ({TENSOR_FILE}, or another .safetensors or .ckpt).{pickled}")
+    return config, named[0]
+
+
+@contextlib.contextmanager
+def _open(config_file: Path | None, tensor_file: Path) -> Iterator[tuple[dict[str, Any] | None, TensorFile]]:
+    """Give the config and the open tensors, both of one save."""
+    if config_file is None or tensor_file.suffix == ".ckpt":
+        with open_file(tensor_file) as file:
+            if config_file is None:
+                yield None, file
+                return
+            with config_file.open("rb") as handle:
+                yield read_config(handle, config_file), file
+        return
+    with open_together(tensor_file.parent, (config_file.name, tensor_file.name)) as files:
+        config = read_config(files[config_file.name], config_file)
+        with tensors_in(files[tensor_file.name], tensor_file) as file:
+            yield config, file

@@ -1,0 +1,253 @@
+"""PEFT's own adapters in our nets: its output, gradients, merged output and training, and back to its files."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+from conftest import SHARED
+from mindspore import Parameter, Tensor, nn, ops
+from peft_models import base_model, close, inputs_of
+from safetensors.numpy import load_file
+
+import mindpet_lite as mp
+from mindpet_lite.delta.parts import put
+from mindpet_lite.formats import peft
+from mindpet_lite.graph.live import deltas
+
+ROOT = SHARED / "fixtures" / "peft"
+# What we do not have, by the field of the config that is refused.
+REFUSED = {
+    "lora_alora": "alora_invocation_tokens", "lora_bdlora": "use_bdlora", "lora_init_corda": "init_lora_weights",
+    "lora_init_lora_ga": "init_lora_weights", "lora_init_mica": "init_lora_weights",
+    "lora_init_pissa_niter_4": "init_lora_weights", "lora_kasa": "kasa_config",
+    "lora_layer_replication": "layer_replication", "lora_monteclora": "monteclora_config",
+    "lora_target_parameters": "target_parameters", "lora_velora": "velora_config",
+}
+# lora_combined holds no adapter but several, for methods that combine them.
+FOLDERS = [(family, folder.name) for family in ("llama_tiny", "conv_tiny", "conv_grouped")
+           for folder in sorted((ROOT / family).glob("*")) if folder.name.startswith(("lora_", "modules_to_save"))
+           and folder.name != "lora_combined"]
+PLAYED = [(family, name) for family, name in FOLDERS if name not in REFUSED]
+
+needs_fixtures = pytest.mark.skipif(not FOLDERS, reason=f"the shared fixtures are not at {SHARED}")
+every_folder = pytest.mark.parametrize(("family", "name"), PLAYED)
+
+
+def trained(net: nn.Cell, io: dict[str, np.ndarray]) -> dict[str, Parameter]:
+    """Return by PEFT's key what trained."""
+    found = {f"base_model.model.{path}.{peft._KEYS[own]}": item for path, delta in deltas(net).items()
+             for own, item in delta.delta_parameters().items()}
+    base = {path: item for path, item in net.parameters_and_names() if "mindpet_delta" not in path}
+    for key in io:
+        path = key.removeprefix("grad.base_model.model.").replace(".base_layer", "")
+        if key.startswith("grad.") and path in base:
+            found[key.removeprefix("grad.")] = base[path]
+    return found
+
+
+@needs_fixtures
+@every_folder
+def test_output_gradients_and_merge_are_pefts(family, name, mode):
+    io = dict(np.load(ROOT / family / name / "io.npz"))
+    target = np.load(ROOT / family / "base" / "io.npz")
+    net = mp.load_adapter(base_model(SHARED, family), ROOT / family / name)
+    x, wanted = inputs_of(io), Tensor(io.get(f"target.{net.output}", target[f"target.{net.output}"]))
+    close(net(x).asnumpy(), io[f"output.{net.output}"], 1e-5, "output")
+    parameters = trained(net, io)
+    assert {f"grad.{key}" for key in parameters} == {key for key in io if key.startswith("grad.")}
+
+    def loss(value):
+        return ((net(value) - wanted) ** 2).mean()
+
+    found, gradients = ms.value_and_grad(loss, None, list(parameters.values()))(x)
+    close(found.asnumpy(), io["loss"], 1e-5, "loss")
+    for key, gradient in zip(parameters, gradients):
+        close(gradient.asnumpy(), io[f"grad.{key}"], 1e-4, key)
+    if f"merged.{net.output}" in io:
+        mp.merge(net)
+        close(net(x).asnumpy(), io[f"merged.{net.output}"], 1e-5, "merged output")
+
+
+class AdamW:
+    """torch's AdamW, in numpy: MindSpore's puts the weight decay elsewhere."""
+
+    def __init__(self, parameters: list[Parameter]) -> None:
+        self.parameters, self.step = parameters, 0
+        self.first, self.second = ([np.zeros(item.shape) for item in parameters] for _ in range(2))
+
+    def __call__(self, gradients) -> None:
+        self.step += 1
+        for index, (item, gradient) in enumerate(zip(self.parameters, gradients)):
+            value, slope = item.asnumpy().astype(np.float64) * (1 - 1e-2 * 1e-2), gradient.asnumpy().astype(np.float64)
+            self.first[index] = 0.9 * self.first[index] + 0.1 * slope
+            self.second[index] = 0.999 * self.second[index] + 0.001 * slope ** 2
+            root = np.sqrt(self.second[index] / (1 - 0.999 ** self.step)) + 1e-8
+            value -= 1e-2 * self.first[index] / (1 - 0.9 ** self.step) / root
+            put(item, Tensor(value.astype(np.float32)))
+
+
+@needs_fixtures
+@every_folder
+def test_five_steps_of_training_are_pefts(family, name, mode):
+    io = dict(np.load(ROOT / family / name / "io.npz"))
+    if "adamw_losses" not in io:
+        pytest.skip("the fixture has no training")
+    target = np.load(ROOT / family / "base" / "io.npz")
+    net = mp.load_adapter(base_model(SHARED, family), ROOT / family / name)
+    x, wanted = inputs_of(io), Tensor(io.get(f"target.{net.output}", target[f"target.{net.output}"]))
+    parameters = list(trained(net, io).values())
+
+    def loss_of(value):
+        return ((net(value) - wanted) ** 2).mean()
+
+    step, optimizer = ms.value_and_grad(loss_of, None, parameters), AdamW(parameters)
+    for expected in io["adamw_losses"]:
+        loss, gradients = step(x)
+        close(loss.asnumpy(), np.float64(expected), 1e-4, "loss")
+        optimizer(gradients)
+
+
+@needs_fixtures
+@every_folder
+def test_files_come_back_as_peft_wrote_them(family, name):
+    folder = ROOT / family / name
+    net = mp.load_adapter(base_model(SHARED, family), folder)
+    mp.save_adapter(net, "adapter")
+    ours, theirs = (load_file(place / "adapter_model.safetensors") for place in (Path("adapter"), folder))
+    assert {key: (value.dtype, value.shape, value.tobytes()) for key, value in ours.items()} == {
+        key: (value.dtype, value.shape, value.tobytes()) for key, value in theirs.items()}
+    assert json.loads(Path("adapter/adapter_config.json").read_text()) == json.loads(
+        (folder / "adapter_config.json").read_text())
+
+
+@needs_fixtures
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_we_do_not_have_is_refused_by_its_field(name):
+    net = base_model(SHARED, "llama_tiny")
+    before = {path: item.asnumpy().tobytes() for path, item in net.parameters_and_names()}
+    with pytest.raises(ValueError, match=f"{REFUSED[name]} = .* is not supported"):
+        mp.load_adapter(net, ROOT / "llama_tiny" / name)
+    assert {path: item.asnumpy().tobytes() for path, item in net.parameters_and_names()} == before
+
+
+# The same settings by injection
+
+@needs_fixtures
+@pytest.mark.parametrize(("settings", "name"), [
+    ({"target_modules": ["q_proj", "v_proj"], "use_dora": True}, "lora_dora"),
+    ({"target_modules": ["q_proj", "v_proj"], "use_rslora": True}, "lora_rslora"),
+    ({"target_modules": ["q_proj", "v_proj"], "lora_bias": True}, "lora_lora_bias"),
+    ({"target_modules": "all-linear", "exclude_modules": ["lm_head"]}, "lora_all_linear"),
+    ({"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"^.*v_proj$": 2, "layers.0.self_attn.q_proj": 8},
+      "alpha_pattern": {"v_proj": 32}}, "lora_rank_alpha_pattern"),
+    ({"target_modules": r".*\.1\..*(q_proj|down_proj)"}, "lora_regex"),
+    ({"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+     "lora_layers_to_transform"),
+    ({"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}, "lora_modules_to_save"),
+    ({"target_modules": ["q_proj", "v_proj"], "trainable_token_indices": {"embed_tokens": [5, 9, 153]}},
+     "lora_trainable_token_indices"),
+    ({"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}, "lora_embedding_dora"),
+])
+def test_a_config_adapts_what_pefts_does(settings, name, mode):
+    plain = base_model(SHARED, "llama_tiny")
+    net = mp.get_pet_model(base_model(SHARED, "llama_tiny"), mp.LoraConfig(4, 8, **settings))
+    io = dict(np.load(ROOT / "llama_tiny" / name / "io.npz"))
+    x = inputs_of(io)
+    assert np.array_equal(net(x).asnumpy(), plain(x).asnumpy()) or settings.get("use_dora")
+    # DoRA starts with m / ||W||, which is 1 but for a rounding.
+    close(net(x).asnumpy(), plain(x).asnumpy(), 1e-5, "start")
+    assert {f"grad.{key}" for key, item in trained(net, io).items() if item.requires_grad} == {
+        key for key in io if key.startswith("grad.")}
+    mp.load_adapter(net, ROOT / "llama_tiny" / name)
+    close(net(x).asnumpy(), io["output.logits"], 1e-5, "output")
+
+
+@needs_fixtures
+@pytest.mark.parametrize("bias, expected", [("lora_only", {"conv1.bias"}), ("none", set()),
+                                            ("all", {"conv1.bias", "conv2.bias", "conv3.bias"})])
+def test_biases_that_train_beside(bias, expected):
+    net = mp.get_pet_model(base_model(SHARED, "conv_tiny"), mp.LoraConfig(4, 8, target_modules=["conv1"], bias=bias))
+    assert {path for path, item in net.parameters_and_names() if item.requires_grad and "delta" not in path} == expected
+
+
+@needs_fixtures
+@pytest.mark.parametrize("start", ["pissa", "olora", "gaussian", "orthogonal"])
+def test_starts_leave_the_output_where_it_was(start, mode):
+    plain = base_model(SHARED, "llama_tiny")
+    net = mp.get_pet_model(base_model(SHARED, "llama_tiny"),
+                           mp.LoraConfig(4, 8, target_modules=["q_proj", "v_proj"], init_lora_weights=start))
+    ids = Tensor(np.random.default_rng(0).integers(1, 256, (2, 8)).astype(np.int32))
+    close(net(ids).asnumpy(), plain(ids).asnumpy(), 1e-5, start)
+    layer, weight = net.model.layers[0].self_attn.q_proj, plain.model.layers[0].self_attn.q_proj.weight.asnumpy()
+    a, b = (item.asnumpy().astype(np.float64) for item in layer.delta_parameters().values())
+    if start == "pissa":
+        values = np.linalg.svd(weight.astype(np.float64), compute_uv=False)
+        assert np.allclose(np.linalg.svd(2 * b @ a, compute_uv=False)[:4], values[:4], rtol=1e-5)
+        assert np.allclose(np.linalg.svd(layer.weight.asnumpy().astype(np.float64), compute_uv=False)[:-4],
+                           values[4:], rtol=1e-4)
+    elif start == "olora":
+        assert np.allclose(b.T @ b, np.eye(4), atol=1e-5)
+        assert np.allclose(layer.weight.asnumpy() + 2 * b @ a, weight, atol=1e-6)
+    else:
+        assert np.array_equal(layer.weight.asnumpy(), weight)
+        assert np.allclose(b @ a, 0, atol=1e-6) and a.any()
+
+
+@needs_fixtures
+def test_a_net_without_its_start_is_not_switched_off():
+    net = mp.get_pet_model(base_model(SHARED, "llama_tiny"),
+                           mp.LoraConfig(4, 8, target_modules=["q_proj"], init_lora_weights="pissa"))
+    with pytest.raises(ValueError, match="took a part out of the base"), mp.adapters_disabled(net):
+        pass
+
+
+@needs_fixtures
+@pytest.mark.parametrize("settings, message", [
+    ({"use_dora": True, "lora_bias": True}, "do not go together"), ({"bias": "some"}, "bias must be one of"),
+    ({"init_lora_weights": "pisa"}, "init_lora_weights must be one of"),
+    ({"init_lora_weights": "pissa", "lora_a_init": "zeros"}, "give one of them"),
+    ({"rank_pattern": {"[": 2}}, "no regular expression"), ({"rank_pattern": {"q": 0}}, "positive int"),
+    ({"alpha_pattern": {"q": -1}}, "above 0")])
+def test_wrong_settings(settings, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        mp.LoraConfig(4, 8, target_modules=["q_proj"], **settings)
+
+
+@needs_fixtures
+@pytest.mark.parametrize("tokens", [{"embed": [1]}, {"embed_tokens": [999]}, {"embed_tokens": [3, 3]}])
+def test_tokens_that_are_not_there_are_refused(tokens):
+    net = base_model(SHARED, "llama_tiny")
+    names = [item.name for item in net.get_parameters()]
+    with pytest.raises(ValueError, match="trainable_token_indices"):
+        mp.get_pet_model(net, mp.LoraConfig(4, 8, target_modules=["q_proj"], trainable_token_indices=tokens))
+    assert [item.name for item in net.get_parameters()] == names
+
+
+def test_trained_tokens_switch_and_merge(mode):
+    class Net(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(9, 4)
+            self.out = nn.Dense(4, 3)
+
+        def construct(self, ids):
+            return self.out(self.embed(ids))
+
+    plain = Net()
+    net = Net()
+    for ours, theirs in zip(net.get_parameters(), plain.get_parameters()):
+        ours.set_data(Tensor(theirs.asnumpy().copy()))
+    mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["out"], trainable_token_indices={"embed": [2, 5]}))
+    ids = Tensor(np.array([[0, 2, 5], [8, 5, 1]], np.int32))
+    net.embed.mindpet_delta_lora_tokens.set_data(ops.ones((2, 4), ms.float32))
+    y = net(ids).asnumpy()
+    assert np.array_equal(net.embed(ids).asnumpy()[0, 1:], np.ones((2, 4)))
+    with mp.adapters_disabled(net):
+        assert np.array_equal(net(ids).asnumpy(), plain(ids).asnumpy())
+    mp.merge(net)
+    np.testing.assert_allclose(net(ids).asnumpy(), y, rtol=1e-5, atol=1e-6)
+    mp.unmerge(net)
+    assert np.array_equal(net(ids).asnumpy(), y)

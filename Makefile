@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test interop lint bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/wukong/demo.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
+
+# PEFT and diffusers themselves read what we write. Where pip would take PyTorch's CUDA build, install its CPU build first.
+interop: $(VENV)/interop
+	$(BIN)/python -m pytest -m interop
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -23,6 +27,10 @@ $(VENV)/installed: setup.py
 		{ echo "mindpet_lite needs Python 3.10 to 3.12, but $(PYTHON) is another; call: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+$(VENV)/interop: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[interop]'
 	touch $@
 
 clean:

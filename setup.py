@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "mindpet_lite" / "__init__
 # manimgx-fonts-cjk is Noto Sans CJK (SIL Open Font License), for captions in Chinese.
 EXAMPLES = ["pillow>=10.1", "matplotlib", "tqdm", "resvg-py==0.5.0", "manimgx-fonts-cjk", "safetensors"]
 CLI = ["click>=8"]
-TEST = ["pytest", "hypothesis", "safetensors"]
+TEST = ["pytest", "pytest-xdist", "hypothesis", "safetensors"]
 # The tests that have PEFT and diffusers themselves read our files.
 INTEROP = ["torch==2.13.0", "peft==0.21.2", "diffusers==0.42.1"]
 

@@ -3,8 +3,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,10 @@ from mindpet_lite.config import read_yaml
 from mindpet_lite.delta import METHODS
 from mindpet_lite.formats.detect import FORMATS
 from mindpet_lite.formats.names import Table
+from mindpet_lite.offline import extract as extraction
 from mindpet_lite.offline import inspect as inspection
+from mindpet_lite.offline.adapters import TARGETS
+from mindpet_lite.offline.convert import convert
 from mindpet_lite.offline.merge import merge
 from mindpet_lite.tasks.options import PATHS, SETTINGS
 from mindpet_lite.tasks.process import echo
@@ -66,8 +72,8 @@ run.add_command(_task_command(tasks.infer, "Run your inference script; print its
 
 _PATH = click.Path(path_type=Path)
 _FROM = click.option("--from", "kind", type=click.Choice(FORMATS), help="The adapter's format; detected without it.")
-_NAMES = click.option("--names", type=_PATH, 
-                      help="YAML or JSON file: layers' names in the base by those in the adapter.")
+_NAMES = click.option("--names", type=_PATH, help="YAML or JSON file: names of layers in the result by those in the "
+                                                  "adapter, or 'patterns'.")
 _QUIET = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 
 
@@ -80,11 +86,28 @@ def _table(path: Path | None) -> Table | None:
     if set(found) == {"patterns"} and isinstance(pairs, list) and all(
             isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
             for pair in pairs):
+        for pattern, replacement in pairs:
+            try:
+                re.sub(pattern, replacement, "")
+            except (re.error, IndexError) as error:
+                raise ValueError(f"{path}: {pattern!r} to {replacement!r} cannot be used: {error}.") from error
         return [(pattern, replacement) for pattern, replacement in pairs]
     if all(isinstance(name, str) and isinstance(value, str) for name, value in found.items()):
         return found
     raise ValueError(f"{path}: expected names by names, or 'patterns' with pairs of a regular expression and what to "
                      f"put in its place.")
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Show warnings as the errors of the command line are shown."""
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        sys.stderr.write(f"mindpet-lite: {message}\n")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        yield
 
 
 @mindpet_lite.command("inspect", epilog="\b\nExample:\n  mindpet-lite inspect adapter/")
@@ -104,10 +127,39 @@ def _inspect(path: Path, kind: str | None, as_json: bool) -> None:
 @click.option("--out", required=True, type=_PATH, help="New directory for the merged model.")
 @_FROM
 @_NAMES
+@click.option("--strict-base", is_flag=True, help="Refuse an adapter that was trained on another base.")
 @_QUIET
-def _merge(base: Path, adapter: Path, out: Path, kind: str | None, names: Path | None, quiet: bool) -> None:
+def _merge(base: Path, adapter: Path, out: Path, kind: str | None, names: Path | None, strict_base: bool,
+           quiet: bool) -> None:
     """Write a base with an adapter merged into its weights, file to file."""
-    done = merge(base, adapter, out, kind, _table(names), quiet)
+    with _warnings_as_lines():
+        done = merge(base, adapter, out, kind, _table(names), strict_base, quiet)
     for path in done.left_behind:
         sys.stderr.write(f"mindpet-lite: {path} was left behind: it holds the model unmerged.\n")
     echo(f"merged {len(done.changed)} of {done.tensors} tensors into {out}\n")
+
+
+@mindpet_lite.command("convert", epilog="\b\nExample:\n  mindpet-lite convert adapter/ adapter.safetensors --to kohya")
+@click.argument("source", metavar="SRC", type=_PATH)
+@click.argument("target", metavar="DST", type=_PATH)
+@click.option("--to", required=True, type=click.Choice(TARGETS), help="The format of DST.")
+@_FROM
+@_NAMES
+@click.option("--base", type=_PATH, help="The base whose layers' names DST gets.")
+def _convert(source: Path, target: Path, to: str, kind: str | None, names: Path | None, base: Path | None) -> None:
+    """Write the adapter at SRC to DST in another format, all of it or nothing."""
+    done = convert(source, target, to, kind, _table(names), base, METHODS)
+    echo(f"converted {done.layers} layers from {done.kind} to {to}: {', '.join(map(str, done.files))}\n")
+
+
+@mindpet_lite.command("extract", epilog="\b\nExample:\n  mindpet-lite extract --base llama/ --tuned tuned/ --rank 16 "
+                                        "--out adapter/")
+@click.option("--base", required=True, type=_PATH, help="Directory or file: safetensors, shards, or .ckpt.")
+@click.option("--tuned", required=True, type=_PATH, help="The same net after tuning, likewise.")
+@click.option("--rank", required=True, type=click.IntRange(min=1), help="The adapter's rank in each layer, at most.")
+@click.option("--out", type=_PATH, help="New directory for the adapter, as PEFT has it; written only with this.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the decomposition of large matrices.")
+@_QUIET
+def _extract(base: Path, tuned: Path, rank: int, out: Path | None, seed: int, quiet: bool) -> None:
+    """Print the error that a LoRA adapter leaves of what tuning changed, and write the adapter."""
+    echo(extraction.table(extraction.extract(base, tuned, rank, out, seed, quiet)))

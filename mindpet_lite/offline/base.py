@@ -14,6 +14,7 @@ import numpy as np
 from mindpet_lite.formats.files import Entry, TensorFile
 from mindpet_lite.formats.strict_json import parse_object
 from mindpet_lite.offline.adapters import open_file
+from mindpet_lite.offline.problems import listed
 
 # What a layer's weight is called: by PyTorch and most of MindSpore, by nn.Embedding, by MindSpore's norms.
 WEIGHTS = ("weight", "embedding_table", "gamma")
@@ -85,6 +86,22 @@ class Base:
         """Return a tensor, in memory of its own."""
         file, own = self._home[name]
         return file.read(own)
+
+    def sample(self, name: str, places: np.ndarray) -> np.ndarray:
+        """Return the values of a tensor at these places of its flat form; nothing else is read."""
+        file, own = self._home[name]
+        entry = spans(file)[own]
+        found = np.empty(len(places), entry.dtype)
+        with file.path.open("rb", buffering=0) as handle:
+            for number, place in enumerate(places * entry.dtype.itemsize):
+                begin, before = entry.parts[0][0], 0
+                for start, stop in entry.parts:
+                    if before <= place < before + stop - start:
+                        begin = start + int(place) - before
+                    before += stop - start
+                handle.seek(begin)
+                found[number:number + 1] = np.frombuffer(handle.read(entry.dtype.itemsize), entry.dtype)
+        return found
 
     def in_file(self, path: Path) -> dict[str, str]:
         """Return the names of a file's tensors in the net, by their names in the file."""
@@ -208,7 +225,7 @@ def _shards(root: Path, index: Path, here: set[Path]) -> list[Path]:
         problems += [f"{name} is not in {shard}, though the index says so." for name in sorted(named - held)]
         problems += [f"{name} is in {shard}, but not in the index." for name in sorted(held - named)]
     if problems:
-        raise ValueError(f"{path} does not fit its shards:\n  " + "\n  ".join(problems[:10]))
+        raise ValueError(f"{path} does not fit its shards:\n  " + listed(problems))
     return shards
 
 

@@ -1,6 +1,8 @@
 """What an adapter on the disk is."""
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from mindpet_lite.formats.files import as_float, type_name
+from mindpet_lite.formats.files import as_float, open_tensors, type_name
 from mindpet_lite.formats.lora import EMBEDDING_A, EMBEDDING_B, A, B
 from mindpet_lite.formats.state import LayerState
 from mindpet_lite.offline.adapters import Adapter, read_adapter
+from mindpet_lite.offline.fingerprint import FIELD
 from mindpet_lite.offline.plan import scale_of
 
 _SIZES = ("B", "kB", "MB", "GB")
@@ -37,7 +40,7 @@ def inspect(path: Path, kind: str | None = None, methods: Iterable[str] = ("lora
         OSError: there is nothing to read.
         ValueError: it is no adapter, or damaged.
     """
-    found = read_adapter(path, kind, methods)
+    found = _read(path, kind, methods)
     state = found.state
     layers = [_layer(place, layer) for place, layer in state.layers.items()]
     trained = [{"name": name, "shape": list(value.shape), "dtype": type_name(value.dtype), "parameters": value.size}
@@ -45,7 +48,7 @@ def inspect(path: Path, kind: str | None = None, methods: Iterable[str] = ("lora
     norms = [layer["norm"] for layer in layers if layer["norm"] is not None]
     return {
         "path": str(path), "format": found.kind, "method": state.method,
-        "fingerprint": _fingerprint(found), "parameters": sum(item["parameters"] for item in [*layers, *trained]),
+        "fingerprint": state.config.get(FIELD), "parameters": sum(item["parameters"] for item in [*layers, *trained]),
         "bytes": sum(file.stat().st_size for file in found.files), "files": [file.name for file in found.files],
         "norm": math.sqrt(sum(norm ** 2 for norm in norms)) if norms else None,
         "layers": layers, "trained": trained}
@@ -62,7 +65,9 @@ def table(report: Mapping[str, Any]) -> str:
               "/".join(layer["dtypes"]), _number(layer["norm"])) for layer in layers]
     lines = [f"{report['format']} adapter of method {report['method']}: {len(layers)} "
              f"layer{'s' if len(layers) != 1 else ''}, {report['parameters']:,} parameters, {size}"]
-    lines += [f"base fingerprint {report['fingerprint']}"] if report["fingerprint"] else []
+    if report["fingerprint"]:
+        together = hashlib.sha256(json.dumps(report["fingerprint"], sort_keys=True).encode()).hexdigest()[:16]
+        lines += [f"fingerprint of the base's adapted layers {together}"]
     shared = Counter(str(layer["settings"]) for layer in layers).most_common(1)
     lines += [f"settings {shared[0][0][1:-1]}"] if shared and shared[0][0] != "{}" else []
     lines += ["", *_aligned(rows)]
@@ -72,6 +77,18 @@ def table(report: Mapping[str, Any]) -> str:
               for item in report["trained"]]
     lines += [f"norm of all updates {_number(report['norm'])}"] if report["norm"] is not None else []
     return "\n".join(lines) + "\n"
+
+
+def _read(path: Path, kind: str | None, methods: Iterable[str]) -> Adapter:
+    try:
+        return read_adapter(path, kind, methods)
+    except ValueError:
+        # kohya's underscores may hide the paths: then the layers are shown by the file's own names for them.
+        if path.suffix != ".safetensors":
+            raise
+        with open_tensors(path) as file:
+            names = [name.partition(".")[0].partition("_")[2].partition("_")[2] for name in file.keys()]
+        return read_adapter(path, kind, methods, names)
 
 
 def _layer(path: str, layer: LayerState) -> dict[str, Any]:
@@ -102,10 +119,6 @@ def _norm(tensors: Mapping[str, np.ndarray], scale: float) -> float | None:
     a, b = a.reshape(groups, b.shape[1], -1), b.reshape(groups, -1, b.shape[1])
     squares = np.sum((b.transpose(0, 2, 1) @ b) * (a @ a.transpose(0, 2, 1)))
     return scale * math.sqrt(max(float(squares), 0.0))
-
-
-def _fingerprint(found: Adapter) -> Any:
-    return next((value for key, value in found.state.config.items() if "fingerprint" in key), None)
 
 
 def _number(value: float | None) -> str:

@@ -3,15 +3,19 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mindpet_lite.formats.names import Table
+from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.offline.adapters import read_adapter
 from mindpet_lite.offline.base import Base, open_base
 from mindpet_lite.offline.changes import Change
+from mindpet_lite.offline.fingerprint import differing, under_names
 from mindpet_lite.offline.folder import new_directory, refuse_filled
 from mindpet_lite.offline.plan import plan
+from mindpet_lite.offline.problems import first_of
 from mindpet_lite.offline.progress import Progress
 from mindpet_lite.offline.rewrite import rewrite
 
@@ -36,7 +40,7 @@ class Merged:
 
 
 def merge(base: Path, adapter: Path, out: Path, kind: str | None = None, table: Table | None = None,
-          quiet: bool = False) -> Merged:
+          strict_base: bool = False, quiet: bool = False) -> Merged:
     """Write to `out` the base with the adapter's update in its weights.
 
     Each weight W becomes W + s · B A (with DoRA scaled), added in float32 and rounded once to the type that the base
@@ -49,6 +53,7 @@ def merge(base: Path, adapter: Path, out: Path, kind: str | None = None, table: 
         out: a directory that is empty or not there yet.
         kind: the adapter's format; None to detect it.
         table: names of layers, see `formats.names.map_names`.
+        strict_base: refuse an adapter that was trained on another base, instead of a warning.
         quiet: show no progress.
 
     Raises:
@@ -59,13 +64,26 @@ def merge(base: Path, adapter: Path, out: Path, kind: str | None = None, table: 
     with open_base(base) as tensors:
         found = read_adapter(adapter, kind, paths=tensors.owners)
         try:
-            changes = plan(found.state, tensors, table)
+            state = under_names(found.state, tensors.owners, table)
+            changes = plan(state, tensors)
+            _compare(state, tensors, strict_base)
         except ValueError as error:
-            raise ValueError(f"The adapter in {adapter} cannot be merged into {base}:\n  {error}") from error
+            raise ValueError(f"The adapter in {adapter} cannot be merged into {base}:\n  {first_of(error)}") from error
         size = _check_space(tensors, out)
         with new_directory(out) as folder, Progress("merge", size, quiet) as progress:
             _write(tensors, changes, folder, progress)
     return Merged(out, tuple(sorted(changes)), len(tensors.names()), size, tensors.layout.copies)
+
+
+def _compare(state: AdapterState, base: Base, strict: bool) -> None:
+    """Warn of an adapter that was trained on another base, or refuse it."""
+    other = differing(state, base)
+    if other:
+        text = (f"it was trained on another base: the weights of {', '.join(other[:3])}"
+                f"{f' and {len(other) - 3} more layers' if len(other) > 3 else ''} are not those it belongs to.")
+        if strict:
+            raise ValueError(text)
+        warnings.warn(f"Merging the adapter all the same, though {text}", stacklevel=3)
 
 
 def _write(base: Base, changes: Mapping[str, Change], folder: Path, progress: Progress) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 
 from mindpet_lite.formats.files import as_float, type_name
 from mindpet_lite.formats.lora import B_BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, A, B, pair_problems
-from mindpet_lite.formats.names import Table, renamed
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.offline.base import Base
 from mindpet_lite.offline.changes import Added, Chain, Change, LowRank, Replaced
@@ -27,13 +26,12 @@ _QUANTISED = ("qweight", "qzeros", "SCB", "weight_format", "weight_scale", "weig
               "weight.absmax", "weight_packed", "weight_quantizer")
 
 
-def plan(state: AdapterState, base: Base, table: Table | None = None) -> dict[str, Change]:
+def plan(state: AdapterState, base: Base) -> dict[str, Change]:
     """Return what the adapter makes of each tensor that it changes, by the base's names.
 
     Args:
-        state: the adapter.
+        state: the adapter, under the base's names.
         base: the base it was trained on.
-        table: names of layers, see `formats.names.map_names`.
 
     Raises:
         ValueError: the adapter does not fit the base or cannot be merged. All problems of a kind stand in one message.
@@ -45,7 +43,6 @@ def plan(state: AdapterState, base: Base, table: Table | None = None) -> dict[st
     if config.get("quantization_config"):
         raise ValueError("the base is quantised (its config.json has a quantization_config): merge onto the base it "
                          "was quantised from, and quantise the result.")
-    state = renamed(state, base.owners, table)
     found: dict[str, list[Change]] = {}
     problems: list[str] = []
     # Before the deltas: PEFT's file of an adapted embedding holds the table that its delta is on.

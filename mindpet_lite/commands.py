@@ -16,11 +16,11 @@ import click
 from mindpet_lite import __version__, tasks
 from mindpet_lite.config import read_yaml
 from mindpet_lite.delta import METHODS
+from mindpet_lite.formats.adapters import TARGETS
 from mindpet_lite.formats.detect import FORMATS
 from mindpet_lite.formats.names import Table
 from mindpet_lite.offline import extract as extraction
 from mindpet_lite.offline import inspect as inspection
-from mindpet_lite.offline.adapters import TARGETS
 from mindpet_lite.offline.convert import convert
 from mindpet_lite.offline.merge import merge
 from mindpet_lite.tasks.options import PATHS, SETTINGS
@@ -135,7 +135,7 @@ def _merge(base: Path, adapter: Path, out: Path, kind: str | None, names: Path |
     with _warnings_as_lines():
         done = merge(base, adapter, out, kind, _table(names), strict_base, quiet)
     for path in done.left_behind:
-        sys.stderr.write(f"mindpet-lite: {path} was left behind: it holds the model unmerged.\n")
+        sys.stderr.write(f"mindpet-lite: {path} was left behind: it is not merged.\n")
     echo(f"merged {len(done.changed)} of {done.tensors} tensors into {out}\n")
 
 

@@ -10,9 +10,9 @@ import pytest
 from offline_bases import A, lora, weights, write_adapter, write_shards
 
 from mindpet_lite.cli import main
+from mindpet_lite.formats.adapters import read_adapter, to_files, write_files
 from mindpet_lite.formats.files import BF16, read_tensors, to_bytes
 from mindpet_lite.offline import convert as conversion
-from mindpet_lite.offline.adapters import read_adapter, to_files, write_files
 from mindpet_lite.offline.convert import convert, differences
 
 pytest.importorskip("click")

@@ -12,9 +12,9 @@ from offline_bases import TYPES, linear, lora, weights, write_adapter, write_sha
 
 import mindpet_lite as mp
 from mindpet_lite.cli import main
+from mindpet_lite.formats.adapters import read_adapter
 from mindpet_lite.formats.files import as_float, read_tensors, to_bytes
 from mindpet_lite.offline import extract as extraction
-from mindpet_lite.offline.adapters import read_adapter
 from mindpet_lite.offline.extract import extract
 from mindpet_lite.offline.merge import merge
 from mindpet_lite.offline.numbers import rounded

@@ -12,9 +12,9 @@ from offline_bases import A, B, lora, weights, write_adapter
 import mindpet_lite as mp
 from mindpet_lite.cli import main
 from mindpet_lite.delta import METHODS
+from mindpet_lite.formats.adapters import to_files, write_files
 from mindpet_lite.formats.files import as_float, to_bytes
 from mindpet_lite.formats.state import AdapterState, LayerState
-from mindpet_lite.offline.adapters import to_files, write_files
 from mindpet_lite.offline.inspect import inspect
 
 pytest.importorskip("click")

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from mindpet_lite.formats.adapters import open_file
 from mindpet_lite.formats.files import Entry, TensorFile
 from mindpet_lite.formats.strict_json import parse_object
-from mindpet_lite.offline.adapters import open_file
 from mindpet_lite.offline.problems import listed
 
 # What a layer's weight is called: by PyTorch and most of MindSpore, by nn.Embedding, by MindSpore's norms.
@@ -21,6 +21,8 @@ WEIGHTS = ("weight", "embedding_table", "gamma")
 _BIASES = ("bias", "beta")
 _INDEX = ".safetensors.index.json"
 _PIPELINE = "model_index.json"
+# Libraries that find it beside a model load the adapter, too.
+_ADAPTER = "adapter_config.json"
 _ENDINGS = (".safetensors", ".ckpt")
 # The model again in a form that is not merged: left behind, lest somebody load it for the merged one.
 _COPIES = (".safetensors", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".pt", ".pth", ".bin")
@@ -36,7 +38,7 @@ class Layout:
         root: the directory, or that of the file.
         weights: files of tensors below it, and what stands before their tensors' names in the net.
         others: files that belong to it.
-        copies: files that hold the model again, which nobody merges.
+        copies: files that hold the model again, or an adapter, which nobody merges.
     """
 
     root: Path
@@ -160,6 +162,8 @@ def find_layout(path: Path) -> Layout:
     """Return the files of a base; errors as `open_base`."""
     if not path.exists():
         raise FileNotFoundError(f"There is no base at {path}: check the path.")
+    if path.name.endswith(_INDEX):
+        return find_layout(path.parent)
     if path.is_file():
         return Layout(path.parent, {Path(path.name): ""}, (), ())
     found = _below(path)
@@ -171,7 +175,7 @@ def find_layout(path: Path) -> Layout:
     if not weights:
         raise FileNotFoundError(f"{path} holds no weights that can be merged: a .safetensors file, shards with a "
                                 f"{_INDEX} or a .ckpt file are needed.")
-    copies = [item for item in found if item not in weights and _is_copy(item, set(found))]
+    copies = [item for item in found if item not in weights and _is_copy(item)]
     others = [item for item in found if item not in weights and item not in copies]
     return Layout(path, weights, tuple(others), tuple(copies))
 
@@ -229,8 +233,10 @@ def _shards(root: Path, index: Path, here: set[Path]) -> list[Path]:
     return shards
 
 
-def _is_copy(item: Path, found: set[Path]) -> bool:
-    """Tell whether a file looks like the model, or a part or index of it, in another form."""
+def _is_copy(item: Path) -> bool:
+    """Tell whether a file looks like the model in another form, a part or index of it, or an adapter of it."""
     if item.name.endswith(".index.json"):
         return not item.name.endswith(_INDEX)
+    if item.name == _ADAPTER:
+        return True
     return item.suffix in _COPIES and not item.stem.startswith(_NOT_MODELS)

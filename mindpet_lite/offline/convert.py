@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mindpet_lite.formats.adapters import Adapter, read_adapter, to_files, write_files
 from mindpet_lite.formats.names import Table
 from mindpet_lite.formats.state import AdapterState
-from mindpet_lite.offline.adapters import Adapter, read_adapter, to_files, write_files
 from mindpet_lite.offline.base import open_base
 from mindpet_lite.offline.fingerprint import under_names
 from mindpet_lite.offline.problems import first_of, listed

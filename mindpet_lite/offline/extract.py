@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from mindpet_lite.formats import peft
+from mindpet_lite.formats.adapters import to_files, write_files
 from mindpet_lite.formats.lora import EMBEDDING_A, EMBEDDING_B, A, B
 from mindpet_lite.formats.state import AdapterState, LayerState
-from mindpet_lite.offline.adapters import to_files, write_files
 from mindpet_lite.offline.base import WEIGHTS, Base, open_base
 from mindpet_lite.offline.fingerprint import FIELD, fingerprint
 from mindpet_lite.offline.folder import refuse_filled

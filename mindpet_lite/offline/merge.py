@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from mindpet_lite.formats.adapters import read_adapter
 from mindpet_lite.formats.names import Table
 from mindpet_lite.formats.state import AdapterState
-from mindpet_lite.offline.adapters import read_adapter
 from mindpet_lite.offline.base import Base, open_base
 from mindpet_lite.offline.changes import Change
 from mindpet_lite.offline.fingerprint import differing, under_names
@@ -29,7 +29,7 @@ class Merged:
         changed: names of the tensors that changed.
         tensors: how many the base has.
         size: bytes of the files of tensors.
-        left_behind: files of the base that hold the model in another form, which were not copied.
+        left_behind: files of the base that hold the model in another form, or an adapter, which were not copied.
     """
 
     out: Path

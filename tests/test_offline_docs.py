@@ -1,0 +1,44 @@
+"""The pages on the tools show what the commands print, and their Python runs."""
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("click")
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+# Grows with what the configs say, which is not what the page is about.
+SIZE = re.compile(r"[\d.]+ kB")
+# The last digits of an error of rounding depend on the machine.
+ROUNDING = re.compile(r"[\d.]+e-0[78]")
+
+
+@pytest.mark.parametrize("page", ["tools.md", "tools_CN.md"])
+def test_the_page_shows_what_the_commands_print(page, tmp_path):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    for name, body in re.findall(r"^```(?:python|yaml)\n# (\S+\.(?:py|yaml))\n(.*?)^```", text, re.S | re.M):
+        (tmp_path / name).write_text(body, encoding="utf-8")
+    shell = f"python() {{ {sys.executable} \"$@\"; }}\nmindpet-lite() {{ python -m mindpet_lite \"$@\"; }}\n"
+    commands = [pair for console in re.findall(r"^```console\n(.*?)^```", text, re.S | re.M)
+                for pair in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", console, re.M)]
+    assert len(commands) > 9
+    for command, shown in commands:
+        done = subprocess.run(["bash", "-c", shell + command], cwd=tmp_path, env=ENVIRONMENT, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
+        printed, shown = (ROUNDING.sub("tiny", SIZE.sub("kB", output)) for output in (done.stdout, shown))
+        assert printed == shown, command
+    last = re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)[-1]
+    done = subprocess.run([sys.executable, "-c", last], cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True,
+                          timeout=120)
+    assert done.stdout == "8\n2 tensors changed\n", done.stderr
+
+
+def test_both_pages_show_the_same_code():
+    pages = [(ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("tools.md", "tools_CN.md")]
+    one, other = (re.findall(r"^```.*?^```", text, re.S | re.M) for text in pages)
+    assert one == other and [len(re.findall(r"^## ", text, re.M)) for text in pages] == [6, 6]

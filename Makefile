@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/wukong/demo.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # PEFT and diffusers themselves read what we write. Where pip would take PyTorch's CUDA build, install its CPU build first.
 interop: $(VENV)/interop

@@ -23,7 +23,8 @@ class Case:
         method: its name in METHODS.
         name: of the kind of cell.
         plain: makes the plain layer of a given type.
-        by_hand: makes the adapted layer of a given type (for methods that add nothing: the plain one).
+        by_hand: makes the adapted layer of a given type (for methods that add nothing: the plain one); None for what
+            needs the base's weights to start from.
         settings: what the config needs besides target_modules.
         x_shape: of the net's and the layer's input.
         reference: (layer, x, output gradient) -> float64 output, {parameter: gradient} and gradient by x (None for
@@ -39,7 +40,7 @@ class Case:
     method: str
     name: str
     plain: Callable[[Any], nn.Cell]
-    by_hand: Callable[[Any], nn.Cell]
+    by_hand: Callable[[Any], nn.Cell] | None
     settings: dict[str, Any]
     x_shape: tuple[int, ...]
     reference: Callable
@@ -56,13 +57,13 @@ class Case:
         return inputs(*self.x_shape, dtype=dtype)
 
     def build(self, how: str, dtype=ms.float32) -> tuple[Net, Net]:
-        """Return the plain net and the adapted one with the same base values."""
+        """Return the plain net and the adapted one with the same base values: by hand, injected, or still plain."""
         plain = Net(self, self.plain(dtype), dtype)
-        adapted = Net(self, self.by_hand(dtype) if how == "by hand" else self.plain(dtype), dtype)
+        adapted = Net(self, self.by_hand(dtype) if how == "by hand" and self.by_hand else self.plain(dtype), dtype)
         load_values(adapted, plain)
         if how == "by hand":
             mp.freeze_delta(adapted, self.method, **({"include": ["head.*", "tail.*"]} if self.adds_nothing else {}))
-        else:
+        elif how == "injected":
             mp.get_pet_model(adapted, METHODS[self.method](target_modules=["box.0"], **self.settings))
         return plain, adapted
 

@@ -21,8 +21,9 @@ import mindpet_lite as mp
 from mindpet_lite.delta import METHODS, Delta
 
 MODE_IDS = {"graph": ms.GRAPH_MODE, "pynative": ms.PYNATIVE_MODE}
-CASES: list[Case] = [case for path in sorted(Path(__file__).parent.glob("cases_*.py"))
-                     for case in importlib.import_module(path.stem).CASES]
+BY_FILE: list[list[Case]] = [importlib.import_module(path.stem).CASES
+                             for path in sorted(Path(__file__).parent.glob("cases_*.py"))]
+CASES = [case for cases in BY_FILE for case in cases]
 
 
 def train(net: Net, case: Case, steps: int) -> list[float]:
@@ -40,17 +41,24 @@ def random_like(shape, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.method}, {case.name}")
-every_build = pytest.mark.parametrize("how", ["by hand", "injected"])
-every_type = pytest.mark.parametrize("dtype", [ms.float32, ms.float16], ids=["fp32", "fp16"])
+
+def name_of(value: object) -> str:
+    return f"{value.method}, {value.name}" if isinstance(value, Case) else str(value)
+
+
+# Every case is injected and computes in fp32; by hand, and in fp16, the first of each kind of cell.
+FIRST = [cases[0] for cases in BY_FILE]
+BUILDS = [(case, "injected") for case in CASES] + [(case, "by hand") for case in FIRST if case.by_hand is not None]
+every_case = pytest.mark.parametrize("case", CASES, ids=name_of)
+every_build = pytest.mark.parametrize(("case", "how"), BUILDS, ids=name_of)
+every_type = pytest.mark.parametrize(("case", "how", "dtype"), [(*build, ms.float32) for build in BUILDS]
+                                     + [(case, "injected", ms.float16) for case in FIRST], ids=name_of)
 
 
 def test_every_method_has_cases():
     assert {case.method for case in CASES} == set(METHODS)
 
 
-@every_case
-@every_build
 @every_type
 def test_1_starts_as_its_base_exactly(case, how, dtype, mode):
     plain, adapted = case.build(how, dtype)
@@ -67,14 +75,12 @@ def test_1_starts_as_its_base_exactly(case, how, dtype, mode):
         assert np.array_equal(adapted(x).asnumpy(), plain(x).asnumpy())
 
 
-@every_case
 @every_build
 def test_2_only_its_own_parameters_train(case, how):
     _, adapted = case.build(how)
     assert {id(item) for item in adapted.trainable_params()} == {id(item) for item in delta_parameters(adapted)}
 
 
-@every_case
 @every_build
 def test_3_each_of_them_gets_a_gradient_after_at_most_one_step(case, how, mode):
     _, adapted = case.build(how)
@@ -88,7 +94,6 @@ def test_3_each_of_them_gets_a_gradient_after_at_most_one_step(case, how, mode):
     assert all(seen.values()), seen
 
 
-@every_case
 @every_build
 def test_4_frozen_values_are_unmoved_by_training(case, how, mode):
     _, adapted = case.build(how)
@@ -99,8 +104,6 @@ def test_4_frozen_values_are_unmoved_by_training(case, how, mode):
     assert moved == {item.name for item in adapted.get_parameters() if id(item) in own}
 
 
-@every_case
-@every_build
 @every_type
 def test_5_and_6_output_and_gradients_are_the_references(case, how, dtype, mode):
     _, adapted = case.build(how, dtype)
@@ -118,8 +121,6 @@ def test_5_and_6_output_and_gradients_are_the_references(case, how, dtype, mode)
         np.testing.assert_allclose(numbers(value), wanted, rtol=TOLERANCE[dtype]["rtol"], atol=scale, err_msg=name)
 
 
-@every_case
-@every_build
 @every_type
 def test_7_and_8_merged_equals_adapted_and_unmerge_is_exact(case, how, dtype, mode):
     _, adapted = case.build(how, dtype)
@@ -142,7 +143,6 @@ def test_7_and_8_merged_equals_adapted_and_unmerge_is_exact(case, how, dtype, mo
     assert np.array_equal(adapted(x).asnumpy(), before)
 
 
-@every_case
 @every_build
 def test_9_base_names_stay_and_all_names_are_unique(case, how):
     plain, adapted = case.build(how)
@@ -159,7 +159,6 @@ def test_9_base_names_stay_and_all_names_are_unique(case, how):
     assert [item.name for item in adapted.get_parameters()] == base
 
 
-@every_case
 @every_build
 def test_10_files_keep_every_bit_and_make_a_fresh_net_the_same(case, how, mode, tmp_path):
     plain, adapted = case.build(how)
@@ -173,7 +172,7 @@ def test_10_files_keep_every_bit_and_make_a_fresh_net_the_same(case, how, mode, 
 
 @every_case
 def test_11_injection_after_a_first_call_is_visible(case, mode):
-    net, _ = case.build("by hand")
+    net, _ = case.build("plain")
     base = net(case.x()).asnumpy()
     mp.get_pet_model(net, METHODS[case.method](target_modules=["box.0"], **case.settings))
     randomise_deltas(net)
@@ -185,8 +184,6 @@ def test_11_injection_after_a_first_call_is_visible(case, mode):
     np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-6)
 
 
-@every_case
-@every_build
 @every_type
 def test_12_the_output_has_the_type_of_the_input(case, how, dtype, mode):
     _, adapted = case.build(how)
@@ -196,7 +193,6 @@ def test_12_the_output_has_the_type_of_the_input(case, how, dtype, mode):
     assert layer_of(adapted)(case.x(dtype)).dtype == (ms.float32 if case.ids else dtype)
 
 
-@every_case
 @every_build
 def test_13_a_refused_call_leaves_the_net_untouched(case, how, tmp_path):
     _, adapted = case.build(how)
@@ -225,7 +221,6 @@ def test_13_a_refused_call_leaves_the_net_untouched(case, how, tmp_path):
         mp.merge(adapted)
 
 
-@every_case
 @every_build
 def test_14_graph_equals_pynative(case, how):
     _, adapted = case.build(how)
@@ -242,7 +237,6 @@ def test_14_graph_equals_pynative(case, how):
         np.testing.assert_allclose(graph, pynative, **TOLERANCE[ms.float32])
 
 
-@every_case
 @every_build
 def test_15_switched_off_it_is_its_base_and_nothing_compiles_anew(case, how, mode):
     plain, adapted = case.build(how)
@@ -266,7 +260,6 @@ def test_15_switched_off_it_is_its_base_and_nothing_compiles_anew(case, how, mod
     assert not np.allclose(half, full) and not np.allclose(half, off)
 
 
-@every_case
 @every_build
 def test_16_fifty_steps_are_the_same_in_both_modes_and_the_file_rebuilds_the_net(case, how, tmp_path):
     losses, before = {}, ms.get_context("mode")

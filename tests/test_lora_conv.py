@@ -50,7 +50,7 @@ def test_signature(adapted, plain, space):
     parameters = inspect.signature(adapted).parameters
     assert list(parameters) == ["in_channels", "out_channels", "kernel_size", "lora_rank", "lora_alpha",
                                 "lora_dropout", "lora_a_init", "lora_b_init", "param_init_type", "compute_dtype",
-                                "use_rslora", "use_dora", "lora_bias", "conv_kwargs"]
+                                "use_rslora", "lora_bias", "conv_kwargs"]
     assert isinstance(parameters["lora_a_init"].default, HeUniform)
     layer = adapted(4, 6, 3, 2, 8, 0.1, "ones", "zeros", ms.float16, ms.float32, stride=2, has_bias=True)
     assert isinstance(layer, plain) and layer.stride[-1] == 2 and layer.has_bias

@@ -46,7 +46,7 @@ def randomised(**settings) -> LoRAEmbedding:
 def test_signature():
     assert list(inspect.signature(LoRAEmbedding).parameters) == [
         "vocab_size", "embedding_size", "lora_rank", "lora_alpha", "lora_dropout", "lora_a_init", "lora_b_init",
-        "param_init_type", "compute_dtype", "use_rslora", "use_dora", "embedding_kwargs"]
+        "param_init_type", "compute_dtype", "use_rslora", "embedding_kwargs"]
 
 
 @pytest.mark.parametrize("how", ["by hand", "injected"])

@@ -52,7 +52,7 @@ def injected(plain: nn.Cell, **fields) -> Holder:
 def test_signature():
     assert list(inspect.signature(LoRALinear).parameters) == [
         "in_features", "out_features", "lora_rank", "lora_alpha", "lora_dropout", "lora_a_init", "lora_b_init",
-        "param_init_type", "compute_dtype", "use_rslora", "use_dora", "lora_bias", "linear_kwargs"]
+        "param_init_type", "compute_dtype", "use_rslora", "lora_bias", "linear_kwargs"]
 
 
 def test_linear_is_lora_dense(mode):

@@ -22,9 +22,10 @@ class LoRAConv(LoRALayer):
     (out_channels, lora_rank / group, 1, ...), as PEFT has them. With the live factor in `lora_scaling` (), see
     :class:`LoRADense`, where the dtype rule stands too.
 
-    With ``group > 1``, A sees all channels and B has the groups, as in PEFT: output group g is made of the g-th part
-    of the `lora_rank` channels. An output then depends on every input channel, which no kernel of the grouped layer
-    can express: `merge` refuses such a layer. `lora_rank` must be divisible by `group`.
+    With ``group > 1``, A sees all channels and B has the groups, as in PEFT: output group g is made of the g-th
+    part of the `lora_rank` channels. An output then depends on every input channel, which no kernel of the grouped
+    layer can express: `merge` refuses such a layer. (DoRA takes the norm as PEFT does, which lays B A over the
+    kernel.) `lora_rank` must be divisible by `group`.
 
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685; for convolutions the authors' loralib, and PEFT.
 
@@ -40,8 +41,7 @@ class LoRAConv(LoRALayer):
             to its base.
         param_init_type (mindspore.dtype): type of A and B: float16, bfloat16 or float32.
         compute_dtype (mindspore.dtype | None): see the dtype rule.
-        use_rslora (bool), use_dora (bool), lora_bias (bool): as for :class:`LoRADense`. With groups, DoRA takes the
-            norm as PEFT does, which lays the product B A over the grouped kernel.
+        use_rslora (bool), lora_bias (bool): as for :class:`LoRADense`.
         **conv_kwargs: the other arguments of the plain layer.
 
     Inputs:
@@ -62,10 +62,10 @@ class LoRAConv(LoRALayer):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, ...], lora_rank: int,
                  lora_alpha: float, lora_dropout: float = 0.0, lora_a_init: Any = HE_UNIFORM,
                  lora_b_init: Any = "zeros", param_init_type: mindspore.dtype = mindspore.float32,
-                 compute_dtype: mindspore.dtype | None = None, use_rslora: bool = False, use_dora: bool = False,
+                 compute_dtype: mindspore.dtype | None = None, use_rslora: bool = False,
                  lora_bias: bool = False, **conv_kwargs: Any) -> None:
         settings = LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init, param_init_type,
-                                compute_dtype, use_rslora, use_dora, lora_bias)
+                                compute_dtype, use_rslora, lora_bias=lora_bias)
         super().__init__(in_channels, out_channels, kernel_size, **conv_kwargs)
         self._add_delta(settings)
 

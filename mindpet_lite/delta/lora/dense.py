@@ -40,8 +40,8 @@ class LoRADense(AdaptedDense, LowRank):
         param_init_type (mindspore.dtype): type of A and B: float16, bfloat16 or float32.
         compute_dtype (mindspore.dtype | None): see the dtype rule.
         **dense_kwargs: weight_init, bias_init, has_bias, activation and dtype of nn.Dense; and by keyword, False by
-            default, use_rslora (scale by lora_alpha / √lora_rank), use_dora (DoRA) and lora_bias (B has a bias of its
-            own): see :class:`mindpet_lite.delta.lora.low_rank.LowRank`.
+            default, use_rslora (scale by lora_alpha / √lora_rank) and lora_bias (B has a bias of its own): see
+            :class:`mindpet_lite.delta.lora.low_rank.LowRank`.
 
     Inputs:
         - **x** (Tensor): `(*, in_channels)`, any number of leading axes, none included.
@@ -53,8 +53,8 @@ class LoRADense(AdaptedDense, LowRank):
         TypeError: lora_rank is a bool or no int; lora_alpha or lora_dropout is a bool or no number; a type is not
             float16, bfloat16 or float32; an initialiser is of no known kind.
         ValueError: lora_rank or lora_alpha is not positive (or alpha not finite); lora_dropout is outside [0, 1);
-            use_dora and lora_bias are both set; an initial Tensor has the wrong shape; the activation's or
-            initialiser's name is unknown.
+            use_dora is set, which needs a base: see `from_dense`; an initial Tensor has the wrong shape; the
+            activation's or initialiser's name is unknown.
     """
 
     def __init__(self, in_channels: int, out_channels: int, lora_rank: int, lora_alpha: float,
@@ -63,6 +63,9 @@ class LoRADense(AdaptedDense, LowRank):
                  compute_dtype: mindspore.dtype | None = None, **dense_kwargs: Any) -> None:
         # The signature is MindPet's; what LoRA gained since is by keyword.
         newer = {name: dense_kwargs.pop(name) for name in NEWER if name in dense_kwargs}
+        if newer.get("use_dora"):
+            raise ValueError("DoRA starts from the norms of the base's weight, which a new layer does not have yet: "
+                             "load the base into an nn.Dense, then use LoRADense.from_dense() or get_pet_model().")
         settings = LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init, param_init_type,
                                 compute_dtype, **newer)
         super().__init__(in_channels, out_channels, **dense_kwargs)
@@ -77,7 +80,7 @@ class LoRADense(AdaptedDense, LowRank):
 
         `dense` itself stays as it is; put the returned layer in its place. With the default `lora_b_init` the output
         is that of `dense`, bit for bit. (In float16 graphs the CPU backend leaves out roundings between operators of
-        the plain layer, so there the last bit can differ.) The arguments are those of the class.
+        the plain layer, so there the last bit can differ.) The arguments are those of the class, and use_dora.
 
         Raises:
             TypeError: `dense` is no nn.Dense, is adapted already, or overrides `construct`.

@@ -41,7 +41,7 @@ class LoRATable(LoRALayer):
         lora_b_init (Tensor | str | Initializer | number): start of B. Default: normal with deviation 1.
         param_init_type (mindspore.dtype): type of A and B: float16, bfloat16 or float32.
         compute_dtype (mindspore.dtype | None): see the dtype rule.
-        use_rslora (bool), use_dora (bool): as for :class:`LoRADense`; DoRA's norm is over the ids.
+        use_rslora (bool): as for :class:`LoRADense`. (DoRA's norm is over the ids.)
         **embedding_kwargs: the other arguments of the plain layer.
 
     Inputs:
@@ -62,13 +62,13 @@ class LoRATable(LoRALayer):
     def __init__(self, vocab_size: int, embedding_size: int, lora_rank: int, lora_alpha: float,
                  lora_dropout: float = 0.0, lora_a_init: Any = "zeros", lora_b_init: Any = UNIT_NORMAL,
                  param_init_type: mindspore.dtype = mindspore.float32,
-                 compute_dtype: mindspore.dtype | None = None, use_rslora: bool = False, use_dora: bool = False,
+                 compute_dtype: mindspore.dtype | None = None, use_rslora: bool = False,
                  **embedding_kwargs: Any) -> None:
         if check_number("lora_dropout", lora_dropout) != 0:
             raise ValueError(f"lora_dropout must be 0, because the ids an embedding takes cannot be dropped, but got "
                              f"{lora_dropout}.")
         settings = LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init, param_init_type,
-                                compute_dtype, use_rslora, use_dora)
+                                compute_dtype, use_rslora)
         super().__init__(vocab_size, embedding_size, **embedding_kwargs)
         self._add_delta(settings)
 

@@ -36,10 +36,10 @@ class LoRALinear(LoRALayer, mint.nn.Linear):
     def __init__(self, in_features: int, out_features: int, lora_rank: int, lora_alpha: float,
                  lora_dropout: float = 0.0, lora_a_init: Any = HE_UNIFORM, lora_b_init: Any = "zeros",
                  param_init_type: mindspore.dtype = mindspore.float32,
-                 compute_dtype: mindspore.dtype | None = None, use_rslora: bool = False, use_dora: bool = False,
+                 compute_dtype: mindspore.dtype | None = None, use_rslora: bool = False,
                  lora_bias: bool = False, **linear_kwargs: Any) -> None:
         settings = LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init, param_init_type,
-                                compute_dtype, use_rslora, use_dora, lora_bias)
+                                compute_dtype, use_rslora, lora_bias=lora_bias)
         super().__init__(in_features, out_features, **linear_kwargs)
         self._add_delta(settings)
 

@@ -147,16 +147,16 @@ class LowRank(Delta):
         prefix = f"{head}." if head and last in ("weight", "embedding_table") else ""
         for name, value in values.items():
             setattr(self, name, Parameter(value, name=prefix + name))
-        steering = {"lora_scaling": self._factor()}
-        if config.use_dora:
-            norm = self._norm(_numbers(weight) + self._factor() * self._update())
-            values["mindpet_delta_lora_magnitude"] = self.mindpet_delta_lora_magnitude = Parameter(
-                Tensor(norm.reshape(self._over_outputs(outputs))).astype(config.param_init_type),
-                name=prefix + "mindpet_delta_lora_magnitude")
-            steering["lora_strength"] = 1.0
+        steering = {"lora_scaling": self._factor(), **({"lora_strength": 1.0} if config.use_dora else {})}
         for name, number in steering.items():
             setattr(self, name, Parameter(Tensor(number, mindspore.float32), name=prefix + name, requires_grad=False))
         self.delta_names, self.live_names = tuple(values), tuple(steering)
+        if config.use_dora:
+            # By the same operators as in the forward, so that their quotient is 1 exactly.
+            norm = self._live_norm(config.compute_dtype or weight.dtype).astype(config.param_init_type).asnumpy()
+            self.mindpet_delta_lora_magnitude = Parameter(Tensor(norm.reshape(self._over_outputs(outputs)).copy()),
+                                                          name=prefix + "mindpet_delta_lora_magnitude")
+            self.delta_names += ("mindpet_delta_lora_magnitude",)
 
     def _other_start(self, config: LoraSettings, weight: Parameter, a_shape: tuple[int, ...],
                      b_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -209,14 +209,18 @@ class LowRank(Delta):
             update: what s · B A makes of it.
             dtype: of the computation.
         """
+        norm = ops.stop_gradient(self._live_norm(dtype))
+        scale = as_type(self.mindpet_delta_lora_magnitude, dtype) / ops.reshape(norm, self._over_outputs(norm.shape[0]))
+        return ((scale - 1) * base + scale * update) * as_type(self.lora_strength, dtype)
+
+    def _live_norm(self, dtype: mindspore.dtype) -> Tensor:
+        """Return the norm of W + s B A over all axes but the output's, computed in `dtype`."""
         weight = as_type(self.weight, dtype)
         a, b = (as_type(getattr(self, name), dtype) for name in self.delta_names[:2])
         product = ops.matmul(ops.reshape(b, (-1, self.lora_rank)), ops.reshape(a, (self.lora_rank, -1)))
         whole = weight + ops.reshape(self._oriented(product), weight.shape) * as_type(self.lora_scaling, dtype)
         axes = tuple(axis for axis in range(weight.ndim) if axis != self.out_axis)
-        norm = ops.stop_gradient(ops.sqrt(ops.ReduceSum()(ops.square(whole), axes)))
-        scale = as_type(self.mindpet_delta_lora_magnitude, dtype) / ops.reshape(norm, self._over_outputs(norm.shape[0]))
-        return ((scale - 1) * base + scale * update) * as_type(self.lora_strength, dtype)
+        return ops.sqrt(ops.ReduceSum()(ops.square(whole), axes))
 
     def _oriented(self, product: Any) -> Any:
         """Return B A with its axes in the weight's order."""

@@ -1,0 +1,333 @@
+"""Prefix-Tuning: Optimizing Continuous Prompts for Generation.
+
+Li & Liang, 2021, https://arxiv.org/abs/2101.00190.
+
+    keys = concat([P_K, X W_Kᵀ]),   values = concat([P_V, X W_Vᵀ])                                       (section 4.2)
+    P = MLP(P')                                                                                          (section 4.3)
+
+The net is frozen; the embedding P' and the MLP train. After training they can be folded into P.
+"""
+from __future__ import annotations
+
+import dataclasses
+import sys
+from types import FrameType
+from typing import Any, ClassVar
+
+import mindspore
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+
+from mindpet_lite.delta.base import DeltaConfig, check_bool, check_float_type, check_int, check_probability, warn_user
+from mindpet_lite.delta.dense import dense_refusal
+from mindpet_lite.delta.parts import initial, prefix_of
+from mindpet_lite.delta.prefix_dense import PrefixDelta, PrefixedDense, check_targets, folded_parameter, place_names
+
+WTE, TRANS = "mindpet_delta_prefixtuning_wte", "mindpet_delta_prefixtuning_control_trans"
+TABLE = f"{WTE}.embedding_table"
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixSettings:
+    """The settings of Prefix-Tuning, checked when made; see :class:`PrefixDense`."""
+
+    prefix_token_num: int = 128
+    embed_dim: int = 512
+    mid_dim: int = 512
+    dropout_rate: float = 0.1
+    prefix_projection: bool = True
+    param_init_type: mindspore.dtype = mindspore.float32
+
+    def __post_init__(self) -> None:
+        for name in ("prefix_token_num", "embed_dim", "mid_dim"):
+            check_int(name, getattr(self, name))
+            # Python's own int: what numpy counts as one, JSON does not.
+            object.__setattr__(self, name, int(getattr(self, name)))
+        check_probability("dropout_rate", self.dropout_rate)
+        object.__setattr__(self, "dropout_rate", float(self.dropout_rate))
+        check_bool("prefix_projection", self.prefix_projection)
+        check_float_type("param_init_type", self.param_init_type)
+
+
+class Prefixes(PrefixDelta):
+    """The half that PrefixLayer and PrefixDense share: settings, embedding, MLP and dropout."""
+
+    method: ClassVar[str] = "prefixtuning"
+
+    prefix_token_num: int
+    embed_dim: int
+    mid_dim: int
+    dropout_rate: float
+
+    def _add_prefixes(self, config: PrefixSettings, width: int, folded_names: tuple[str, ...]) -> None:
+        """Make the Parameters of P (prefix_token_num, width), or its parts under `folded_names` without an MLP."""
+        self.prefix_token_num, self.embed_dim, self.mid_dim = config.prefix_token_num, config.embed_dim, config.mid_dim
+        self.dropout_rate, self.prefix_projection = config.dropout_rate, config.prefix_projection
+        self.dropout = nn.Dropout(p=self.dropout_rate)
+        self.has_dropout = self.dropout_rate > 0
+        rows, dtype = config.prefix_token_num, config.param_init_type
+        if config.prefix_projection:
+            self.delta_names = (WTE, TRANS)
+            self.mindpet_delta_prefixtuning_wte = nn.Embedding(
+                rows, config.embed_dim, embedding_table=initial(WTE, "normal", (rows, config.embed_dim), dtype))
+            self.mindpet_delta_prefixtuning_control_trans = nn.SequentialCell(
+                nn.Dense(config.embed_dim, config.mid_dim, dtype=dtype), nn.Tanh(),
+                nn.Dense(config.mid_dim, width, dtype=dtype))
+            return
+        self.delta_names = folded_names
+        for name in folded_names:
+            value = initial(name, "normal", (rows, width // len(folded_names)), dtype)
+            setattr(self, name, Parameter(value, name=name))
+
+    def _replace_projection(self, rows: dict[str, Tensor]) -> None:
+        """Put Parameters of `rows` in the place of embedding and MLP."""
+        table = self.mindpet_delta_prefixtuning_wte.embedding_table
+        for name, value in rows.items():
+            setattr(self, name, folded_parameter(name, value, table, TABLE))
+        del self.mindpet_delta_prefixtuning_wte
+        del self.mindpet_delta_prefixtuning_control_trans
+        self.delta_names = tuple(rows)
+
+    def settings(self) -> dict[str, Any]:
+        """Return prefix_token_num, embed_dim, mid_dim, dropout_rate and prefix_projection."""
+        return {"prefix_token_num": self.prefix_token_num, "embed_dim": self.embed_dim, "mid_dim": self.mid_dim,
+                "dropout_rate": self.dropout_rate, "prefix_projection": self.prefix_projection}
+
+
+_KEY, _VALUE = "mindpet_delta_prefixtuning_key", "mindpet_delta_prefixtuning_value"
+
+
+class _Evaluated(property):
+    """A property whose value belongs to one forward: kept from a cell's `__init__`, it would never train."""
+
+    def __get__(self, layer: Any, owner: Any = None) -> Any:
+        if layer is not None and layer.prefix_projection:
+            place = _cell_being_built(sys._getframe(1))
+            if place is not None:
+                layer.fold()
+                name = self.fget.__name__ if self.fget else "the prefix"
+                warn_user(f"{name} is read in {place}.__init__(), and a value kept from there cannot be evaluated "
+                          f"anew by each forward. So embedding and MLP are dropped, and the prefix itself is the "
+                          f"Parameter that trains. To train it through the MLP, read `self.prefix.{name}` in "
+                          f"construct(); if this is meant, say prefix_projection=False.")
+        return super().__get__(layer, owner)
+
+
+def _cell_being_built(frame: FrameType | None) -> str | None:
+    """Return the class of the cell whose `__init__` runs in `frame` or around it, or None in a forward."""
+    while frame is not None and frame.f_code.co_name != "construct":
+        if frame.f_code.co_name == "__init__" and frame.f_code.co_argcount:
+            built = frame.f_locals.get(frame.f_code.co_varnames[0])
+            if isinstance(built, nn.Cell):
+                return type(built).__name__
+        frame = frame.f_back
+    return None
+
+
+class PrefixLayer(Prefixes, nn.Cell):
+    r"""The keys and values that an attention reads before those of its input.
+
+    .. math:: [P_K, P_V] = drop(tanh(P' W_1^T + b_1) W_2^T + b_2)
+
+    Read the prefixes in `construct`, where every forward evaluates them anew, and put them before keys and values:
+
+    .. code-block:: python
+
+        prefix_key, prefix_value = self.prefix()          # or self.prefix.past_key_reparam, .past_value_reparam
+        key = prepend_prefix(prefix_key, key)             # (batch, seq, hidden_dim), not split into heads yet
+        value = prepend_prefix(prefix_value, value)
+        attention_mask = prefix_mask(attention_mask, self.prefix.prefix_token_num, visible=1)
+
+    A prefix that MindPet's way keeps in `__init__` (``self.past_key = self.prefix.past_key_reparam``) cannot be
+    evaluated by each forward. There, the layer warns, drops embedding and MLP, and hands out the Parameter that the
+    prefix now is, so that it trains; with ``prefix_projection=False`` it is one from the start. Read elsewhere, outside
+    of a forward, the properties give the value of that moment.
+
+    The layer changes the output of its attention from the start: the prefixes take part in the softmax.
+
+    Parameters: `mindpet_delta_prefixtuning_wte.embedding_table` (prefix_token_num, embed_dim),
+    `mindpet_delta_prefixtuning_control_trans` (a SequentialCell of Dense, Tanh and Dense whose last has
+    2 · hidden_dim outputs: keys, then values), and `input_tokens` (prefix_token_num,), never trained. Folded:
+    `mindpet_delta_prefixtuning_key` and `mindpet_delta_prefixtuning_value` (prefix_token_num, hidden_dim).
+
+    Source: Li & Liang, https://arxiv.org/abs/2101.00190, section 4.3.
+
+    Args:
+        prefix_token_num (int): rows of the prefix; a multiple of `batch_size`.
+        batch_size (int): sequences in a batch. Kept for attentions that share the rows out among the batch,
+            prefix_token_num / batch_size each, as MindPet's documentation does for its mask.
+        num_heads (int): heads of the attention. Kept for the caller's mask, as `batch_size`.
+        hidden_dim (int): width of keys and values, all heads together.
+        embed_dim (int): width of the embedding.
+        mid_dim (int): width of the MLP.
+        dropout_rate (int | float): probability in [0, 1) of dropping an element of a prefix in training. At 0 there
+            is no dropout operator.
+        prefix_projection (bool): an MLP gives the prefixes. False: they are Parameters, as after :meth:`fold`, and
+            embed_dim and mid_dim mean nothing.
+        param_init_type (mindspore.dtype): type of the Parameters and of what they give: float16, bfloat16 or float32.
+
+    Outputs:
+        Tuple of the keys' and the values' prefix, `(prefix_token_num, hidden_dim)` each.
+
+    Raises:
+        TypeError: an int is a bool or no int, dropout_rate no number, prefix_projection no bool, or param_init_type
+            no float type.
+        ValueError: an int is not positive; prefix_token_num is no multiple of batch_size; dropout_rate is outside
+            [0, 1).
+    """
+
+    live_names = ("input_tokens",)
+
+    def __init__(self, prefix_token_num: int, batch_size: int, num_heads: int, hidden_dim: int, embed_dim: int,
+                 mid_dim: int = 512, dropout_rate: float = 0.1, prefix_projection: bool = True,
+                 param_init_type: mindspore.dtype = mindspore.float32) -> None:
+        super().__init__()
+        settings = PrefixSettings(prefix_token_num, embed_dim, mid_dim, dropout_rate, prefix_projection,
+                                  param_init_type)
+        for name, value in (("batch_size", batch_size), ("num_heads", num_heads), ("hidden_dim", hidden_dim)):
+            check_int(name, value)
+        if prefix_token_num % batch_size:
+            raise ValueError(f"prefix_token_num must be a multiple of batch_size, but got {prefix_token_num} and "
+                             f"{batch_size}.")
+        self.batch_size, self.num_heads, self.hidden_dim = batch_size, num_heads, hidden_dim
+        self.input_tokens = Parameter(Tensor(np.arange(settings.prefix_token_num), mindspore.int32),
+                                      name="mindpet_delta_prefixtuning_input_tokens", requires_grad=False)
+        self._add_prefixes(settings, 2 * hidden_dim, (_KEY, _VALUE))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # MindSpore compiles a property into the graph only where the cell's own class has it, and makes a constant of
+        # an inherited one.
+        for name in ("past_key_reparam", "past_value_reparam"):
+            if name not in vars(cls):
+                setattr(cls, name, next(vars(parent)[name] for parent in cls.__mro__ if name in vars(parent)))
+
+    @_Evaluated
+    def past_key_reparam(self) -> Tensor:
+        """The keys' prefix (prefix_token_num, hidden_dim), evaluated by every forward whose `construct` reads it."""
+        return self.construct()[0]
+
+    @_Evaluated
+    def past_value_reparam(self) -> Tensor:
+        """The values' prefix, likewise."""
+        return self.construct()[1]
+
+    def construct(self) -> tuple[Tensor, Tensor]:
+        """Return the prefixes of the keys and of the values."""
+        key, value = self._evaluate()
+        if self.has_dropout:
+            key, value = self.dropout(key), self.dropout(value)
+        return key, value
+
+    def _evaluate(self) -> tuple[Tensor, Tensor]:
+        if self.prefix_projection:
+            rows = self.mindpet_delta_prefixtuning_wte(self.input_tokens)
+            rows = self.mindpet_delta_prefixtuning_control_trans(rows)
+            return rows[:, :self.hidden_dim], rows[:, self.hidden_dim:]
+        return self.mindpet_delta_prefixtuning_key, self.mindpet_delta_prefixtuning_value
+
+    def _drop_projection(self) -> None:
+        self._replace_projection(dict(zip((_KEY, _VALUE), self._evaluate())))
+
+
+_ROWS = "mindpet_delta_prefixtuning_prefix"
+
+
+class PrefixDense(Prefixes, PrefixedDense):
+    r"""The key or value layer of an attention, with a prefix before the rows of the sequence.
+
+    .. math:: y = concat([P, act(x W^T + b)]), \quad P = drop(tanh(P' W_1^T + b_1) W_2^T + b_2)
+
+    P stands before each sequence of a batch. The layer changes the output from the start, in its values and in its
+    length: the attention must take more keys than queries. Those that read the lengths of query and key from their
+    tensors do; a fixed mask needs :func:`prefix_mask`. Both the key and the value layer need a prefix.
+
+    `weight` and `bias` are where nn.Dense has them. The layer adds `mindpet_delta_prefixtuning_wte.embedding_table`
+    (prefix_token_num, embed_dim) and `mindpet_delta_prefixtuning_control_trans` (a SequentialCell of Dense, Tanh and
+    Dense); folded, `mindpet_delta_prefixtuning_prefix` (prefix_token_num, out_channels).
+
+    Dtype rule: parameters keep their type. The Dense computes in what `to_float()` set, else in the type of `weight`,
+    the prefix in the type of its own Parameters; the output has the type of the input.
+
+    Source: Li & Liang, https://arxiv.org/abs/2101.00190, sections 4.2 and 4.3.
+
+    Args:
+        in_channels (int): size of the last axis of the input.
+        out_channels (int): size of the last axis of the output.
+        prefix_token_num (int): rows of the prefix.
+        embed_dim (int): width of the embedding P'.
+        mid_dim (int): width of the MLP.
+        dropout_rate (int | float): probability in [0, 1) of dropping an element of P in training. At 0 there is no
+            dropout operator.
+        prefix_projection (bool): an MLP gives P. False: P is a Parameter, as after `fold()`, and embed_dim and mid_dim
+            mean nothing.
+        param_init_type (mindspore.dtype): type of what the layer adds: float16, bfloat16 or float32.
+        **dense_kwargs: weight_init, bias_init, has_bias, activation and dtype of nn.Dense.
+
+    Inputs:
+        - **x** (Tensor): `(*, seq, in_channels)`.
+
+    Outputs:
+        Tensor `(*, prefix_token_num + seq, out_channels)` of the type of `x`.
+
+    Raises:
+        TypeError: an int is a bool or no int, dropout_rate no number, prefix_projection no bool, or a type is not
+            float16, bfloat16 or float32.
+        ValueError: an int is not positive; dropout_rate is outside [0, 1); an input has no axis for the sequence.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, prefix_token_num: int = 128, embed_dim: int = 512,
+                 mid_dim: int = 512, dropout_rate: float = 0.1, prefix_projection: bool = True,
+                 param_init_type: mindspore.dtype = mindspore.float32, **dense_kwargs: Any) -> None:
+        settings = PrefixSettings(prefix_token_num, embed_dim, mid_dim, dropout_rate, prefix_projection,
+                                  param_init_type)
+        super().__init__(in_channels, out_channels, **dense_kwargs)
+        self._add_delta(settings)
+
+    def _add_delta(self, config: PrefixSettings) -> None:
+        self._add_prefixes(config, self.out_channels, (_ROWS,))
+        place_names(self, prefix_of(self.weight.name))
+
+    def prefix_rows(self) -> Tensor:
+        """Return P (prefix_token_num, out_channels), with dropout in training."""
+        rows = self._evaluate()
+        if self.has_dropout:
+            rows = self.dropout(rows)
+        return rows
+
+    def _evaluate(self) -> Tensor:
+        if self.prefix_projection:
+            table = self.mindpet_delta_prefixtuning_wte.embedding_table
+            return self.mindpet_delta_prefixtuning_control_trans(table)
+        return self.mindpet_delta_prefixtuning_prefix
+
+    def _drop_projection(self) -> None:
+        self._replace_projection({_ROWS: self._evaluate()})
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixTuningConfig(DeltaConfig, PrefixSettings):
+    """Settings of Prefix-Tuning, checked when made; the fields are those of :class:`PrefixDense` and `DeltaConfig`.
+
+    `target_modules` names the key and the value layers of attentions, such as ``["to_k", "to_v"]``.
+
+    Raises:
+        TypeError, ValueError: as :class:`PrefixDense`.
+    """
+
+    pet_type: ClassVar[str] = "prefixtuning"
+    other_names: ClassVar[tuple[str, ...]] = ("prefix",)
+
+    def __post_init__(self) -> None:
+        DeltaConfig.__post_init__(self)
+        PrefixSettings.__post_init__(self)
+        check_targets(self.target_modules)
+
+    @classmethod
+    def refusal(cls, cell: nn.Cell) -> str | None:
+        """Return why `cell` cannot carry a prefix, or None."""
+        return dense_refusal(cell, "Prefix-Tuning")
+
+    def adapt(self, cell: nn.Cell) -> PrefixDense:
+        """Return the cell with a prefix on the Parameter objects of `cell`."""
+        return PrefixDense._on(cell, self)

@@ -589,3 +589,10 @@ def test_a_compiled_gradient_function_sees_the_scale_and_what_is_loaded(mode):
     assert float(step(x)[0].asnumpy()) != full
     mp.load_adapter(net, "adapter")
     assert float(step(x)[0].asnumpy()) == full
+
+
+@pytest.mark.parametrize("given, taken", [(((2, 4), ()), ((2, 4), ())), (((2, 3), ()), ((2, 1), ()))])
+def test_the_scales_strategy_fits_the_rank(given, taken):
+    layer = LoRADense(8, 12, 4, 4)
+    layer.shard(strategy_lora_mul=given)
+    assert in_strategy(layer.mul) == taken

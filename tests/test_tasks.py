@@ -700,3 +700,16 @@ def test_a_script_that_cannot_be_started_is_told(home, monkeypatch):
     with pytest.raises(OSError, match="/nowhere/python"):
         finetune(script(""))
     assert os.listdir(only_folder()) == ["UNFINISHED"]
+
+
+def test_a_child_in_a_session_and_an_environment_of_its_own_is_ended(home):
+    with pytest.raises(TimeoutError):
+        finetune(script("""
+            import subprocess, sys, time
+            from pathlib import Path
+            sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+            child = subprocess.Popen(sleep, start_new_session=True, env={})
+            Path("pids").write_text(str(child.pid))
+            time.sleep(60)
+        """), timeout="2s")
+    assert not alive(int(Path("pids").read_text()))

@@ -194,7 +194,7 @@ class PrefixEncoder(Prompts, nn.Cell):
         settings = Ptuning2Settings(pre_seq_len, prefix_projection, projection_dim, dropout_prob, param_init_type)
         for name, value in (("num_layers", num_layers), ("num_heads", num_heads), ("kv_channels", kv_channels)):
             check_int(name, value)
-        if sorted(out_perm) != [0, 1, 2, 3, 4] or out_perm[0] != 2:
+        if not isinstance(out_perm, (list, tuple)) or sorted(out_perm) != [0, 1, 2, 3, 4] or out_perm[0] != 2:
             raise ValueError(f"out_perm must be a permutation of (0, 1, 2, 3, 4) that starts with 2, the axis that is "
                              f"cut into layers, but got {out_perm!r}.")
         self.num_layers, self.num_heads, self.kv_channels = num_layers, num_heads, kv_channels

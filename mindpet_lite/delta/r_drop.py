@@ -14,7 +14,6 @@ from mindspore import Tensor, nn, ops
 from mindpet_lite.delta.base import FLOAT_TYPES, check_number
 
 _LABEL_TYPES = (mindspore.int8, mindspore.int16, mindspore.int32, mindspore.int64, mindspore.uint8)
-_IGNORED = -100  # the label nn.CrossEntropyLoss leaves out
 
 
 # constexpr: a graph runs these as plain Python when it is compiled, so that the errors are the same in both modes.
@@ -70,8 +69,8 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 def _cross_entropy(log_p: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean of -ln p(label) over the rows of `log_p` (rows, classes) whose label (rows,) is not -100."""
-    kept = labels != _IGNORED
+    """Return the mean of -ln p(label) over the rows of `log_p` (rows, classes) whose label (rows,) is not negative."""
+    kept = labels >= 0
     picked = ops.gather_elements(log_p, 1, ops.expand_dims(labels * ops.cast(kept, labels.dtype), 1))
     kept = ops.cast(kept, log_p.dtype)
     return -(ops.reshape(picked, (-1,)) * kept).sum() / kept.sum()
@@ -107,8 +106,8 @@ class RDropLoss(nn.Cell):
     Inputs:
         - **logits** (Tensor): (2n, classes), finite, in float16, bfloat16 or float32.
         - **label_ids** (Tensor): (2n,), or another shape with 2n elements, the class numbers in 0 ... classes - 1 of
-          an integer type. Rows with the label -100 are left out of the cross entropy's mean, as in
-          nn.CrossEntropyLoss, not out of the divergences.
+          an integer type. Rows with a negative label (-100 in nn.CrossEntropyLoss, often -1) are left
+          out of the cross entropy's mean, not out of the divergences.
         - **alpha** (int | float): weight of the divergences, finite and not negative. Default: 4.
 
         One form more works as in MindPet: one row of logits (2n,) with class probabilities (2n,) in a float type

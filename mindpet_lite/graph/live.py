@@ -18,8 +18,12 @@ def deltas(net: nn.Cell) -> dict[str, Delta]:
     """Return the deltas of `net` by the path of their layer, each once; raise ValueError where there is none."""
     found = deltas_in(cells_by_path(net))
     if not found:
+        trains = [item.name for item in net.trainable_params()]
+        some = 0 < len(trains) < len(list(net.get_parameters()))
         raise ValueError("The net has no adapted layer: adapt it with get_pet_model(), or build it with layers such "
-                         "as LoRADense. (After merge() the layers are plain.)")
+                         "as LoRADense. (After merge() the layers are plain.)" + (
+                             f" What trains here is {', '.join(trains[:3])}{' and more' if len(trains) > 3 else ''}: "
+                             f"TrainableParamsCheckPoint saves that." if some else ""))
     return found
 
 

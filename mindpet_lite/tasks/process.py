@@ -97,6 +97,8 @@ class _Script:
         # A script that itself runs tasks hands both marks on, so that ending the outer one finds the inner one too.
         marks = ":".join(filter(None, [os.environ.get(_MARK), token]))
         self.token = token.encode()
+        # The script's descendants by process number, with the time each started: numbers are used again.
+        self.family: dict[int, str] = {}
         self.echo: Callable[[str], None] = echo
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
@@ -146,7 +148,10 @@ class _Script:
             self.process.stdout.close()
 
     def _members(self) -> list[int]:
-        """Return the processes of the script's session and those that carry its mark; zombies have ended."""
+        """Return the processes of the script's session, its descendants, and those that carry its mark.
+
+        Zombies have ended. A descendant is known from the first look on, also when its parent is gone.
+        """
         self.process.poll()
         leader = self.process.pid
         if not Path("/proc/self/stat").exists():
@@ -154,18 +159,33 @@ class _Script:
                 os.killpg(leader, 0)
                 return [-leader]
             return []
-        return [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit() and self._owns(entry.path)]
+        living = {int(entry.name): stat for entry in os.scandir("/proc") if entry.name.isdigit()
+                  and (stat := _stat(entry.path)) is not None}
+        self.family = {pid: start for pid, start in self.family.items() if pid in living and living[pid][2] == start}
+        size = -1
+        while size != len(self.family):
+            size = len(self.family)
+            self.family.update({pid: start for pid, (parent, _, start) in living.items()
+                                if pid == leader or parent == leader or parent in self.family})
+        return [pid for pid, (_, session, _) in living.items()
+                if session == leader or pid in self.family or self._is_marked(pid)]
 
-    def _owns(self, folder: str) -> bool:
-        """Tell whether the process of a folder in /proc is alive and one of the script's."""
+    def _is_marked(self, pid: int) -> bool:
+        """Tell whether a process carries the script's mark in its environment."""
         try:
-            # The name in brackets may itself hold brackets and spaces; state, parent, group and session follow it.
-            state, _, _, session = Path(folder, "stat").read_bytes().rpartition(b")")[2].split()[:4]
-            if state in (b"Z", b"X"):
-                return False
-            return int(session) == self.process.pid or self.token in Path(folder, "environ").read_bytes()
+            return self.token in Path(f"/proc/{pid}/environ").read_bytes()
         except OSError:    # ended meanwhile, or somebody else's
             return False
+
+
+def _stat(folder: str) -> tuple[int, int, str] | None:
+    """Return parent, session and start time of the process of a folder in /proc; None if it has ended."""
+    try:
+        # The name in brackets may itself hold brackets and spaces; the fields follow it.
+        fields = Path(folder, "stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else (int(fields[1]), int(fields[3]), fields[19].decode())
 
 
 def _send(members: list[int], number: int) -> None:

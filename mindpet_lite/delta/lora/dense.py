@@ -124,7 +124,7 @@ class LoRADense(AdaptedDense, LowRank):
         low = self.mul(low, as_type(self.lora_scaling, dtype))
         update = self.lora_b_matmul(low, as_type(self.mindpet_delta_lora_b, dtype))
         if self.has_lora_bias:
-            update = self.add(update, self._scaled_bias(dtype))
+            update = update + self._scaled_bias(dtype)
         if self.use_dora:
             # As PEFT: what dropout takes from A's input, the rescaling of W does not see either.
             linear = self.matmul(x, as_type(self.weight, dtype)) if self.has_dropout else linear
@@ -144,7 +144,9 @@ class LoRADense(AdaptedDense, LowRank):
 
         A strategy is a tuple with a tuple of ints for every input of its operator, as `Primitive.shard` takes it.
         Where only the dense strategy ``(s0, s1)`` is given, A's is ``(s0, (1, s1[1]))`` and B's is
-        ``((s0[0], 1), (s1[0], 1))``. What the layer lacks (bias, activation) has nothing to split.
+        ``((s0[0], 1), (s1[0], 1))``. What the layer lacks (bias, activation) has nothing to split. The scale is
+        multiplied on the `(tokens, lora_rank)` side: where `strategy_lora_mul` splits the last axis into parts that
+        do not divide the rank, only its split of the rows is taken.
 
         Raises:
             TypeError: a strategy is no tuple of tuples of ints.
@@ -153,6 +155,12 @@ class LoRADense(AdaptedDense, LowRank):
         """
         dense = strategy_org_dense_matmul
         check_strategies({"strategy_org_dense_matmul": dense})
+        if strategy_lora_mul is not None:
+            check_strategies({"strategy_lora_mul": strategy_lora_mul})
+            rows, *parts = strategy_lora_mul[0]
+            if parts and self.lora_rank % parts[-1]:
+                # MindPet multiplies on the side of the outputs; of the rank there is less to split.
+                strategy_lora_mul = ((rows, *[1] * len(parts)), *strategy_lora_mul[1:])
         if dense is not None:
             if [len(part) for part in dense] != [2, 2]:
                 raise ValueError(f"strategy_org_dense_matmul must split the two axes of both inputs, such as "

@@ -10,8 +10,6 @@ from cases_lora_conv import reference_of
 from mindspore import Tensor, nn
 from mindspore.common.initializer import HeUniform
 from nets import MERGED, TOLERANCE, inputs, numbers, randomise, unchanged
-from peft_models import base_model
-from peft_numbers import computes_what_peft_did, saves_what_peft_did
 
 import mindpet_lite as mp
 from mindpet_lite.delta import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRADense
@@ -277,15 +275,3 @@ def test_one_config_adapts_layers_of_many_kinds_and_files_keep_them(mode, tmp_pa
 def test_all_linear_means_dense_only():
     net = mp.get_pet_model(Mixed(), mp.LoraConfig(target_modules="all-linear", lora_rank=2))
     assert [type(delta) for delta in deltas(net).values()] == [LoRADense]
-
-
-# PEFT's own files
-
-@pytest.mark.parametrize("family", ["conv_tiny", "conv_grouped"])
-def test_computes_what_peft_does(shared, family, mode):
-    computes_what_peft_did(base_model(shared, family), shared, family, "lora_plain")
-
-
-@pytest.mark.parametrize("family", ["conv_tiny", "conv_grouped"])
-def test_saves_what_peft_does(shared, family, tmp_path):
-    saves_what_peft_did(base_model(shared, family), shared, family, "lora_plain", tmp_path)

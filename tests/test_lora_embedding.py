@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 
 import mindspore as ms
 import numpy as np
@@ -10,8 +9,6 @@ import pytest
 from cases_lora_embedding import reference_of
 from mindspore import Tensor, nn
 from nets import MERGED, TOLERANCE, gradients_of, numbers, randomise, unchanged
-from peft_models import base_model
-from peft_numbers import computes_what_peft_did, saves_what_peft_did
 from safetensors.numpy import load_file, save_file
 
 import mindpet_lite as mp
@@ -201,23 +198,7 @@ def test_a_rank_above_the_tables_warns():
         LoRAEmbedding(7, 4, 5, 5)
 
 
-# PEFT's own files
-
-def llama(shared):
-    net = base_model(shared, "llama_tiny")
-    # Hugging Face's Llama gives its embedding the padding token of its config.
-    net.model.embed_tokens.padding_idx = 0
-    return net
-
-
-def test_computes_what_peft_does(shared, mode):
-    computes_what_peft_did(llama(shared), shared, "llama_tiny", "lora_embedding")
-
-
-def test_saves_what_peft_does(shared, tmp_path):
-    saves_what_peft_did(llama(shared), shared, "llama_tiny", "lora_embedding", tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.0
-
+# PEFT's files, damaged
 
 def damaged(change, folder):
     """Write an adapter of an embedding and a Dense whose tensors `change` has changed."""
@@ -230,7 +211,7 @@ def damaged(change, folder):
 
 @pytest.mark.parametrize("change, message", [
     (lambda tensors, key: tensors.pop(key + "lora_embedding_B"), "0 lacks lora_embedding_B"),
-    (lambda tensors, key: tensors.update({key + "lora_A.weight": np.zeros((2, 4), np.float32)}), "0 has two kinds"),
+    (lambda tensors, key: tensors.update({key + "lora_A.weight": np.zeros((2, 4), np.float32)}), "0 has lora_A.weight, which its config does not go with"),
     (lambda tensors, key: tensors.update({key + "lora_embedding_A": np.zeros((7, 2), np.float32)}), "0: .*rank 2"),
     (lambda tensors, key: tensors.update({key + "lora_embedding_A": np.zeros((2, 8), np.float32)}), r"\(2, 8\)"),
     (lambda tensors, key: tensors.update({"base_model.model.1.base_layer.weight": np.zeros((3, 4), np.float32)}),

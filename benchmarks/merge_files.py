@@ -92,15 +92,15 @@ def merged(base: Path, adapter: Path, out: Path) -> None:
 
 
 def measured(work, folders: tuple[Path, Path, Path], result) -> None:
-    """Put the seconds that `work` takes into a queue, and the memory above what the process had before, in bytes."""
+    """Put into a queue what `work` takes: seconds, seconds of processors, bytes above what the process had before."""
     def peak() -> int:
         return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
     # Forget the peak of the imports, and of the process that started this one.
     Path("/proc/self/clear_refs").write_text("5")
-    before, start = peak(), time.perf_counter()
+    before, busy, start = peak(), time.process_time(), time.perf_counter()
     work(*folders)
-    result.put((time.perf_counter() - start, peak() - before))
+    result.put((time.perf_counter() - start, time.process_time() - busy, peak() - before))
 
 
 def main() -> None:
@@ -124,6 +124,7 @@ def main() -> None:
               f"with rank {args.rank}, largest tensor {largest / 1e6:.0f} MB")
         spawn = multiprocessing.get_context("spawn")
         seconds: dict[str, list[float]] = {"copy": [], "merge": []}
+        busy: dict[str, list[float]] = {"copy": [], "merge": []}
         memory: dict[str, list[int]] = {"copy": [], "merge": []}
         for number in range(args.rounds + 1):
             for name, work in (("copy", copy), ("merge", merged)):
@@ -134,14 +135,16 @@ def main() -> None:
                 process.join()
                 if process.exitcode:
                     sys.exit(f"{name} failed")
-                taken, peak = result.get()
+                taken, worked, peak = result.get()
                 shutil.rmtree(folder / "out")
                 # The first round is there to warm up.
                 if number:
                     seconds[name].append(taken)
+                    busy[name].append(worked)
                     memory[name].append(peak)
         for name, values in seconds.items():
             print(f"{name:6} {statistics.median(values):6.2f} s (from {min(values):.2f} to {max(values):.2f}), "
+                  f"{statistics.median(busy[name]):5.2f} s of processors, "
                   f"{max(memory[name]) / 1e6:5.0f} MB above the imports")
         ratios = [one / other for one, other in zip(seconds["merge"], seconds["copy"])]
         print(f"merge / copy: {statistics.median(seconds['merge']) / statistics.median(seconds['copy']):.2f} "

@@ -120,6 +120,15 @@ def test_a_trained_parameter_and_the_base_are_shown(capfd):
     assert inspect(Path("adapter"))["fingerprint"].keys() == {"0"}
 
 
+def test_values_that_are_not_finite_are_named(capfd):
+    state = lora({"q": (4, 4)})
+    state.layers["q"].tensors[A][0, 0] = np.nan
+    write_adapter(Path("adapter"), state)
+    assert main(["inspect", "adapter"]) == 0 and "q holds NaN or infinite values" in capfd.readouterr().out
+    assert main(["inspect", "adapter", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["layers"][0]["finite"] is False
+
+
 @pytest.mark.parametrize("what", ["nothing", "empty", "folder", "base", "pickle", "text", "cut"])
 def test_no_adapter_is_one_sentence(what, capfd):
     path = Path("thing.safetensors")

@@ -13,7 +13,9 @@ import mindspore as ms
 import numpy as np
 import pytest
 from offline_bases import HALF_STEP, TYPES, A, B, linear, lora, reference, weights, write_adapter, write_shards
+from peft_models import base_model
 
+import mindpet_lite as mp
 from mindpet_lite.formats import checkpoint_file, peft
 from mindpet_lite.formats.files import as_float, read_tensors, to_bytes
 from mindpet_lite.formats.state import AdapterState, LayerState
@@ -57,17 +59,46 @@ def test_merges_every_spelling_of_the_unets_adapter(file, shared):
     assert len(done.changed) == 32 and all(relative(after[key], value) < 1e-5 for key, value in wanted.items())
 
 
-@pytest.mark.parametrize("name", ["lora_plain", "lora_rslora", "lora_dora", "lora_embedding_dora", "lora_init_pissa"])
+@pytest.mark.parametrize("name", [f"llama_tiny/lora_{name}" for name in (
+    "plain", "rslora", "dora", "embedding_dora", "init_pissa", "init_olora", "modules_to_save",
+    "trainable_token_indices")] + ["conv_tiny/lora_dora", "conv_tiny/lora_bias_lora_only"])
 def test_equals_the_merge_of_a_net(name, shared):
-    from peft_models import base_model
-
-    import mindpet_lite as mp
-    net = mp.merge(mp.load_adapter(base_model(shared, "llama_tiny"), shared / "fixtures/peft/llama_tiny" / name))
-    merge(shared / "fixtures/peft/llama_tiny/base", shared / "fixtures/peft/llama_tiny" / name, Path("out"), quiet=True)
+    folder = shared / "fixtures/peft" / name
+    net = mp.merge(mp.load_adapter(base_model(shared, folder.parent.name), folder))
+    merge(folder.parent / "base", folder, Path("out"), quiet=True)
     after = read_tensors(Path("out/model.safetensors"))
     for path, parameter in net.parameters_and_names():
         key = path.replace("embedding_table", "weight")
         assert relative(after[key], parameter.asnumpy()) < 1e-6, key
+
+
+def test_starts_that_the_base_does_not_tell_need_the_residual_base(shared):
+    folder = shared / "fixtures/peft/llama_tiny/lora_init_lora_ga"
+    with pytest.raises(ValueError, match="lora_ga.*residual base"):
+        merge(folder.parent / "base", folder, Path("out"), quiet=True)
+    tensors = {**read_tensors(folder.parent / "base/model.safetensors"),
+               **read_tensors(folder / "residual_base.safetensors")}
+    Path("base.safetensors").write_bytes(to_bytes(tensors))
+    Path("adapter").mkdir()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    Path("adapter/adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": True}))
+    Path("adapter/adapter_model.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes())
+    merge(Path("base.safetensors"), Path("adapter"), Path("out"), quiet=True)
+    io, after = np.load(folder / "io.npz"), read_tensors(Path("out/base.safetensors"))
+    keys = [key for key in io if key.startswith("merged_weight.")]
+    assert keys and all(relative(after[key.removeprefix("merged_weight.")], io[key]) < 1e-5 for key in keys)
+
+
+def test_convolutions_of_one_dimension_as_mindspore_has_them():
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((6, 4, 1, 3), np.float32)
+    Path("base.safetensors").write_bytes(to_bytes({"conv.weight": weight}))
+    a, b = rng.standard_normal((2, 4, 3), np.float32), rng.standard_normal((6, 2, 1), np.float32)
+    state = AdapterState("lora", {"conv": LayerState({A: a, B: b}, {"lora_rank": 2, "lora_alpha": 2,
+                                                                    "lora_dropout": 0.0})})
+    merge(Path("base.safetensors"), write_adapter(Path("adapter"), state), Path("out"), quiet=True)
+    wanted = weight + (b[:, :, 0] @ a.reshape(2, -1)).reshape(weight.shape)
+    assert relative(read_tensors(Path("out/base.safetensors"))["conv.weight"], wanted) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", TYPES)

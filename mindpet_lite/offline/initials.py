@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mindpet_lite.formats.peft_config import RESIDUAL_STARTS
+
 Taken = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
@@ -17,9 +19,15 @@ def residual_of(start: str | None, rank: int, scale: float, outputs_in_rows: boo
         rank: of the adapter.
         scale: s of s · B A.
         outputs_in_rows: as in `changes.LowRank`.
+
+    Raises:
+        ValueError: it is another start.
     """
     if start is None:
         return None
+    if start not in RESIDUAL_STARTS:
+        raise ValueError(f"init_lora_weights must be one of {', '.join(RESIDUAL_STARTS)} or plain, but the file says "
+                         f"{start!r}.")
     taken = _pissa if start == "pissa" else functools.partial(_olora, scale=scale)
 
     def of(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

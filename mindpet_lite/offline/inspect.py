@@ -73,6 +73,7 @@ def table(report: Mapping[str, Any]) -> str:
     lines += ["", *_aligned(rows)]
     lines += [f"{layer['path']}: {str(layer['settings'])[1:-1] or 'no settings'}" for layer in layers
               if str(layer["settings"]) != shared[0][0]]
+    lines += [f"{layer['path']} holds NaN or infinite values" for layer in layers if not layer["finite"]]
     lines += [f"trained beside the deltas: {item['name']} {'x'.join(map(str, item['shape']))} {item['dtype']}"
               for item in report["trained"]]
     lines += [f"norm of all updates {_number(report['norm'])}"] if report["norm"] is not None else []
@@ -101,24 +102,27 @@ def _layer(path: str, layer: LayerState) -> dict[str, Any]:
         "shapes": {name: list(value.shape) for name, value in layer.tensors.items()},
         "dtypes": sorted({type_name(value.dtype) for value in layer.tensors.values()}),
         "parameters": sum(value.size for value in layer.tensors.values()),
+        "finite": all(bool(np.isfinite(as_float(value)).all()) for value in layer.tensors.values()),
         "norm": None if scale is None else _norm(layer.tensors, scale)}
 
 
 def _rank(tensors: Mapping[str, np.ndarray]) -> int | None:
     a = tensors.get(A, tensors.get(EMBEDDING_A))
-    return None if a is None else int(a.shape[0])
+    return None if a is None or not a.ndim else int(a.shape[0])
 
 
 def _norm(tensors: Mapping[str, np.ndarray], scale: float) -> float | None:
     names = (A, B) if A in tensors else (EMBEDDING_A, EMBEDDING_B)
-    if any(name not in tensors for name in names):
+    if any(name not in tensors or tensors[name].ndim < 2 for name in names):
         return None
     a, b = (as_float(tensors[name]).astype(np.float64).reshape(tensors[name].shape[0], -1) for name in names)
     # A convolution with groups: each group of outputs has its share of the rank.
+    if not b.shape[1] or a.shape[0] % b.shape[1]:
+        return None
     groups = a.shape[0] // b.shape[1]
     a, b = a.reshape(groups, b.shape[1], -1), b.reshape(groups, -1, b.shape[1])
     squares = np.sum((b.transpose(0, 2, 1) @ b) * (a @ a.transpose(0, 2, 1)))
-    return scale * math.sqrt(max(float(squares), 0.0))
+    return scale * math.sqrt(max(float(squares), 0.0)) if np.isfinite(squares) else None
 
 
 def _number(value: float | None) -> str:

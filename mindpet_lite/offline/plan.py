@@ -19,11 +19,10 @@ from mindpet_lite.offline.numbers import FLOATS
 TOKENS = "mindpet_delta_lora_tokens"
 _KNOWN = {A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, B_BIAS, TOKENS}
 _TABLES = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared|embedding)")
-_HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|output_projection)")
+_HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|output_projection|predictions\.decoder)")
 _WITH_HEAD = re.compile(r"LMHead|ForCausalLM|ForConditionalGeneration|ForMaskedLM|ForPreTraining")
 # What stands beside a quantised weight, or for it, below a layer.
-_QUANTISED = ("qweight", "qzeros", "SCB", "weight_format", "weight_scale", "weight_scale_inv", "absmax",
-              "weight.absmax", "weight_packed", "weight_quantizer")
+_QUANTISED = ("qweight", "qzeros", "SCB", "weight_format", "weight_scale", "weight_scale_inv", "weight_packed")
 
 
 def plan(state: AdapterState, base: Base) -> dict[str, Change]:
@@ -64,9 +63,17 @@ def plan(state: AdapterState, base: Base) -> dict[str, Change]:
 
 
 def scale_of(settings: Mapping[str, Any]) -> float:
-    """Return s of s · B A: alpha / rank, with rsLoRA alpha / sqrt(rank)."""
-    rank = settings["lora_rank"]
-    return settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    """Return s of s · B A: alpha / rank, with rsLoRA alpha / sqrt(rank).
+
+    Raises:
+        ValueError: the settings have no positive numbers for rank and alpha.
+    """
+    rank: Any = settings.get("lora_rank")
+    alpha: Any = settings.get("lora_alpha")
+    for value, kind in ((rank, int), (alpha, (int, float))):
+        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 1e9:
+            raise ValueError(f"rank and alpha must be positive numbers, but the file says {rank!r} and {alpha!r}.")
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
 def _of_layer(path: str, layer: LayerState, state: AdapterState, base: Base) -> dict[str, Change]:
@@ -84,6 +91,10 @@ def _of_layer(path: str, layer: LayerState, state: AdapterState, base: Base) -> 
     if TOKENS in layer.tensors:
         return {weight: _tokens(layer, base.shape(weight))}
     scale = scale_of(layer.settings)
+    factor = layer.tensors.get(A, layer.tensors.get(EMBEDDING_A))
+    if factor is not None and factor.shape[:1] != (layer.settings["lora_rank"],):
+        raise ValueError(f"its factor A has the shape {factor.shape}, but the file says rank "
+                         f"{layer.settings['lora_rank']}.")
     left, right, in_rows = _oriented(layer, base.shape(weight), bool(state.config.get("fan_in_fan_out")), scale)
     # PEFT starts embeddings in its plain way whatever the config says.
     start = None if EMBEDDING_A in layer.tensors else layer.settings.get("init_lora_weights")
@@ -104,7 +115,7 @@ def _weight(path: str, base: Base) -> str:
         stored = [name for name in base.owners.get(path, {}) if name in _QUANTISED]
         raise ValueError(f"the base is quantised ({', '.join(stored)}): merge onto the base it was quantised from."
                          if stored else "the base has no weight there.")
-    quantised = [name for name in _QUANTISED if name in base.owners[path] or f"{weight}.{name}" in base.owners[path]]
+    quantised = [name for name in _QUANTISED if name in base.owners[path]]
     if base.dtype(weight) not in FLOATS or quantised:
         raise ValueError(f"the base is quantised ({weight} is {type_name(base.dtype(weight))}"
                          f"{''.join(f', with {name} beside it' for name in quantised)}): merge onto the base it was "
@@ -113,7 +124,9 @@ def _weight(path: str, base: Base) -> str:
 
 
 def _tokens(layer: LayerState, shape: tuple[int, ...]) -> Replaced:
-    rows, value = (layer.settings or {})["token_indices"], layer.tensors[TOKENS]
+    rows, value = (layer.settings or {}).get("token_indices"), layer.tensors[TOKENS]
+    if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
+        raise ValueError(f"token_indices must be a list of token numbers, but the file says {rows!r:.100}.")
     if len(shape) != 2 or value.shape != (len(rows), shape[1]) or max(rows, default=0) >= shape[0]:
         raise ValueError(f"it trains the tokens {rows} with values of shape {value.shape}, which the table of shape "
                          f"{shape} does not have.")
@@ -139,9 +152,9 @@ def _oriented(layer: LayerState, shape: tuple[int, ...], transposed: bool,
                          "as many groups cannot hold; use it unmerged.")
     update = (b.shape[0], *a.shape[1:])
     as_it_is = update == shape and not is_table
-    # 1x1 convolutions and dense layers hold the same matrix, and tools take one for the other.
-    if not as_it_is and not is_table and set(update[2:]) | set(shape[2:]) <= {1}:
-        as_it_is = update[:2] == shape[:2]
+    # A convolution may have fewer axes elsewhere: 1x1 as a dense layer, one-dimensional ones with a kernel (1, k).
+    if len(update) != len(shape) and not is_table:
+        as_it_is = _without_ones(update) == _without_ones(shape)
     turned = len(shape) == 2 and update[:2][::-1] == shape and set(update[2:]) <= {1}
     a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1) * np.float32(scale)
     if turned and (is_table or transposed):
@@ -150,6 +163,10 @@ def _oriented(layer: LayerState, shape: tuple[int, ...], transposed: bool,
         raise ValueError(f"the adapter's update has the shape {update[::-1] if is_table else update}, but the base's "
                          f"weight has {shape}.")
     return b, a, True
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return *shape[:2], *(length for length in shape[2:] if length != 1)
 
 
 def _flat_magnitude(magnitude: np.ndarray, outputs: int) -> np.ndarray:
@@ -183,7 +200,7 @@ def _trained(name: str, value: np.ndarray, base: Base) -> str:
 def _tied(found: Mapping[str, list[Change]], base: Base, config: Mapping[str, Any]) -> list[str]:
     """Return a sentence for each change of an embedding that is the output layer's weight too."""
     heads = [path for path in base.owners if _HEADS.fullmatch(path)]
-    kinds = " ".join(map(str, config.get("architectures") or ()))
+    kinds = str(config.get("architectures") or "")
     tied = config.get("tie_word_embeddings", not heads and bool(_WITH_HEAD.search(kinds)))
     if not tied or kinds and not _WITH_HEAD.search(kinds):
         return []

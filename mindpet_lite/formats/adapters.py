@@ -135,7 +135,7 @@ def _decode(kind: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str,
 def _files(path: Path) -> tuple[Path | None, Path]:
     """Return the config of an adapter, None where there is none, and its tensors."""
     if not path.exists():
-        raise FileNotFoundError(f"There is nothing at {path}: check the path.")
+        raise FileNotFoundError(f"There is no {path}: check the path.")
     folder = path if path.is_dir() else path.parent
     config = folder / CONFIG_FILE if (folder / CONFIG_FILE).is_file() else None
     found = sorted(item for item in folder.iterdir() if item.suffix in (".safetensors", ".ckpt"))

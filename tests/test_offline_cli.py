@@ -50,7 +50,7 @@ def test_merge(folders, capfd):
 
 
 @pytest.mark.parametrize("option, value, message", [
-    ("--base", "nowhere", "no base at nowhere"), ("--adapter", "nowhere", "nothing at nowhere"),
+    ("--base", "nowhere", "no base at nowhere"), ("--adapter", "nowhere", "There is no nowhere"),
     ("--base", "adapter", "no weights that can be merged"), ("--adapter", "base", "no directory of one adapter"),
     ("--names", "names.yaml", "no YAML file"), ("--from", "gguf", "is not one of"),
     ("--from", "kohya", "no key of kohya")])

@@ -143,6 +143,6 @@ def test_no_adapter_is_one_sentence(what, capfd):
     assert main(["inspect", str(path)]) == 2
     output, errors = capfd.readouterr()
     assert output == "" and errors.count("\n") == 1 and "thing.safetensors" in errors
-    wanted = {"nothing": "nothing at", "folder": "no directory of one adapter", "base": "no adapter of a format",
+    wanted = {"nothing": "There is no", "folder": "no directory of one adapter", "base": "no adapter of a format",
               "pickle": "pickle", "cut": "cut short"}
     assert wanted.get(what, "not a whole safetensors file") in errors

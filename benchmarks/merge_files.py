@@ -5,12 +5,14 @@
     python benchmarks/merge_files.py --dtype float16 --targets q_proj v_proj
 
 The base is a stack of Llama blocks of width 4096 with its embedding. Copy and merge run interleaved, each in a process
-of its own, and medians are compared, because a disk's speed drifts. Neither waits for the disk to have taken the bytes.
+of its own, and medians are compared, because a disk's speed drifts. Neither waits for the disk to have the bytes, unless
+--flush is given: then both do.
 Memory is the largest resident size that the process had, above what it had when all was imported.
 """
 import argparse
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import statistics
@@ -79,19 +81,28 @@ def make_adapter(folder: Path, shapes: dict[str, tuple[int, ...]], targets: list
 
 
 def copy(base: Path, adapter: Path, out: Path) -> None:
-    """Read and write every file of the base."""
+    """Read and write every file of the base, through one buffer: new memory for each block takes three times as long."""
     out.mkdir()
+    buffer = memoryview(bytearray(BLOCK))
     for path in base.iterdir():
         with path.open("rb", buffering=0) as source, (out / path.name).open("wb", buffering=0) as target:
-            while block := source.read(BLOCK):
-                target.write(block)
+            while count := source.readinto(buffer):
+                target.write(buffer[:count])
 
 
 def merged(base: Path, adapter: Path, out: Path) -> None:
     merge(base, adapter, out, quiet=True)
 
 
-def measured(work, folders: tuple[Path, Path, Path], result) -> None:
+def flush(folder: Path) -> None:
+    """Wait until the disk has the files."""
+    for path in folder.rglob("*"):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def measured(work, folders: tuple[Path, Path, Path], flushed: bool, result) -> None:
     """Put into a queue what `work` takes: seconds, seconds of processors, bytes above what the process had before."""
     def peak() -> int:
         return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
@@ -100,6 +111,8 @@ def measured(work, folders: tuple[Path, Path, Path], result) -> None:
     Path("/proc/self/clear_refs").write_text("5")
     before, busy, start = peak(), time.process_time(), time.perf_counter()
     work(*folders)
+    if flushed:
+        flush(folders[2])
     result.put((time.perf_counter() - start, time.process_time() - busy, peak() - before))
 
 
@@ -111,6 +124,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", nargs="+", default=[name.rpartition(".")[2] for name in LINEAR])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--flush", action="store_true", help="let both wait until the disk has the bytes")
     parser.add_argument("--folder", help="on the disk to measure; default: that for temporary files")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=args.folder))
@@ -130,7 +144,7 @@ def main() -> None:
             for name, work in (("copy", copy), ("merge", merged)):
                 result = spawn.Queue()
                 process = spawn.Process(target=measured, args=(
-                    work, (folder / "base", folder / "adapter", folder / "out"), result))
+                    work, (folder / "base", folder / "adapter", folder / "out"), args.flush, result))
                 process.start()
                 process.join()
                 if process.exitcode:

@@ -16,7 +16,8 @@ METHOD_NAMES = {"LoRADense", "LoraConfig", "LoRAConv1d", "LoRAConv2d", "LoRAConv
                 "LowRankAdapterConfig", "LowRankAdapterDense", "LowRankAdapterLayer", "PrefixDense", "PrefixEncoder",
                 "PrefixLayer", "PrefixTuningConfig", "Ptuning2Config", "Ptuning2Dense", "prefix_mask",
                 "prepend_prefix"}
-PUBLIC = METHOD_NAMES | {
+TRAIN_NAMES = {"DeltaEMA", "GradientAccumulation", "HealthCallback", "clip_global_norm", "lora_plus_groups"}
+PUBLIC = METHOD_NAMES | TRAIN_NAMES | {
     "install_as_mindpet", "get_pet_model", "merge", "unmerge", "summary", "save_adapter", "load_adapter",
     "set_lora_scale", "adapters_disabled", "fold_prefixes", "TrainableParamsCheckPoint", "freeze_delta",
     "freeze_modules", "freeze_from_config"}
@@ -56,13 +57,15 @@ def imports_of(path: Path) -> set[str]:
 def test_public_names():
     assert set(mindpet_lite.__all__) == PUBLIC
     assert all(hasattr(mindpet_lite, name) for name in [*PUBLIC, "__version__"])
-    from mindpet_lite import delta, graph
+    from mindpet_lite import delta, graph, train
     for name in METHOD_NAMES:
         assert getattr(delta, name) is getattr(mindpet_lite, name)
+    for name in TRAIN_NAMES:
+        assert getattr(train, name) is getattr(mindpet_lite, name)
     assert {kind.__name__ for kind in delta.METHODS.values()} <= METHOD_NAMES
-    for name in PUBLIC - METHOD_NAMES - {"install_as_mindpet"}:
+    for name in PUBLIC - METHOD_NAMES - TRAIN_NAMES - {"install_as_mindpet"}:
         assert getattr(graph, name) is getattr(mindpet_lite, name)
-    for module in (mindpet_lite, delta, graph):
+    for module in (mindpet_lite, delta, graph, train):
         assert all(hasattr(module, name) for name in module.__all__)
 
 
@@ -101,6 +104,13 @@ def test_arrows_point_one_way():
                 "mindpet_lite.delta.base", "mindpet_lite.delta.parts"}
             assert not methods, f"{name} imports a method's file: {methods}"
             assert "mindpet_lite" not in own and "mindpet_lite.cli" not in own, name
+        elif room == "train":
+            rooms = {".".join(item.split(".")[:2]) for item in own}
+            assert rooms <= {f"mindpet_lite.{item}" for item in ("delta", "graph", "formats", "train")}, name
+            assert not {item for item in own if item.startswith("mindpet_lite.delta.")} - {
+                "mindpet_lite.delta.base", "mindpet_lite.delta.parts"}, f"{name} imports a method's file"
+        assert "mindpet_lite.train" not in {".".join(item.split(".")[:2]) for item in own} or room in (
+            "", "train"), f"{name}: nothing is built on the aids of training"
         assert "yaml" not in outside or path == ROOT / "config.py", f"{name}: only config.py reads YAML"
         assert "click" not in outside or path.parent == ROOT, f"{name}: only the command line knows click"
         assert "tqdm" not in outside or room == "offline", f"{name}: only long work on files has a progress bar"

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
 
@@ -107,14 +108,16 @@ class Delta:
 
     `delta_names` names the attributes that hold what it trains: Parameters, or cells of them. `live_names` names
     Parameters that are never trained, counted or written to a file: those that steer a compiled graph by their value,
-    and constants. `strength` multiplies the delta (1 is the trained adapter, 0 the base), `enabled` switches it;
-    `refresh` puts both into effect. `fixed` and `unmergeable` say why a method cannot be steered or merged.
+    and constants. `output_names` names those of `delta_parameters()` on the side of the layer's output, as LoRA's B.
+    `strength` multiplies the delta (1 is the trained adapter, 0 the base), `enabled` switches it; `refresh` puts both
+    into effect. `fixed` and `unmergeable` say why a method cannot be steered or merged.
     `foldable` says that some of what trains can be left out for inference, by `fold`.
     """
 
     method: ClassVar[str]
     delta_names: tuple[str, ...]
     live_names: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ()
 
     strength: float = 1.0
     enabled: bool = True
@@ -140,6 +143,10 @@ class Delta:
     def live_parameters(self) -> dict[str, Parameter]:
         """Return the Parameters that are never trained, by attribute name."""
         return {name: getattr(self, name) for name in self.live_names}
+
+    def delta_norm(self) -> float:
+        """Return how large the delta is: the root of the sum of the squares of all it trains."""
+        return math.sqrt(sum(float(np.square(float64(item)).sum()) for item in self.delta_parameters().values()))
 
     def refresh(self) -> None:
         """Write `strength` and `enabled` into the live Parameters; a running graph sees it at its next call."""
@@ -176,6 +183,11 @@ class Delta:
 
     def adopt_settings(self, settings: Mapping[str, Any]) -> None:
         """Take over from a file the settings that are values of this layer, such as a scale."""
+
+
+def float64(value: Tensor) -> np.ndarray:
+    """Return a Tensor or Parameter of any float type; numpy has no bfloat16."""
+    return value.astype(mstype.float32).asnumpy().astype(np.float64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from mindpet_lite.delta.base import (
     check_int,
     check_positive,
     check_probability,
+    float64,
     warn_user,
 )
 from mindpet_lite.delta.lora.start import RESIDUAL, check_start, factors
@@ -151,6 +152,7 @@ class LowRank(Delta):
         for name, number in steering.items():
             setattr(self, name, Parameter(Tensor(number, mindspore.float32), name=prefix + name, requires_grad=False))
         self.delta_names, self.live_names = tuple(values), tuple(steering)
+        self.output_names = self.delta_names[1:]
         if config.use_dora:
             # By the same operators as in the forward, so that their quotient is 1 exactly.
             norm = self._live_norm(config.compute_dtype or weight.dtype).astype(config.param_init_type).asnumpy()
@@ -187,6 +189,15 @@ class LowRank(Delta):
     def _over_outputs(self, outputs: int) -> tuple[int, ...]:
         """Return the shape in which a number for each output is multiplied with the layer's output."""
         return (outputs,)
+
+    def delta_norm(self) -> float:
+        """Return ||s B A||, the root of the sum of squares, from the factors' products with themselves."""
+        a, b = (float64(getattr(self, name)) for name in self.delta_names[:2])
+        # B's columns are those of one group of a convolution.
+        groups, rank = self.lora_rank // b.shape[1], b.shape[1]
+        a, b = a.reshape(groups, rank, -1), b.reshape(groups, -1, rank)
+        squares = np.sum((b.swapaxes(1, 2) @ b) * (a @ a.swapaxes(1, 2)))
+        return float(self._factor() * np.sqrt(np.maximum(squares, 0)))
 
     def refresh(self) -> None:
         """Set the live factor to ``strength · s``, or 0 where switched off; with DoRA, the live strength."""

@@ -1,0 +1,128 @@
+"""A training step that accumulates gradients."""
+from __future__ import annotations
+
+import mindspore
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from mindpet_lite.delta.base import check_int, check_positive
+from mindpet_lite.delta.parts import as_type
+from mindpet_lite.train.clip import clip_global_norm
+from mindpet_lite.train.ema import DeltaEMA
+
+_SPLIT = (mindspore.ParallelMode.DATA_PARALLEL, mindspore.ParallelMode.HYBRID_PARALLEL)
+
+
+class GradientAccumulation(nn.Cell):
+    r"""A training step that updates the weights once in `steps` calls, from the mean of their gradients.
+
+    .. math:: g = \frac{1}{n} \sum_{i=1}^{n} \nabla L(x_i)
+
+    For micro-batches of one size and a loss that is a mean over examples, that is the gradient of the batch of all of
+    them, at the memory of one. Sums are kept in float32 for the optimizer's parameters alone: with a frozen base these
+    are the deltas. They, and the count, are Parameters, and what is done in which call is decided in the compiled
+    graph, without the host. A window that an epoch leaves open goes on in the next.
+
+    At the end of a window, in this order: the mean; in data-parallel training the mean over the devices; with
+    `loss_scaler` unscaling, and nothing but a smaller scale where a gradient is not finite; clipping with
+    :func:`mindpet_lite.clip_global_norm`; the optimizer; `ema`. With `steps` 1 it is the plain step with the same
+    order, and has no sums.
+
+    >>> step = GradientAccumulation(nn.WithLossCell(net, loss), optimizer, steps=4, max_norm=1.0)
+    >>> Model(step).train(epochs, dataset)             # or: loss = step(x, y)
+
+    Args:
+        network: a cell that gives a scalar loss.
+        optimizer: of `mindspore.nn`; its parameters train.
+        steps: n, positive. Learning rates and weight decays count updates, not calls.
+        max_norm: largest norm of all gradients together; None for no clipping.
+        loss_scaler: a `mindspore.amp.StaticLossScaler` or `DynamicLossScaler`; it is adjusted once a window.
+        ema: averages to update after each update of the weights.
+
+    Inputs:
+        - **\*batch** (Tensor): what `network` takes.
+
+    Outputs:
+        Tensor (), the loss of this call's micro-batch.
+
+    Raises:
+        TypeError: an argument is of another kind.
+        ValueError: `steps` or `max_norm` is not positive.
+    """
+
+    def __init__(self, network: nn.Cell, optimizer: nn.Optimizer, steps: int, max_norm: float | None = None,
+                 loss_scaler: mindspore.amp.LossScaler | None = None, ema: DeltaEMA | None = None) -> None:
+        super().__init__(auto_prefix=False)
+        check_int("steps", steps)
+        if max_norm is not None:
+            check_positive("max_norm", max_norm)
+        for name, value, kind, needed in (
+                ("network", network, nn.Cell, True), ("optimizer", optimizer, nn.Optimizer, True),
+                ("loss_scaler", loss_scaler, mindspore.amp.LossScaler, False), ("ema", ema, DeltaEMA, False)):
+            if not isinstance(value, kind) and (needed or value is not None):
+                raise TypeError(f"{name} must be a {kind.__name__}{'' if needed else ' or None'}, but got "
+                                f"{type(value).__name__}.")
+        self.network, self.optimizer, self.ema, self.loss_scaler = network, optimizer, ema, loss_scaler
+        self.steps, self.max_norm = steps, max_norm
+        parameters = optimizer.parameters
+        self.gradients = mindspore.value_and_grad(self._scaled_loss, None, parameters)
+        self.each = ops.HyperMap()
+        self.types = tuple(item.dtype for item in parameters)
+        self.reducer = nn.DistributedGradReducer(parameters) \
+            if mindspore.get_auto_parallel_context("parallel_mode") in _SPLIT else nn.Identity()
+        if steps > 1:
+            self.count = Parameter(Tensor(0, mstype.int32), name="accumulated_count", requires_grad=False)
+            self.sums = ParameterTuple([
+                Parameter(Tensor(np.zeros(item.shape, np.float32)), name=f"accumulated.{item.name}",
+                          requires_grad=False) for item in parameters])
+
+    def construct(self, *batch: Tensor) -> Tensor:
+        """Return the loss of a micro-batch; train with it."""
+        loss, gradients = self.gradients(*batch)
+        if self.loss_scaler is not None:
+            loss = self.loss_scaler.unscale(loss)
+        if self.steps == 1:
+            return ops.depend(loss, self._update(gradients))
+        self.each(_add, self.sums, gradients)
+        ops.assign(self.count, (self.count + 1) % self.steps)
+        if self.count == 0:
+            self._update(self.each(ops.partial(_times, 1 / self.steps), self.sums))
+            self.each(_clear, self.sums)
+        return loss
+
+    def _scaled_loss(self, *batch: Tensor) -> Tensor:
+        loss = self.network(*batch)
+        return loss if self.loss_scaler is None else self.loss_scaler.scale(loss)
+
+    def _update(self, gradients: tuple[Tensor, ...]) -> bool:
+        """Do what is due at the end of a window, with the mean of its gradients."""
+        gradients = self.reducer(gradients)
+        if self.loss_scaler is None:
+            return self._apply(gradients)
+        finite = mindspore.amp.all_finite(gradients)
+        gradients = self.loss_scaler.unscale(gradients)
+        self.loss_scaler.adjust(finite)
+        if finite:
+            self._apply(gradients)
+        return True
+
+    def _apply(self, gradients: tuple[Tensor, ...]) -> bool:
+        if self.max_norm is not None:
+            gradients, _ = clip_global_norm(gradients, self.max_norm)
+        self.optimizer(self.each(as_type, gradients, self.types))
+        if self.ema is not None:
+            self.ema()
+        return True
+
+
+def _add(total: Parameter, gradient: Tensor) -> Tensor:
+    return ops.assign_add(total, as_type(gradient, mstype.float32))
+
+
+def _times(factor: float, total: Parameter) -> Tensor:
+    return total * factor
+
+
+def _clear(total: Parameter) -> Tensor:
+    return ops.assign(total, ops.zeros_like(total))

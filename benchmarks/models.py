@@ -18,7 +18,6 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 WUKONG = Path(__file__).parents[1] / "examples" / "wukong"
-TARGETS = ["to_q", "to_k", "to_v", "to_out"]
 Dense = Callable[..., nn.Cell]
 
 
@@ -32,11 +31,12 @@ class Stack:
     tokens: int
     rank: int
     heads: int = 8
+    targets: tuple[str, ...] = dataclasses.field(default=("to_q", "to_k", "to_v", "to_out"), repr=False)
 
     @property
     def layers(self) -> int:
         """How many layers LoRA adapts."""
-        return self.blocks * len(TARGETS)
+        return self.blocks * len(self.targets)
 
     def net(self, dense: Dense) -> nn.Cell:
         """Build the net with its loss."""
@@ -60,11 +60,12 @@ class UNet:
     words: int
     batch: int
     rank: int
+    targets: tuple[str, ...] = dataclasses.field(default=("to_q", "to_k", "to_v", "to_out.0"), repr=False)
 
     @property
     def layers(self) -> int:
-        """How many layers LoRA adapts: two attentions in each transformer, of which every level and the middle have."""
-        return 2 * len(TARGETS) * (3 * len(self.mult) + 1)
+        """How many layers LoRA adapts: those of two attentions in each transformer, three a level and the middle's."""
+        return 2 * len(self.targets) * (3 * len(self.mult) + 1)
 
     def net(self, dense: Dense) -> nn.Cell:
         """Build the net with its loss."""
@@ -168,7 +169,7 @@ def main() -> None:
     for name, shape in SHAPES.items():
         net = shape.net(nn.Dense)
         count = sum(parameter.size for parameter in net.get_parameters())
-        found = sum(isinstance(cell, nn.Dense) and any(f".{target}" in path for target in TARGETS)
+        found = sum(isinstance(cell, nn.Dense) and path.endswith(shape.targets)
                     for path, cell in net.cells_and_names())
         assert found == shape.layers, (found, shape.layers)
         print(f"{name:9} {count / 1e6:6.2f} M parameters, {shape.layers:3} layers adapted: {shape}")

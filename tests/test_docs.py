@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "README_CN.md", "docs/guide.md", "docs/guide_CN.md", "docs/mindpet.md", "docs/mindpet_CN.md"]
+PAGES = ["README.md", "README_CN.md", "docs/guide.md", "docs/guide_CN.md", "docs/mindpet.md", "docs/mindpet_CN.md",
+         "docs/training.md", "docs/training_CN.md"]
 
 
 def blocks_of(page: str, language: str) -> list[str]:

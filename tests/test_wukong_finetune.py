@@ -127,6 +127,21 @@ def test_pynative_trains_the_same_adapter(place):
         np.testing.assert_allclose(pynative[key], value, atol=2e-5, err_msg=key)
 
 
+def test_lora_plus_ratio(place, monkeypatch):
+    class EnoughError(Exception):
+        pass
+
+    def no_step(loss, optimizer, *rest):
+        rates = zip(optimizer.parameters, optimizer.get_lr())
+        assert {(one.name[-1], round(float(rate.asnumpy()), 9)) for one, rate in rates} == {("a", 5e-4), ("b", 4e-3)}
+        raise EnoughError
+
+    monkeypatch.setattr(finetune, "TrainStep", no_step)
+    monkeypatch.setattr(finetune, "denoising_loss", lambda *_: 1.0)
+    with pytest.raises(EnoughError):
+        finetune.main(run_of(place, "plus", "--lora-plus-ratio", "8", "--lr", "1e-3", "--warmup", "2"))
+
+
 def test_bad_rows_are_counted_skips(place, tmp_path, capsys):
     write_data(tmp_path / "train", 3)
     (tmp_path / "train" / "1.png").write_bytes(b"no image")

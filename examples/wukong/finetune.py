@@ -33,7 +33,7 @@ from settings import FIELDS, Settings, add_flags, read
 from tqdm import tqdm
 from training import learning_rates
 
-from mindpet_lite import LoraConfig, freeze_delta, get_pet_model, save_adapter
+from mindpet_lite import LoraConfig, freeze_delta, get_pet_model, lora_plus_groups, save_adapter
 from mindpet_lite.graph import TrainableReport
 
 FLAGS = [name for name in FIELDS if name != "model"]
@@ -141,7 +141,9 @@ def train(base: Base, examples: Examples, settings: Settings) -> list[float]:
         UserError: The loss is not finite.
     """
     rates = learning_rates(settings.learning_rate, settings.final_learning_rate, settings.warmup_steps, settings.steps)
-    optimizer = nn.AdamWeightDecay(base.unet.trainable_params(), rates, weight_decay=settings.weight_decay)
+    trained = base.unet.trainable_params() if settings.lora_plus_ratio == 1 else \
+        lora_plus_groups(base.unet, rates, settings.lora_plus_ratio)
+    optimizer = nn.AdamWeightDecay(trained, rates, weight_decay=settings.weight_decay)
     loss = DiffusionLoss(base.unet, base.schedule, settings.min_snr_gamma)
     step = TrainStep(loss, optimizer, settings.clip_norm, settings.loss_scale if settings.fp16 else None)
     base.unet.set_train(True)

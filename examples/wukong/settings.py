@@ -41,6 +41,7 @@ class Settings:
     steps: int = setting(500, "training steps", least=1)
     batch_size: int = setting(32, "images per step", "--batch", least=1)
     learning_rate: float = setting(1e-4, "highest learning rate", "--lr", above=0)
+    lora_plus_ratio: float = setting(1.0, "LoRA+: LoRA's B has the learning rate times this", above=0)
     final_learning_rate: float = setting(1e-6, "learning rate that the cosine ends at", above=0)
     warmup_steps: int = setting(20, "steps of linear warm-up", "--warmup", least=1)
     weight_decay: float = setting(0.01, "weight decay of AdamW", least=0)

@@ -4,7 +4,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from mindpet_lite.offline.problems import first_of
+
 USER_ERROR, TIMED_OUT, INTERRUPTED = 2, 124, 130
+# Of an error: room for a sentence, the problems that the tools list, and how many more there are.
+_LINES = 12
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TimeoutError as error:
         return _fail(str(error), TIMED_OUT)
     except (OSError, ValueError) as error:
-        return _fail(str(error), USER_ERROR)
+        return _fail(first_of(error, _LINES), USER_ERROR)
     except click.Abort:
         return INTERRUPTED
 

@@ -57,6 +57,11 @@ def test_cells_that_hold_others():
     net = ["input_blocks.3", "input_blocks.3.0", "input_blocks.3.0.op", "input_blocks.3.0.op.conv"]
     assert map_names(["down_blocks.0.downsamplers.0.conv"], net) == {
         "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op.conv"}
+    for path in ("input_blocks.3.0.op", "unet.input_blocks.3.0.op"):
+        assert map_names([path], net) == {path: "input_blocks.3.0.op.conv"}
+        assert map_names([path], [f"net.{place}" for place in net]) == {path: "net.input_blocks.3.0.op.conv"}
+        assert map_names([path], net[:-1]) == {path: net[-2]}
+    assert map_names(["to_q"], ["a.to_q", "a.to_q.inner"]) == {"to_q": "a.to_q"}
     net = ["model.layers.0.attention", "model.layers.0.attention.wq", "model.layers.0.attention.wq.lora_dropout"]
     assert map_names(["model.layers.0.self_attn.q_proj"], net)["model.layers.0.self_attn.q_proj"] == net[1]
 

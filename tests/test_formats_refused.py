@@ -95,6 +95,17 @@ def test_a_damaged_entry(entry):
                                                                 "mindpet_lite": json.loads(entry)})
 
 
+def test_paths_of_folders_in_our_entry_are_refused():
+    found = kohya.encode(lora({"x": dense()}))
+    entry = json.loads(found[1]["mindpet_lite"])
+    entry["layers"]["lora_unet_x"]["path"] = "../../x"
+    with pytest.raises(ValueError, match="is a path of folders"):
+        kohya.decode(found[0], {"mindpet_lite": json.dumps(entry)})
+    entry = {"../x": {"method": "lora", "settings": {}, "parameters": {"mindpet_delta_lora_a": "x"}}}
+    with pytest.raises(ValueError, match="is a path of folders"):
+        mindpet.decode({"x": np.ones((2, 4), np.float32)}, json.dumps(entry), ["lora"])
+
+
 def test_settings_that_make_no_sense_are_not_ours():
     for own in ({"lora_rank": "2", "lora_alpha": 2}, {"lora_rank": 2, "lora_alpha": None}, {},
                 {"lora_rank": 2, "lora_alpha": 1, "use_rslora": True}, {"lora_rank": [], "lora_alpha": 2}):

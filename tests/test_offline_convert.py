@@ -12,6 +12,7 @@ from offline_bases import A, lora, weights, write_adapter, write_shards
 from mindpet_lite.cli import main
 from mindpet_lite.formats.adapters import read_adapter, to_files, write_files
 from mindpet_lite.formats.files import BF16, read_tensors, to_bytes
+from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.offline import convert as conversion
 from mindpet_lite.offline.convert import convert, differences
 
@@ -74,6 +75,33 @@ def test_what_a_format_cannot_hold_is_said(capfd):
     assert main(["convert", "adapter", "out", "--to", "mindformers"]) == 2
     errors = capfd.readouterr().err
     assert "one alpha for all layers" in errors and errors.count("\n") == 1 and not Path("out").exists()
+
+
+def test_adapters_that_do_not_say_rank_and_alpha_have_no_place_in_pefts_config(capfd):
+    Path("bare.safetensors").write_bytes(to_bytes({"x.mindpet_delta_lora_a": np.ones((2, 4), np.float32),
+                                                   "x.mindpet_delta_lora_b": np.ones((4, 2), np.float32)}))
+    assert main(["convert", "bare.safetensors", "out", "--to", "peft"]) == 2
+    assert "x: rank and alpha are not known" in capfd.readouterr().err and not Path("out").exists()
+
+
+@pytest.mark.parametrize("dtype, value, message", [(np.float32, np.nan, "to_q.mindpet_delta_lora_a holds NaN"),
+                                                   (np.int32, 1, "to_q.mindpet_delta_lora_b is of type I32")])
+def test_values_that_are_none_of_an_adapter_are_refused(dtype, value, message, capfd):
+    write_adapter(Path("adapter"), AdapterState("lora", {"to_q": LayerState(
+        {"mindpet_delta_lora_a": np.full((2, 4), value, dtype), "mindpet_delta_lora_b": np.ones((4, 2), dtype)},
+        {"lora_rank": 2, "lora_alpha": 4, "lora_dropout": 0.0})}))
+    assert main(["convert", "adapter", "out", "--to", "peft"]) == 2
+    assert message in capfd.readouterr().err and not Path("out").exists()
+
+
+def test_long_lists_of_problems_are_cut_on_the_command_line(capfd):
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    Path("adapter/adapter_model.safetensors").write_bytes(to_bytes(
+        {f"base_model.model.l{number}.lora_A.weight": np.ones((2, 4), np.float32) for number in range(100)}))
+    assert main(["inspect", "adapter"]) == 2
+    errors = capfd.readouterr().err
+    assert "l0 lacks lora_B.weight" in errors and "and 89 more." in errors and "l50" not in errors
 
 
 def test_a_codec_that_lost_something_would_be_found(monkeypatch):

@@ -16,7 +16,7 @@ from mindpet_lite.formats.atomic import atomic_file, open_together, write_togeth
 from mindpet_lite.formats.checkpoint_file import open_checkpoint, to_parts
 from mindpet_lite.formats.detect import FORMATS, detect
 from mindpet_lite.formats.directory import CONFIG_FILE, TENSOR_FILE, read_config
-from mindpet_lite.formats.files import TensorFile, open_tensors, tensors_in, to_bytes
+from mindpet_lite.formats.files import TensorFile, as_float, open_tensors, tensors_in, to_bytes, type_name
 from mindpet_lite.formats.state import AdapterState
 
 TARGETS = ("peft", "diffusers", "kohya", "mindpet", "mindformers")
@@ -67,6 +67,7 @@ def read_adapter(path: Path, kind: str | None = None, methods: Iterable[str] = (
                                 f"give the directory with both.")
     try:
         state = _decode(found, tensors, file.metadata, config, methods, paths)
+        _check_types(state)
     except ValueError as error:
         raise ValueError(f"The adapter in {path} cannot be used:\n  {error}") from error
     return Adapter(state, found, tuple(filter(None, (config_file, tensor_file))))
@@ -130,6 +131,15 @@ def _decode(kind: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str,
     if kind == "mindpet":
         return mindpet.decode(tensors, metadata.get(mindpet.SETTINGS_KEY), methods)
     return mindformers.decode(tensors, config)
+
+
+def _check_types(state: AdapterState) -> None:
+    """Refuse factors of LoRA that are no numbers with a fraction."""
+    wrong = [f"{path}.{name} is of type {type_name(value.dtype)}, but LoRA's tensors are F32, F16, BF16 or F64."
+             for path, layer in state.layers.items() for name, value in layer.tensors.items()
+             if as_float(value).dtype.kind != "f"]
+    if wrong and state.method == "lora":
+        raise ValueError("\n  ".join(wrong))
 
 
 def _files(path: Path) -> tuple[Path | None, Path]:

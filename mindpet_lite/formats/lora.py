@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mindpet_lite.formats.files import as_float
+from mindpet_lite.formats.files import as_float, check_name
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.strict_json import parse_object
 
@@ -130,6 +130,8 @@ def read_own_entry(found: str | Mapping[str, Any] | None) -> tuple[dict[str, dic
         sound = isinstance(config, dict) and all(
             isinstance(name, str) and isinstance(layer["path"], str) and isinstance(layer["settings"], dict)
             for name, layer in layers.items())
+        for layer in layers.values():
+            check_name(layer["path"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its entry {OWN_ENTRY!r} is damaged: {error!r}.") from error
     if not sound:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mindpet_lite.formats.files import check_name
 from mindpet_lite.formats.lora import OWN_ENTRY, A, B, not_dense, refusals
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.strict_json import parse_object
@@ -114,7 +115,9 @@ def _read_settings(text: str | None) -> tuple[dict[str, Any], list[str], list[st
         if not (isinstance(config, dict) and isinstance(more, list)
                 and all(isinstance(name, str) for name in [*trained, *more])):
             raise ValueError("'trained' and 'more' must be lists of names, and 'config' an object")
-        for layer in found.values():
+        for path, layer in found.items():
+            # A layer that is the whole net has no path.
+            check_name(path or "net")
             if not (isinstance(layer["method"], str) and isinstance(layer["settings"], (dict, type(None)))
                     and all(isinstance(name, str) for name in layer["parameters"].values())):
                 raise ValueError("a layer needs 'method', 'settings' and 'parameters'")

@@ -39,7 +39,8 @@ def map_names(paths_in_file: Iterable[str], paths_in_net: Iterable[str], table: 
     """Return the net's path of each path in a file, one to one.
 
     A path that `table` renames is that of the net. For any other path: the same path; else the one path of the net
-    that ends as it does, or that it ends with; else the layer that another library calls so (`families`).
+    that ends as it does, or that it ends with; else the layer that another library calls so (`families`). A cell that
+    only holds the layer of its path, as Wukong's do, gives way to that layer.
 
     Args:
         paths_in_file: of the file's layers.
@@ -54,15 +55,16 @@ def map_names(paths_in_file: Iterable[str], paths_in_net: Iterable[str], table: 
     wanted = list(dict.fromkeys(paths_in_file))
     net = list(dict.fromkeys(paths_in_net))
     known = set(net)
-    found: dict[str, str] = {}
+    own_names: dict[str, str] = {}
     problems: list[str] = []
     for path in wanted:
         own = _by_table(path, table)
         if own is not None and own not in known:
             problems.append(f"{path} is {own} by your table, which the net does not have.{_near(own, net)}")
-        if own is not None or path in known:
-            found[path] = path if own is None else own
-    rest = [path for path in wanted if path not in found]
+        if own is not None:
+            own_names[path] = own
+    found = {path: path for path in wanted if path in known and path not in own_names}
+    rest = [path for path in wanted if path not in found and path not in own_names]
     by_end = _by_end(rest, net) if rest else {}
     by_family = _by_family([path for path in rest if len(by_end[path]) != 1], net)
     for path in rest:
@@ -74,8 +76,10 @@ def map_names(paths_in_file: Iterable[str], paths_in_net: Iterable[str], table: 
                             f"which with a name map.")
         else:
             problems.append(f"{path} is no layer of the net.{_near(path, net) if len(problems) < _HINTS else ''}")
+    inside = _inside(found.values(), net)
+    found = {path: inside.get(place, place) for path, place in found.items()} | own_names
     taken = Counter(found.values())
-    problems += [f"{place} is the place of {' and '.join(path for path in found if found[path] == place)}."
+    problems += [f"{place} is the place of {' and '.join(path for path in wanted if found.get(path) == place)}."
                  for place, count in taken.items() if count > 1]
     if problems:
         raise ValueError("\n  ".join(problems))
@@ -139,6 +143,14 @@ def _by_family(paths: Collection[str], net: Collection[str]) -> dict[str, list[s
                 for path, those in hit.items():
                     found[path] = _innermost([*found.get(path, []), *those])
     return found
+
+
+def _inside(paths: Collection[str], net: Collection[str]) -> dict[str, str]:
+    """Return, of the net's own paths, those that hold the layer they mean, and where: Wukong's cells around one."""
+    holders = {place.rpartition(".")[0] for place in net}
+    within = _by_family([path for path in paths if path in holders], net)
+    return {path: places[0] for path, places in within.items()
+            if len(places) == 1 and places[0].startswith(f"{path}.")}
 
 
 def _innermost(places: Collection[str]) -> list[str]:

@@ -11,6 +11,8 @@ if sys.version_info >= (3, 11):
 else:
     import sre_parse as parser
 
+# As many expressions are read in one place: to compile more takes seconds.
+MOST = 10_000
 # In a path of this length, an expression may be matched in as many ways before it is refused: that leaves room for
 # four ``.*``, which take a few seconds at worst.
 _LENGTH, _WAYS = 100, 2e8
@@ -18,7 +20,8 @@ _LENGTH, _WAYS = 100, 2e8
 _CHOICE = 10
 
 
-@functools.lru_cache(maxsize=1024)
+# Each layer of an adapter asks for the same ones, up to `MOST` for a config's field.
+@functools.lru_cache(maxsize=1 << 15)
 def compile_end(pattern: str) -> re.Pattern[str]:
     """Return the compiled expression that matches whole paths which end as `pattern` says, as PEFT has it.
 

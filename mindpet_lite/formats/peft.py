@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mindpet_lite.formats.lora import without_settings
 from mindpet_lite.formats.peft_config import config_of, problems_of, settings_of, targets, tokens_of
 from mindpet_lite.formats.state import AdapterState, LayerState
 
@@ -36,6 +37,9 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """
     if state.method not in METHODS:
         raise ValueError(f"PEFT's files cannot hold an adapter of method {state.method!r}.")
+    unknown = without_settings(state)
+    if unknown:
+        raise ValueError("\n  ".join(unknown))
     tensors = {f"{_PREFIX}{path}.{_KEYS[name]}": value
                for path, layer in state.layers.items() for name, value in layer.tensors.items()}
     modules, biased = _homes_of_trained(state)

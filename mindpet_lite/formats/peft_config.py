@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mindpet_lite.formats.patterns import compile_end
+from mindpet_lite.formats.patterns import MOST, compile_end
 from mindpet_lite.formats.state import AdapterState
 
 # Starts that leave the base alone, so that they matter no more once the factors are in a file; and those that take the
@@ -41,12 +41,18 @@ def problems_of(config: Mapping[str, Any]) -> list[str]:
                         f"trained on. If yours is the residual base, set the field to true.")
     if start in RESIDUAL_STARTS and config.get("use_dora"):
         problems.append(f"init_lora_weights = {start!r} with use_dora is not supported.")
+    dropout = config.get("lora_dropout")
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float, type(None))) or not 0 <= (dropout or 0) < 1:
+        problems.append(f"lora_dropout must be a number from 0 to 1, but the config says {dropout!r}.")
     problems += _list_problems(config)
     problems += _token_problems(config.get("trainable_token_indices"))
     for name, patterns, kind in _NUMBERS:
         by_pattern = config.get(patterns) or {}
         if not isinstance(by_pattern, dict):
             problems.append(f"{patterns} must be an object, but the config says {by_pattern!r}.")
+            by_pattern = {}
+        if len(by_pattern) > MOST:
+            problems.append(f"{patterns} has {len(by_pattern)} patterns; up to {MOST} are read.")
             by_pattern = {}
         for place, value in ((name, config.get(name)), *((f"{patterns}[{key!r}]", by_pattern[key])
                                                          for key in by_pattern)):
@@ -139,7 +145,8 @@ def targets(path: str, config: Mapping[str, Any]) -> bool:
             return wanted == "all-linear" or compile_end(wanted).fullmatch(path) is not None
         except ValueError:
             return False
-    return any(path == item or path.endswith(f".{item}") for item in wanted or ())
+    parts = path.split(".")
+    return not {".".join(parts[start:]) for start in range(len(parts))}.isdisjoint(wanted or ())
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:

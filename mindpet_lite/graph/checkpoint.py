@@ -167,7 +167,9 @@ def _placed(state: AdapterState, kind: str, net: nn.Cell, cells: Mapping[str, nn
         state = _by_parameter_name(state, cells)
     paths = [path for path in without_inner(cells) if path]
     problems: list[str] = []
-    if name_map is not None or not set(state.layers) <= set(cells):
+    # Nothing to ask where every layer has its own path and holds no other.
+    leaves = set(paths).difference(path.rpartition(".")[0] for path in paths) | {""}
+    if name_map is not None or not set(state.layers) <= leaves:
         try:
             table = map_names(state.layers, paths, name_map)
             expected = state.config.get(FIELD)

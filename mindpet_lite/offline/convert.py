@@ -4,12 +4,13 @@ from __future__ import annotations
 import dataclasses
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from mindpet_lite.formats.adapters import Adapter, read_adapter, to_files, write_files
+from mindpet_lite.formats.files import as_float
 from mindpet_lite.formats.names import Table
 from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.offline.base import open_base
@@ -49,10 +50,13 @@ def convert(source: Path, target: Path, to: str, kind: str | None = None, table:
 
     Raises:
         OSError: there is no adapter, or the target cannot be written.
-        ValueError: the adapter is damaged, or the format cannot hold all of it: the message says what; a name has no
-            place in the base; or the target is the source.
+        ValueError: the adapter is damaged or holds values that are not finite, or the format cannot hold all of it:
+            the message says what; a name has no place in the base; or the target is the source.
     """
     found, state = _read(source, kind, table, base, methods)
+    broken = [f"{name} holds NaN or infinite values." for name, value in _values(state) if not np.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"The adapter in {source} is damaged:\n  {listed(broken)}")
     try:
         files = to_files(state, to, target)
     except ValueError as error:
@@ -83,6 +87,13 @@ def differences(one: AdapterState, other: AdapterState) -> list[str]:
         problems += [f"{path}: {name}={ours.get(name)!r} became {theirs.get(name)!r}."
                      for name in {**ours, **theirs} if (ours.get(name) or 0) != (theirs.get(name) or 0)]
     return problems
+
+
+def _values(state: AdapterState) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the name and the numbers of each tensor."""
+    yield from ((name, as_float(value)) for name, value in state.trained.items())
+    for path, layer in state.layers.items():
+        yield from ((f"{path}.{name}", as_float(value)) for name, value in layer.tensors.items())
 
 
 def _changed_values(path: str, one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> list[str]:

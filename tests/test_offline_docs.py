@@ -37,7 +37,11 @@ def test_the_page_shows_what_the_commands_print(tmp_path):
     assert done.stdout == "8\n2 tensors changed\n", done.stderr
 
 
-def test_both_pages_show_the_same_code():
-    pages = [(ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("tools.md", "tools_CN.md")]
+@pytest.mark.parametrize("page, parts", [("tools", 6), ("formats", 7)])
+def test_both_pages_show_the_same_code(page, parts):
+    pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in (f"{page}.md", f"{page}_CN.md")]
     one, other = (re.findall(r"^```.*?^```", text, re.S | re.M) for text in pages)
-    assert one == other and [len(re.findall(r"^## ", text, re.M)) for text in pages] == [6, 6]
+    assert one == other
+    for what in (r"^## ", r"^\| ", r"^- "):
+        assert len({len(re.findall(what, text, re.M)) for text in pages}) == 1
+    assert len(re.findall(r"^## ", pages[0], re.M)) == parts

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from mindpet_lite.config import read_yaml
 from mindpet_lite.delta import METHODS
 from mindpet_lite.formats.adapters import TARGETS
 from mindpet_lite.formats.detect import FORMATS
-from mindpet_lite.formats.names import Table
+from mindpet_lite.formats.names import Table, check_table
 from mindpet_lite.offline import extract as extraction
 from mindpet_lite.offline import inspect as inspection
 from mindpet_lite.offline.convert import convert
@@ -82,20 +81,12 @@ def _table(path: Path | None) -> Table | None:
     if path is None:
         return None
     found = read_yaml(path)
-    pairs = found.get("patterns")
-    if set(found) == {"patterns"} and isinstance(pairs, list) and all(
-            isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
-            for pair in pairs):
-        for pattern, replacement in pairs:
-            try:
-                re.sub(pattern, replacement, "")
-            except (re.error, IndexError) as error:
-                raise ValueError(f"{path}: {pattern!r} to {replacement!r} cannot be used: {error}.") from error
-        return [(pattern, replacement) for pattern, replacement in pairs]
-    if all(isinstance(name, str) and isinstance(value, str) for name, value in found.items()):
-        return found
-    raise ValueError(f"{path}: expected names by names, or 'patterns' with pairs of a regular expression and what to "
-                     f"put in its place.")
+    table = found["patterns"] if set(found) == {"patterns"} and isinstance(found["patterns"], list) else found
+    try:
+        check_table(table)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return table
 
 
 @contextmanager

@@ -128,6 +128,15 @@ def test_the_users_table():
         map_names(["b", "c"], net, {"b": "c"})
 
 
+@pytest.mark.parametrize("table, message", [
+    ([("(", "x")], "'\\(' to 'x' of the name map cannot be used: missing"), ([("b", r"\9")], "invalid group reference"),
+    (["ab"], "pairs of a regular expression"), ("ab", "names by names"), (5, "names by names"),
+    ({"b": 5}, "but got {'b': 5}")])
+def test_what_is_no_table(table, message):
+    with pytest.raises(ValueError, match=message):
+        map_names(["b"], ["b"], table)
+
+
 def test_an_adapter_with_the_nets_paths():
     layers = {"model.layers.0.self_attn.q_proj": dense(), "model.layers.0.mlp.up_proj": dense(seed=3)}
     state = lora(layers, trained={"model.embed_tokens.weight": tensor((3, 2)), "scale": tensor((1,))},

@@ -49,9 +49,10 @@ def map_names(paths_in_file: Iterable[str], paths_in_net: Iterable[str], table: 
             in its place, all used one after the other with `re.sub`.
 
     Raises:
-        ValueError: a path has no place in the net, or several, or two have the same. All of them stand in one
-            message, with the net's closest paths.
+        ValueError: `table` is no table; or a path has no place in the net, or several, or two have the same: all of
+            them stand in one message, with the net's closest paths.
     """
+    check_table(table)
     wanted = list(dict.fromkeys(paths_in_file))
     net = list(dict.fromkeys(paths_in_net))
     known = set(net)
@@ -84,6 +85,25 @@ def map_names(paths_in_file: Iterable[str], paths_in_net: Iterable[str], table: 
     if problems:
         raise ValueError("\n  ".join(problems))
     return {path: found[path] for path in wanted}
+
+
+def check_table(table: Table | None) -> None:
+    """Refuse what is no table of names.
+
+    Raises:
+        ValueError: it holds something else than names, or an expression or replacement that cannot be used.
+    """
+    pairs = list(table.items()) if isinstance(table, Mapping) else [] if table is None else table
+    if not isinstance(pairs, (list, tuple)) or not all(
+            isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(name, str) for name in pair)
+            for pair in pairs):
+        raise ValueError(f"a name map is names by names, or pairs of a regular expression and what to put in its "
+                         f"place, but got {table!r:.100}.")
+    for pattern, replacement in () if isinstance(table, Mapping) else pairs:
+        try:
+            re.sub(pattern, replacement, "")
+        except (re.error, IndexError) as error:
+            raise ValueError(f"{pattern!r} to {replacement!r} of the name map cannot be used: {error}.") from error
 
 
 def _by_table(path: str, table: Table | None) -> str | None:

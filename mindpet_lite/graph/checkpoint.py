@@ -15,7 +15,7 @@ from mindpet_lite.delta import METHODS
 from mindpet_lite.delta.base import Delta, DeltaConfig, did_you_mean, warn_user
 from mindpet_lite.delta.parts import put
 from mindpet_lite.formats.adapters import read_adapter, to_files, write_files
-from mindpet_lite.formats.names import Table, map_names, renamed
+from mindpet_lite.formats.names import Table, check_table, map_names, renamed
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.values import in_float32
 from mindpet_lite.graph.fingerprint import FIELD, differing, fingerprint
@@ -124,6 +124,7 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
             message. The net is unchanged.
     """
     cells = cells_by_path(net)
+    check_table(name_map)
     source = read_adapter(Path(path), format, METHODS, list(without_inner(cells)))
     state, homes, beside, problems = _placed(in_float32(source.state, str(path)), source.kind, net, cells, name_map)
     expected = state.config.get(FIELD)

@@ -11,7 +11,7 @@ import numpy as np
 
 from mindpet_lite.formats.adapters import Adapter, read_adapter, to_files, write_files
 from mindpet_lite.formats.files import as_float
-from mindpet_lite.formats.names import Table
+from mindpet_lite.formats.names import Table, check_table
 from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.offline.base import open_base
 from mindpet_lite.offline.fingerprint import under_names
@@ -53,6 +53,7 @@ def convert(source: Path, target: Path, to: str, kind: str | None = None, table:
         ValueError: the adapter is damaged or holds values that are not finite, or the format cannot hold all of it:
             the message says what; a name has no place in the base; or the target is the source.
     """
+    check_table(table)
     found, state = _read(source, kind, table, base, methods)
     broken = [f"{name} holds NaN or infinite values." for name, value in _values(state) if not np.isfinite(value).all()]
     if broken:

@@ -469,18 +469,20 @@ def test_modules_to_save_go_through_files(mode):
 
 # The base it belongs to
 
-def test_an_adapter_of_another_base_is_told_by_name(recwarn):
+@pytest.mark.parametrize("format, place", [("peft", "adapter"), ("diffusers", "a.safetensors"),
+                                           ("kohya", "a.safetensors"), ("mindpet", "a.ckpt")])
+def test_an_adapter_of_another_base_is_told_by_name(recwarn, format, place):
     net = adapted()
-    mp.save_adapter(net, "adapter")
-    mp.load_adapter(net, "adapter")
+    mp.save_adapter(net, place, format=format)
+    mp.load_adapter(net, place)
     assert not recwarn.list
     other = Attention()
     load_values(other, net)
     other.to_q.weight.set_data(Tensor(np.ones((6, 6), np.float32)))
     with unchanged(other), pytest.raises(ValueError, match="another base than this net: the weights of to_q are not"):
-        mp.load_adapter(other, "adapter", strict_base=True)
+        mp.load_adapter(other, place, strict_base=True)
     with pytest.warns(UserWarning, match="another base than this net: the weights of to_q are not"):
-        mp.load_adapter(other, "adapter")
+        mp.load_adapter(other, place)
 
 
 def test_a_base_in_half_precision_is_the_same_base(recwarn):

@@ -87,7 +87,7 @@ def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft
     state = adapter_state(require_cell(net))
     if "" in state.layers:
         raise ValueError("The net itself is the adapted layer, so it has no path to be saved under: put it in a cell.")
-    if not state.config and format in ("peft", "mindformers"):
+    if not state.config:
         cells = cells_by_path(net)
         state.config[FIELD] = {path: found for path in state.layers if (found := fingerprint(cells[path]))}
     write_files(to_files(state, format, Path(path)))

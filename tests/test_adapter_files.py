@@ -485,10 +485,12 @@ def test_an_adapter_of_another_base_is_told_by_name(recwarn, format, place):
         mp.load_adapter(other, place)
 
 
-def test_a_base_in_half_precision_is_the_same_base(recwarn):
+@pytest.mark.parametrize("dtype", [ms.float16, ms.bfloat16])
+def test_a_base_in_half_precision_is_the_same_base(recwarn, dtype):
     net = nn.SequentialCell(nn.Dense(6, 6))
-    half = nn.SequentialCell(nn.Dense(6, 6, dtype=ms.float16))
-    half[0].weight.set_data(net[0].weight.astype(ms.float16))
+    half = nn.SequentialCell(nn.Dense(6, 6, dtype=dtype))
+    half[0].weight.set_data(net[0].weight.astype(dtype))
+    net[0].weight.set_data(half[0].weight.astype(ms.float32))
     mp.save_adapter(mp.get_pet_model(net, config(["0"])), "adapter")
     mp.load_adapter(half, "adapter", strict_base=True)
     assert not recwarn.list

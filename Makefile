@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test interop lint bench clean
+.PHONY: demo test interop lint bench bench-full clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/wukong/demo.py
@@ -20,7 +20,11 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/lora_step.py
+	$(BIN)/python benchmarks/run.py
+
+# Beside MindPet, mindone and PEFT, in an environment of their own. torch: as for interop.
+bench-full: $(VENV)/peers/installed
+	$(VENV)/peers/bin/python benchmarks/run.py --full
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
@@ -31,6 +35,14 @@ $(VENV)/installed: setup.py
 
 $(VENV)/interop: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[interop]'
+	touch $@
+
+# mindone asks for packages that its LoRA does not need: benchmarks/peers.py.
+$(VENV)/peers/installed: $(VENV)/installed
+	test -x $(VENV)/peers/bin/python || $(PYTHON) -m venv $(VENV)/peers
+	$(VENV)/peers/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' \
+		torch==2.13.0 peft==0.21.2 mindpet==1.0.4
+	$(VENV)/peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps mindone==0.5.0
 	touch $@
 
 clean:

@@ -8,6 +8,7 @@ from mindspore import Tensor, nn, ops
 
 from mindpet_lite.delta.dense import AdaptedDense, dense_refusal
 from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, NEWER, LoraSettings, LowRank
+from mindpet_lite.delta.lora.merged import MergedProduct, merging_pays
 from mindpet_lite.delta.parts import as_type, check_strategies, set_strategies
 
 
@@ -108,6 +109,8 @@ class LoRADense(AdaptedDense, LowRank):
         self.lora_b_matmul = ops.MatMul(transpose_b=True)
         self.mul = ops.Mul()
         self.add = ops.Add()
+        self.merged = MergedProduct()
+        self.can_merge = not (self.has_dropout or self.has_lora_bias or self.use_dora)
 
     def construct(self, x: Tensor) -> Tensor:
         """Apply the layer to `x` (*, in_channels); return (*, out_channels) of the type of `x`."""
@@ -115,6 +118,22 @@ class LoRADense(AdaptedDense, LowRank):
         x = as_type(x, dtype)
         if len(shape) != 2:
             x = self.reshape(x, (-1, shape[-1]))
+        # In float16 and bfloat16 a small update would be lost in the sum with the weight.
+        if self.can_merge and dtype == mindspore.float32 and merging_pays(x.shape[0], self.in_channels,
+                                                                           self.out_channels):
+            y = self._with_bias(self.merged(
+                x, as_type(self.weight, dtype), as_type(self.mindpet_delta_lora_a, dtype),
+                as_type(self.mindpet_delta_lora_b, dtype), as_type(self.lora_scaling, dtype)), dtype)
+        else:
+            y = self._beside(x, dtype)
+        if self.activation_flag:
+            y = self.activation(y)
+        if len(shape) != 2:
+            y = self.reshape(y, shape[:-1] + (self.out_channels,))
+        return as_type(y, input_type)
+
+    def _beside(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
+        """Return the output for rows `x` before the activation, the update added to what the weight makes of them."""
         linear = self.matmul(x, as_type(self.weight, dtype))
         y = self._with_bias(linear, dtype)
         if self.has_dropout:
@@ -129,12 +148,7 @@ class LoRADense(AdaptedDense, LowRank):
             # As PEFT: what dropout takes from A's input, the rescaling of W does not see either.
             linear = self.matmul(x, as_type(self.weight, dtype)) if self.has_dropout else linear
             update = self._dora(linear, update, dtype)
-        y = self.add(y, update)
-        if self.activation_flag:
-            y = self.activation(y)
-        if len(shape) != 2:
-            y = self.reshape(y, shape[:-1] + (self.out_channels,))
-        return as_type(y, input_type)
+        return self.add(y, update)
 
     def shard(self, strategy_org_dense_matmul: tuple | None = None, strategy_org_bias_add: tuple | None = None,
               strategy_lora_dropout: tuple | None = None, strategy_lora_a_matmul: tuple | None = None,

@@ -34,9 +34,11 @@ from mindpet_lite.graph import (
     get_pet_model,
     load_adapter,
     merge,
+    net_recompute,
     save_adapter,
     set_lora_scale,
     summary,
+    undo_recompute,
     unmerge,
 )
 from mindpet_lite.train import DeltaEMA, GradientAccumulation, HealthCallback, clip_global_norm, lora_plus_groups
@@ -49,5 +51,5 @@ __all__ = ["AdapterConfig", "AdapterDense", "AdapterLayer", "BitFitConfig", "Del
            "PrefixEncoder", "PrefixLayer", "PrefixTuningConfig", "Ptuning2Config", "Ptuning2Dense",
            "TrainableParamsCheckPoint", "adapters_disabled", "clip_global_norm", "fold_prefixes", "freeze_delta",
            "freeze_from_config", "freeze_modules", "get_pet_model", "install_as_mindpet", "load_adapter",
-           "lora_plus_groups", "merge", "prefix_mask", "prepend_prefix", "save_adapter", "set_lora_scale", "summary",
-           "unmerge"]
+           "lora_plus_groups", "merge", "net_recompute", "prefix_mask", "prepend_prefix", "save_adapter",
+           "set_lora_scale", "summary", "undo_recompute", "unmerge"]

@@ -6,8 +6,9 @@ from mindpet_lite.graph.freeze import TrainableReport, freeze_delta, freeze_from
 from mindpet_lite.graph.inject import get_pet_model
 from mindpet_lite.graph.live import adapters_disabled, set_lora_scale
 from mindpet_lite.graph.merge import merge, unmerge
+from mindpet_lite.graph.recompute import net_recompute, undo_recompute
 from mindpet_lite.graph.summary import Summary, summary
 
 __all__ = ["Summary", "TrainableParamsCheckPoint", "TrainableReport", "adapters_disabled", "fold_prefixes",
            "freeze_delta", "freeze_from_config", "freeze_modules", "get_pet_model", "load_adapter", "merge",
-           "save_adapter", "set_lora_scale", "summary", "unmerge"]
+           "net_recompute", "save_adapter", "set_lora_scale", "summary", "undo_recompute", "unmerge"]

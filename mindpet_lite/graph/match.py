@@ -30,6 +30,9 @@ def targets(cells: Mapping[str, nn.Cell], config: DeltaConfig) -> tuple[dict[str
     if wanted is None and not config.all_by_default:
         return {}, ["target_modules is missing: give a regular expression, a list of names or 'all-linear'."]
     excluded = {id(cells[path]) for path in _hits("exclude_modules", config.exclude_modules, cells, config, problems)}
+    # What trains whole is not adapted besides.
+    excluded |= {id(cell) for path, cell in cells.items() for entry in config.modules_to_save or ()
+                 if f".{entry}." in f".{path}."}
     hits = [path for path, cell in cells.items() if config.refusal(cell) is None] if wanted is None else \
         _hits("target_modules", wanted, cells, config, problems)
     chosen: dict[str, nn.Cell] = {}
@@ -65,19 +68,10 @@ def _hits(field: str, wanted: str | Sequence[str] | None, cells: Mapping[str, nn
             problems.append(f"{field} 'all-linear' hits nothing: the net has no linear layer that is not adapted yet.")
         return found
     if isinstance(wanted, str):
-        try:
-            expression = re.compile(wanted)
-        except re.error as error:
-            problems.append(f"{field} {wanted!r} is no regular expression: {error}.")
-            return []
-        found = [path for path in cells if expression.fullmatch(path)]
-        if not found:
-            problems.append(f"{field} {wanted!r} hits nothing; it must match a layer's whole path, such as "
-                            f"{_example(cells, config)}.{did_you_mean(wanted.strip('.*^$'), _spellings(cells))}")
-        return found
+        return by_expression(field, wanted, cells, _example(cells, config), problems)
     chosen: list[str] = []
     for entry in wanted:
-        found = [path for path in cells if path == entry or path.endswith("." + entry)]
+        found = by_name(field, entry, cells, _example(cells, config), problems)
         if field == "target_modules" and found:
             found = [path for path in found if path == entry or _is_chosen_block(path, config)]
             if not found:
@@ -85,10 +79,7 @@ def _hits(field: str, wanted: str | Sequence[str] | None, cells: Mapping[str, nn
                                 f"{', '.join(map(str, config.layers_to_transform or ()))}.")
                 continue
         adapted = [path for path in found if config.refusal(cells[path]) is None or _owns_parameters(cells[path])]
-        if not found:
-            problems.append(f"{field} entry {entry!r} hits nothing; it must equal a layer's path or its last parts, "
-                            f"such as {_example(cells, config)}.{did_you_mean(entry, _spellings(cells))}")
-        elif field == "target_modules" and not adapted:
+        if field == "target_modules" and found and not adapted:
             inner = [path for path, cell in cells.items()
                      if path.startswith(found[0] + ".") and config.refusal(cell) is None]
             problems.append(f"{field} entry {entry!r} hits {type(cells[found[0]]).__name__} at {found[0]}, which is no "
@@ -98,13 +89,40 @@ def _hits(field: str, wanted: str | Sequence[str] | None, cells: Mapping[str, nn
     return sorted(set(chosen), key=order.__getitem__)
 
 
+def by_expression(field: str, wanted: str, cells: Iterable[str], example: str, problems: list[str]) -> list[str]:
+    """Return the paths that a regular expression matches whole; add to `problems` if it matches none."""
+    try:
+        expression = re.compile(wanted)
+    except re.error as error:
+        problems.append(f"{field} {wanted!r} is no regular expression: {error}.")
+        return []
+    found = [path for path in cells if expression.fullmatch(path)]
+    if not found:
+        problems.append(f"{field} {wanted!r} hits nothing; it must match a layer's whole path, such as "
+                        f"{example}.{did_you_mean(wanted.strip('.*^$'), _spellings(cells))}")
+    return found
+
+
+def by_name(field: str, entry: str, cells: Iterable[str], example: str, problems: list[str]) -> list[str]:
+    """Return the paths that equal `entry` or end with it; add to `problems` if there are none."""
+    found = [path for path in cells if path == entry or path.endswith("." + entry)]
+    if not found:
+        problems.append(f"{field} entry {entry!r} hits nothing; it must equal a layer's path or its last parts, "
+                        f"such as {example}.{did_you_mean(entry, _spellings(cells))}")
+    return found
+
+
 def _is_chosen_block(path: str, config: DeltaConfig) -> bool:
     """Tell whether the block number in `path` is one of `layers_to_transform`, where that is given."""
     if config.layers_to_transform is None:
         return True
-    names = config.layers_pattern or ("[^.]*",)
-    numbers = [match[1] for name in names if (match := re.match(rf"(?:.*\.)?(?:{name})\.(\d+)\.", path))]
-    return any(int(number) in config.layers_to_transform for number in numbers)
+    # The first number after such a name counts, as for PEFT; which sees no name in a path that begins with one.
+    patterns = [rf"(?:^|.*?\.)(?:{name})\.(\d+)\." for name in config.layers_pattern or ()]
+    for pattern in patterns or (r".*?\.[^.]*\.(\d+)\.", r"[^.]*\.(\d+)\."):
+        found = re.match(pattern, path)
+        if found:
+            return int(found[1]) in config.layers_to_transform
+    return False
 
 
 def _owns_parameters(cell: nn.Cell) -> bool:

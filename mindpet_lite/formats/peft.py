@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mindpet_lite.formats.lora import without_settings
-from mindpet_lite.formats.peft_config import config_of, problems_of, settings_of, targets, tokens_of
+from mindpet_lite.formats.peft_config import RESTATED, config_of, problems_of, settings_of, targets, tokens_of
 from mindpet_lite.formats.state import AdapterState, LayerState
 
 # The methods that this format can hold.
@@ -23,8 +23,15 @@ _OURS = {**{key: name for name, key in _KEYS.items()}, "lora_magnitude_vector.we
 # The names of A and B: of every other layer, of an embedding; and what trained tokens are.
 _LAYER, _TABLE, _TOKENS = tuple(_KEYS)[:2], tuple(_KEYS)[2:4], tuple(_KEYS)[6:]
 _BASE = ".base_layer."
+# What embeddings and output layers are called.
+_EMBEDDINGS = tuple(f"{name}.weight" for name in ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared"))
 # MindSpore's names of the Parameters that PyTorch calls otherwise.
-_ELSEWHERE = {"gamma": "weight", "beta": "bias", "embedding_table": "weight"}
+_ELSEWHERE = {"gamma": "weight", "beta": "bias", "embedding_table": "weight", "moving_mean": "running_mean",
+              "moving_variance": "running_var"}
+# What else PEFT writes of a module that is saved whole: with bias "all" the biases of the two modules that its wrapper
+# holds, the base's and the one that trained, which stands in the file already; and the batches a BatchNorm has seen.
+_COPY = ".modules_to_save."
+_CARRIED = (_COPY, ".original_module.", ".num_batches_tracked.")
 
 
 def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -47,12 +54,15 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         path, _, last = name.rpartition(".")
         inner = _BASE if path in state.layers else "."
         tensors[f"{_PREFIX}{path}{inner}{_ELSEWHERE.get(last, last)}"] = value
+    tensors.update({key: tensors.get(key.replace(_COPY, "."), value) if _COPY in key else value
+                    for key, value in state.carried.items()})
     bias = "none" if not biased else "lora_only" if biased <= set(state.layers) else "all"
     fields = config_of(state, sorted(modules), bias)
     kept = dict(state.config)
     if _still_true(kept, state, tensors):
         return tensors, kept
-    return tensors, {**{name: value for name, value in kept.items() if name not in fields}, **fields}
+    return tensors, {**fields, **{name: value for name, value in kept.items() if name not in RESTATED},
+                     **{name: fields.get(name) for name in RESTATED}}
 
 
 def _homes_of_trained(state: AdapterState) -> tuple[set[str], set[str]]:
@@ -93,24 +103,37 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Adap
         raise ValueError("\n  ".join(problems))
     layers: dict[str, dict[str, np.ndarray]] = {}
     others: dict[str, np.ndarray] = {}
+    carried: dict[str, np.ndarray] = {}
     for key, value in tensors.items():
         path, name = _split(key)
         if name is not None:
             layers.setdefault(path, {})[name] = value
+        elif _is_carried(key, config):
+            carried[key] = value
         else:
             others[key] = value
-    if not layers and not others:
+    if not layers and not others and not carried:
         problems.append("the file holds no tensor.")
     found = {path: _layer(path, parts, config, problems) for path, parts in layers.items()}
     trained = {place: value for key, value in others.items()
                if (place := _place_of_trained(key, layers, config, problems)) is not None}
-    saved = config.get("modules_to_save") or []
-    problems += [f"modules_to_save names {entry!r}, but the file holds nothing of it."
-                 for entry in ([saved] if isinstance(saved, str) else saved)
-                 if not any(_is_in(name, str(entry)) for name in trained)]
+    problems += [f"modules_to_save names {entry!r}, but the file holds nothing of it." for entry in _saved(config)
+                 if not any(_is_in(name, entry) for name in trained)]
     if problems:
         raise ValueError("\n  ".join(problems))
-    return AdapterState("lora", found, trained, dict(config))
+    return AdapterState("lora", found, trained, dict(config), carried)
+
+
+def _is_carried(key: str, config: Mapping[str, Any]) -> bool:
+    """Tell whether a tensor of a module that is saved whole changes nothing."""
+    heads = [f"{key}.".partition(part)[0] for part in _CARRIED if part in f"{key}."]
+    return key.startswith(_PREFIX) and any(_is_in(f"{head}.", entry) for head in heads for entry in _saved(config))
+
+
+def _saved(config: Mapping[str, Any]) -> list[str]:
+    """Return the entries of modules_to_save."""
+    saved = config.get("modules_to_save") or []
+    return [saved] if isinstance(saved, str) else saved
 
 
 def _layer(path: str, parts: dict[str, np.ndarray], config: Mapping[str, Any], problems: list[str]) -> LayerState:
@@ -142,11 +165,11 @@ def _place_of_trained(key: str, layers: Mapping[str, Any], config: Mapping[str, 
     name = key.removeprefix(_PREFIX)
     path, is_base, last = name.partition(_BASE)
     place = f"{path}.{last}" if is_base else name
-    if is_base and any(item in layers.get(path, {}) for item in _TABLE):
-        # PEFT writes the table of an adapted embedding along, and takes it over when it reads the file.
+    if is_base and last == "weight" and path in layers or place.endswith(_EMBEDDINGS):
+        # PEFT writes the weights of adapted embeddings and output layers along, and those of a base whose vocabulary
+        # was resized, and takes them over when it reads the file.
         return place
-    saved = config.get("modules_to_save") or []
-    whole = any(_is_in(place, str(item)) for item in ([saved] if isinstance(saved, str) else saved))
+    whole = any(_is_in(place, entry) for entry in _saved(config))
     if key.startswith(_PREFIX) and (whole or config.get("bias") in ("all", "lora_only") and place.endswith("bias")):
         return place
     problems.append(f"{key} is no tensor of a LoRA layer (expected {_PREFIX}<path>.lora_A.weight or lora_B, or "
@@ -155,8 +178,8 @@ def _place_of_trained(key: str, layers: Mapping[str, Any], config: Mapping[str, 
 
 
 def _is_in(name: str, module: str) -> bool:
-    """Tell whether a parameter is below a module that is named by its path or the end of it."""
-    return f".{module}." in f".{name}"
+    """Tell whether a parameter is below a module whose path ends so; PEFT takes any end, also of a longer name."""
+    return f"{module}." in name
 
 
 def _rank_fits(a: np.ndarray, b: np.ndarray, rank: int) -> bool:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mindpet_lite.formats.lora import PEFT_FIELDS
 from mindpet_lite.formats.patterns import MOST, compile_end
 from mindpet_lite.formats.state import AdapterState
 
@@ -21,6 +22,10 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
     "ensure_weight_tying": (False, None),
 }
 _FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
+# What a config must say anew where the adapter is not the one that it came with: which layers, and their settings.
+RESTATED = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
+            "layers_pattern", "modules_to_save", "trainable_token_indices", "rank_pattern", "alpha_pattern", "bias",
+            "init_lora_weights", "use_rslora", "use_dora", "lora_bias")
 # The order in which problems are told.
 _NUMBERS = (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", (int, float)))
 
@@ -66,6 +71,12 @@ def problems_of(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def unknown_fields(config: Mapping[str, Any]) -> list[str]:
+    """Return the fields that say something and that PEFT's LoraConfig does not have."""
+    return sorted(name for name, value in config.items()
+                  if name not in PEFT_FIELDS and value not in (None, False, "", [], {}))
+
+
 def _list_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
     for name, kind in (("target_modules", str), ("modules_to_save", str), ("exclude_modules", str),
@@ -101,7 +112,8 @@ def settings_of(path: str, config: Mapping[str, Any], has_dropout: bool) -> dict
             "lora_alpha": by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha")),
             **({"lora_dropout": config.get("lora_dropout") or 0.0} if has_dropout else {}),
             **{name: True for name in ("use_rslora", "use_dora", "lora_bias") if config.get(name)},
-            **({"init_lora_weights": start} if start in RESIDUAL_STARTS else {})}
+            # PEFT starts embeddings as always, whatever it says.
+            **({"init_lora_weights": start} if start in RESIDUAL_STARTS and has_dropout else {})}
 
 
 def config_of(state: AdapterState, modules_to_save: list[str], bias: str) -> dict[str, Any]:
@@ -118,7 +130,7 @@ def config_of(state: AdapterState, modules_to_save: list[str], bias: str) -> dic
     common = {name: Counter(values).most_common(1)[0][0] for name, values in found.items()}
     flags = {name: {bool(item.get(name)) for item in low_rank.values()}
              for name in ("use_rslora", "use_dora", "lora_bias")}
-    starts = {item.get("init_lora_weights", True) for item in low_rank.values()}
+    starts = {item.get("init_lora_weights", True) for item in low_rank.values() if "lora_dropout" in item}
     mixed = [name for name, values in {**flags, "init_lora_weights": starts}.items() if len(values) > 1]
     if mixed:
         raise ValueError(f"PEFT has one {' and one '.join(mixed)} for all layers, but here layers differ in it.")
@@ -138,13 +150,19 @@ def config_of(state: AdapterState, modules_to_save: list[str], bias: str) -> dic
 
 
 def targets(path: str, config: Mapping[str, Any]) -> bool:
-    """Tell whether the config's `target_modules` name the layer at `path`."""
+    """Tell whether the config's `target_modules` name the layer at `path`, and `exclude_modules` do not."""
     wanted = config.get("target_modules")
+    return (wanted == "all-linear" or _names(path, wanted)) and not _names(path, config.get("exclude_modules"))
+
+
+def _names(path: str, wanted: str | Iterable[str] | None) -> bool:
+    """Tell whether a regular expression is the whole path, or one of a list of names its end."""
     if isinstance(wanted, str):
         try:
-            return wanted == "all-linear" or compile_end(wanted).fullmatch(path) is not None
+            compile_end(wanted)
         except ValueError:
             return False
+        return re.fullmatch(wanted, path) is not None
     parts = path.split(".")
     return not {".".join(parts[start:]) for start in range(len(parts))}.isdisjoint(wanted or ())
 

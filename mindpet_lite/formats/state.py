@@ -27,9 +27,11 @@ class AdapterState:
         layers: the state of each adapted layer by its path in the net.
         trained: base parameters that trained beside the deltas, by their path in the net.
         config: fields of the source's config that are no setting of a layer, kept for writing the same format again.
+        carried: tensors that change nothing, by the source's own keys, kept likewise.
     """
 
     method: str
     layers: dict[str, LayerState]
     trained: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    carried: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)

@@ -3,12 +3,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn
+from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 
 from mindpet_lite.delta import METHODS
@@ -18,14 +17,24 @@ from mindpet_lite.formats.adapters import read_adapter, to_files, write_files
 from mindpet_lite.formats.names import Table, check_table, map_names, renamed
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.values import in_float32
+from mindpet_lite.graph.beside import (
+    STATISTICS,
+    Places,
+    beside_of,
+    bring_along,
+    of_the_base,
+    places_of_trained,
+    ties,
+    untie,
+    value_problems,
+)
 from mindpet_lite.graph.fingerprint import FIELD, differing, fingerprint
+from mindpet_lite.graph.foreign import remarks, tied_tokens
 from mindpet_lite.graph.freeze import apply_trains, net_parameters
 from mindpet_lite.graph.inject import adapt, set_base_values, settle_names
 from mindpet_lite.graph.live import deltas, deltas_in
 from mindpet_lite.graph.tree import cells_by_path, replace, require_cell, without_inner
 
-# PyTorch's names of the Parameters that MindSpore calls otherwise.
-_ELSEWHERE = {"gamma": "weight", "beta": "bias", "embedding_table": "weight"}
 # Sizes up to this one need not show in the tensors: a folded prefix has lost some of its own.
 _ANY_SIZE = 4096
 
@@ -43,20 +52,27 @@ def adapter_state(net: nn.Cell) -> AdapterState:
     layers = {path: LayerState({name: _to_numpy(parameter) for name, parameter in cell.delta_parameters().items()},
                                cell.settings()) for path, cell in found.items()}
     return AdapterState(methods[0], layers, _trained_beside(net, found),
-                        dict(next((cell.origin for cell in found.values() if cell.origin), {})))
+                        dict(next((cell.origin for cell in found.values() if cell.origin), {})),
+                        dict(next((cell.carried for cell in found.values() if cell.carried), {})))
 
 
-def _trained_beside(net: nn.Cell, found: Mapping[str, Delta]) -> dict[str, np.ndarray]:
-    """Return the base Parameters that train beside the deltas or came in with them.
+def _trained_beside(net: nn.Cell, deltas_of_net: Mapping[str, Delta]) -> dict[str, np.ndarray]:
+    """Return the base Parameters that train beside the deltas or belong to their adapter.
 
     Where nothing was frozen, those that train say nothing.
     """
-    own = {id(item) for delta in found.values() for item in delta.delta_parameters().values()}
+    own = {id(item) for delta in deltas_of_net.values() for item in delta.delta_parameters().values()}
     base = [(parameter, names) for parameter, names in net_parameters(net) if id(parameter) not in own]
-    came = {name for delta in found.values() for name in delta.came_along}
-    frozen = any(not parameter.requires_grad for parameter, _ in base)
-    return {names[0]: _to_numpy(parameter) for parameter, names in base
-            if frozen and parameter.requires_grad or came.intersection(names)}
+    beside = beside_of(deltas_of_net.values())
+    frozen = any(not parameter.requires_grad for parameter, names in base if not names[0].endswith(STATISTICS))
+    found = {}
+    for parameter, names in base:
+        item = beside.get(id(parameter))
+        if item is not None:
+            found[item.path if item.path in names else names[0]] = _to_numpy(item.trained())
+        elif frozen and parameter.requires_grad:
+            found[names[0]] = _to_numpy(parameter)
+    return found
 
 
 def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft") -> Path:
@@ -136,22 +152,26 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
             problems.append(text)
         else:
             warn_user(text)
+    problems += tied_tokens(net, state) if source.kind == "peft" else []
     if problems:
         raise ValueError(f"The adapter in {path} does not fit the net, which is unchanged:\n  "
                          + "\n  ".join(problems))
+    if source.kind == "peft":
+        for text in remarks(state.config, cells, homes):
+            warn_user(f"{path}: {text}")
     swaps = {cells[place]: delta for place, delta in homes.items()
              if isinstance(delta, nn.Cell) and delta is not cells[place]}
     parameters = net_parameters(net)
     settle_names(parameters, {place: delta for place, delta in homes.items() if cells[place] in swaps})
-    along = {id(item) for item in beside.values()}
-    came = tuple(names[0] for item, names in parameters if id(item) in along)
     for place, delta in homes.items():
         if cells[place] in swaps:
             set_base_values(delta)
         _fill(delta, state.layers[place])
-        delta.origin, delta.came_along = state.config, came
-    for name, parameter in beside.items():
-        put(parameter, Tensor(state.trained[name]).astype(parameter.dtype))
+        delta.origin, delta.carried = state.config, state.carried
+    own = untie(net, ties(net, state, beside))
+    bring_along(homes.values(), deltas_in(cells).values(), state.trained,
+                {name: (place, own.get(place, parameter)) for name, (place, parameter) in beside.items()},
+                of_the_base(state))
     thawed = {id(item) for delta in homes.values() if not isinstance(delta, nn.Cell)
               for item in delta.delta_parameters().values()}
     if thawed:
@@ -162,7 +182,7 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
 
 
 def _placed(state: AdapterState, kind: str, net: nn.Cell, cells: Mapping[str, nn.Cell], name_map: Table | None
-            ) -> tuple[AdapterState, dict[str, Delta], dict[str, Parameter], list[str]]:
+            ) -> tuple[AdapterState, dict[str, Delta], Places, list[str]]:
     """Return the adapter under the net's paths, the home of each layer and base parameter, and every problem found."""
     if kind == "mindpet":
         state = _by_parameter_name(state, cells)
@@ -183,7 +203,7 @@ def _placed(state: AdapterState, kind: str, net: nn.Cell, cells: Mapping[str, nn
             state = dataclasses.replace(state, layers={path: layer for path, layer in state.layers.items()
                                                        if path in cells}, trained={})
     homes, more = _homes(state, cells)
-    return state, homes, _places_of_trained(state, net, problems), problems + more
+    return state, homes, places_of_trained(state, net, problems), problems + more
 
 
 def _homes(state: AdapterState, cells: Mapping[str, nn.Cell]) -> tuple[dict[str, Delta], list[str]]:
@@ -212,21 +232,6 @@ def _homes(state: AdapterState, cells: Mapping[str, nn.Cell]) -> tuple[dict[str,
                     if id(cells[path]) not in place_of)
     return homes, problems
 
-
-def _places_of_trained(state: AdapterState, net: nn.Cell, problems: list[str]) -> dict[str, Parameter]:
-    """Return the Parameter of the net for each base parameter in the file, and add every problem found."""
-    places = {name: parameter for parameter, names in net_parameters(net) for name in names}
-    # Other frameworks call every layer's parameters weight and bias.
-    places = {**{f"{head}{_ELSEWHERE[last]}": parameter for name, parameter in places.items()
-                 for head, last in [re.split(r"(?=[^.]*$)", name, maxsplit=1)] if last in _ELSEWHERE}, **places}
-    for name, value in state.trained.items():
-        if name not in places:
-            problems.append(f"unexpected: the net has no parameter {name!r}.{did_you_mean(name, places)}")
-        elif tuple(places[name].shape) != value.shape:
-            problems.append(f"misshapen: {name} is {tuple(places[name].shape)} in the net, {value.shape} in the file.")
-        else:
-            problems.extend(_value_problems(name, places[name], value))
-    return {name: places[name] for name in state.trained if name in places}
 
 
 def _home(kind: type[DeltaConfig], method: str, cell: nn.Cell, layer: LayerState) -> Delta:
@@ -267,15 +272,9 @@ def _mismatches(path: str, delta: Delta, layer: LayerState) -> list[str]:
                  for name, value in layer.tensors.items() if name in own and tuple(own[name].shape) != value.shape]
     for name, value in layer.tensors.items():
         if name in own:
-            problems += _value_problems(f"{path}.{name}", own[name], value)
+            problems += value_problems(f"{path}.{name}", own[name], value)
     return problems
 
-
-def _value_problems(name: str, parameter: Parameter, value: np.ndarray) -> list[str]:
-    """Return why the values of a file are none for a Parameter; empty if they are."""
-    if np.issubdtype(value.dtype, np.floating) != (parameter.dtype in mstype.float_type):
-        return [f"of another type: {name} is {parameter.dtype} in the net, {value.dtype} in the file."]
-    return [] if np.isfinite(value).all() else [f"not finite: {name} holds NaN or infinite values."]
 
 
 def _fill(delta: Delta, layer: LayerState) -> None:
@@ -293,7 +292,7 @@ def _by_parameter_name(state: AdapterState, cells: Mapping[str, nn.Cell]) -> Ada
                                        for name, layer in state.layers.items()}, state.trained, state.config)
 
 
-def _to_numpy(parameter: Parameter) -> np.ndarray:
+def _to_numpy(parameter: Tensor) -> np.ndarray:
     """Return the value as numpy; bfloat16, which numpy lacks, as float32 (the same numbers)."""
     if parameter.dtype == mstype.bfloat16:
         return parameter.astype(mstype.float32).asnumpy()

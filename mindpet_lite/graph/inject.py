@@ -9,9 +9,11 @@ from mindspore import Parameter, nn
 
 from mindpet_lite.config import as_config
 from mindpet_lite.delta.base import Delta, DeltaConfig, did_you_mean
+from mindpet_lite.graph.beside import STATISTICS, Ties, begin_beside, shared_outside, untie
 from mindpet_lite.graph.freeze import apply_trains, net_parameters, with_lists
+from mindpet_lite.graph.live import deltas_in
 from mindpet_lite.graph.match import targets
-from mindpet_lite.graph.tree import cells_by_path, replace
+from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, replace
 
 
 def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | os.PathLike[str]) -> nn.Cell:
@@ -57,12 +59,13 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
             for parameter in cell.delta_parameters().values()}
     own = {id(parameter): (parameter, [f"{path}.{name}"]) for path, delta in adapted.items()
            for name, parameter in delta.delta_parameters().items()}
-    beside = _beside(cells, config, chosen, problems)
+    beside, shared = _beside(net, cells, config, chosen, problems)
     parameters = [item for item in base if id(item[0]) not in own] + [
         (parameter, next((names for item, names in base if item is parameter), names))
         for parameter, names in own.values()]
-    trains = [id(parameter) in own or id(parameter) in beside or (id(parameter) in kept and parameter.requires_grad)
-              for parameter, _ in parameters]
+    # What a BatchNorm counts belongs to the module, but does not train.
+    trains = [id(parameter) in own or id(parameter) in beside and not names[0].endswith(STATISTICS)
+              or (id(parameter) in kept and parameter.requires_grad) for parameter, names in parameters]
     try:
         trains = with_lists(parameters, trains, ("freeze_include", config.freeze_include),
                             ("freeze_exclude", config.freeze_exclude))
@@ -76,17 +79,27 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
                          + "\n  ".join(problems))
     for delta in adapted.values():
         set_base_values(delta)
+    along = [parameter for (parameter, _), value in zip(parameters, trains)
+             if id(parameter) in beside or value and id(parameter) not in own.keys() | kept]
     apply_trains(net, parameters, trains)
+    untied = untie(net, shared)
+    for parameter in untied.values():
+        parameter.requires_grad = True
+    begin_beside([*deltas_in(cells).values(), *adapted.values()], [*along, *untied.values()])
     replace(net, {chosen[path]: delta for path, delta in adapted.items() if isinstance(delta, nn.Cell)})
     return net
 
 
-def _beside(cells: Mapping[str, nn.Cell], config: DeltaConfig, chosen: Mapping[str, nn.Cell],
-            problems: list[str]) -> set[int]:
-    """Return the ids of the base Parameters that train beside the deltas; add to `problems` what cannot."""
+def _beside(net: nn.Cell, cells: Mapping[str, nn.Cell], config: DeltaConfig, chosen: Mapping[str, nn.Cell],
+            problems: list[str]) -> tuple[set[int], Ties]:
+    """Return the ids of the base Parameters that train beside the deltas; add to `problems` what cannot.
+
+    Tied weights of which modules_to_save name one place alone stand apart: they need Parameters of their own.
+    """
     adapted = {id(cell) for cell in chosen.values()}
     found = {id(item) for cell in cells.values() for name, item in cell.parameters_and_names(expand=False)
              if config.trains_beside(name, id(cell) in adapted)}
+    whole: list[str] = []
     for entry in config.modules_to_save or ():
         hits = [path for path in cells if path == entry or path.endswith("." + entry)]
         inner = [path for path, cell in cells.items() if id(cell) in adapted
@@ -97,8 +110,11 @@ def _beside(cells: Mapping[str, nn.Cell], config: DeltaConfig, chosen: Mapping[s
         elif not saved:
             problems.append(f"modules_to_save entry {entry!r} hits no module with parameters."
                             f"{did_you_mean(entry, (path.rpartition('.')[2] for path in cells if path))}")
-        found |= saved
-    return found
+        whole += [f"{hit}." for hit in hits]
+    named = {path: item for item, owners in owners_of_parameters(net) for path, _ in owners
+             if path.startswith(tuple(whole))}
+    shared = shared_outside(net, named)
+    return found | {id(item) for path, item in named.items() if path not in shared}, shared
 
 
 def adapt(config: DeltaConfig, cell: nn.Cell) -> Delta:

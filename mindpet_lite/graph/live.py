@@ -11,6 +11,7 @@ from mindspore import nn
 
 from mindpet_lite.delta import METHODS
 from mindpet_lite.delta.base import Delta, check_number
+from mindpet_lite.graph.beside import beside_of
 from mindpet_lite.graph.tree import cells_by_path, without_inner
 
 
@@ -41,8 +42,9 @@ def deltas_in(cells: Mapping[str, nn.Cell]) -> dict[str, Delta]:
 def set_lora_scale(net: nn.Cell, scale: float) -> None:
     """Multiply every delta of `net` by `scale` from the next call on, without a new compile.
 
-    1 is the adapter as trained, 0 the base exactly, 0.5 half of the update; negative values subtract it. The scale is
-    a state of the running net: it is merged by `merge`, but not written to adapter files.
+    1 is the adapter as trained, 0 the base exactly, 0.5 half of the update; negative values subtract it. Base
+    parameters that trained beside (modules_to_save, biases) are no delta and keep their values. The scale is a state
+    of the running net: it is merged by `merge`, but not written to adapter files.
 
     Args:
         net: a net with adapted layers.
@@ -72,7 +74,9 @@ def set_lora_scale(net: nn.Cell, scale: float) -> None:
 def adapters_disabled(net: nn.Cell) -> Iterator[nn.Cell]:
     """Inside the block `net` gives its base's output exactly; afterwards its adapters work as before.
 
-    Nothing compiles anew. Blocks may be nested.
+    Base parameters that belong to the adapter (modules_to_save, biases) have their base's values inside the block, if
+    :func:`mindpet_lite.get_pet_model` or :func:`mindpet_lite.load_adapter` put the adapter in. Nothing compiles anew.
+    Blocks may be nested.
 
     Raises:
         TypeError: `net` is no Cell.
@@ -99,6 +103,8 @@ def _switch(cells: list[Delta], enabled: bool) -> None:
     for cell in cells:
         cell.enabled = enabled
         cell.refresh()
+    for item in beside_of(cells).values():
+        item.switch(to_base=not enabled)
 
 
 def _require_steerable(found: Mapping[str, Delta]) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
 
+from mindpet_lite.graph.beside import copy_of
 from mindpet_lite.graph.live import adapters_are_disabled, deltas
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, replace
 
@@ -64,7 +65,7 @@ def merge(net: nn.Cell) -> nn.Cell:
     cells = cells_by_path(net)
     swaps = {}
     for path, delta in found.items():
-        kept = _Kept(cells[path], tuple((parameter, _copy(parameter)) for parameter in merged[path]),
+        kept = _Kept(cells[path], tuple((parameter, copy_of(parameter)) for parameter in merged[path]),
                      tuple(item for item in delta.delta_parameters().values() if item.requires_grad))
         for parameter, value in merged[path].items():
             parameter.set_data(value)
@@ -98,13 +99,6 @@ def unmerge(net: nn.Cell) -> nn.Cell:
             parameter.requires_grad = True
         delattr(cell, _KEPT)
     return _swap(net, {cell: kept.cell for cell, kept in merged.items()})
-
-
-def _copy(parameter: Parameter) -> Tensor:
-    """Return the value in memory of its own: an operator's copy would be lazy, and see the new value."""
-    if parameter.dtype == mstype.bfloat16:
-        return Tensor(parameter.astype(mstype.float32).asnumpy().copy()).astype(mstype.bfloat16)
-    return Tensor(parameter.asnumpy().copy())
 
 
 def _swap(net: nn.Cell, swaps: dict[nn.Cell, nn.Cell]) -> nn.Cell:

@@ -130,7 +130,8 @@ def _merge(base: Path, adapter: Path, out: Path, kind: str | None, names: Path |
     echo(f"merged {len(done.changed)} of {done.tensors} tensors into {out}\n")
 
 
-@mindpet_lite.command("convert", epilog="\b\nExamples:\n  mindpet-lite convert adapter/ adapter.safetensors --to kohya\n"
+@mindpet_lite.command("convert", epilog="\b\nExamples:\n"
+                                       "  mindpet-lite convert adapter/ adapter.safetensors --to kohya\n"
                                        "  mindpet-lite convert lora.safetensors adapter/ --to peft --base unet/\n"
                                        "  mindpet-lite convert delta.ckpt adapter/ --to mindformers --names names.yaml")
 @click.argument("source", metavar="SRC", type=_PATH)

@@ -440,7 +440,7 @@ def test_modules_to_save_train_whole():
 
 @pytest.mark.parametrize("names, message", [
     (["nrm"], "modules_to_save entry 'nrm' hits no module with parameters. Did you mean 'norm'"),
-    (["to_k"], "holds the adapted layer to_k"),
+    (["to_k"], "all of its hits are excluded, or in modules_to_save"),
 ])
 def test_modules_to_save_that_do_not_fit_are_refused(names, message):
     net = Attention()

@@ -28,6 +28,7 @@ os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:PROCESSORS])
 from models import SHAPES, Stack, Step, UNet, set_mode  # noqa: E402
 from peers import LIBRARIES, build, missing  # noqa: E402
 from run import row  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 OWN = ["floor", "LoRA", "floor again", "full"]
 TORCH = ["torch floor", "PEFT, eager", "PEFT, compile"]
@@ -76,7 +77,8 @@ def torch_step(process: subprocess.Popen, name: str) -> Timed:
 def measure(steps: dict[str, Timed], rounds: int) -> dict[str, float]:
     """Return the median seconds of every step, run in turns, after three turns to warm up."""
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 3):
+    # A net is compiled in its first turn.
+    for turn in tqdm(range(rounds + 3), desc="turns", leave=False):
         for name, timed in steps.items():
             # Idle threads of the step before still turn for a while.
             time.sleep(0.005)

@@ -253,11 +253,27 @@ class Softmax(nn.Cell):
         return ops.softmax(x, -1)
 
 
+class LayerNorm(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.norm = ops.LayerNorm(-1, -1, 1e-5)
+
+    def construct(self, x, gamma, beta):
+        return self.norm(x, gamma, beta)[0]
+
+
+class Gelu(nn.Cell):
+    def construct(self, x):
+        return ops.gelu(x, approximate="tanh")
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ours, theirs, shapes_in", [
     (lambda: cpu_operators.GroupNorm(8, 1e-5), GroupNorm, ((3, 32, 5, 7), (32,), (32,))),
     (cpu_operators.Softmax, Softmax, ((2, 3, 5, 6),)),
-], ids=["group_norm", "softmax"])
+    (lambda: cpu_operators.LayerNorm(1e-5), LayerNorm, ((3, 5, 24), (24,), (24,))),
+    (cpu_operators.Gelu, Gelu, ((3, 50),)),
+], ids=["group_norm", "softmax", "layer_norm", "gelu"])
 def test_cpu_operators_are_the_operators_they_stand_for(mode, ours, theirs, shapes_in):
     ms.set_context(mode=mode)
     rng = np.random.default_rng(0)

@@ -70,3 +70,54 @@ class Softmax(nn.Cell):
         products = (out * dout).reshape(-1, x.shape[-1])
         sums = self.matmul(products, column(x.shape[-1], 1.0))
         return ((products - out.reshape(products.shape) * sums).reshape(x.shape),)
+
+
+class LayerNorm(nn.Cell):
+    """`ops.layer_norm(x, (width,), gamma, beta, eps)` for float32 x of shape (..., width)."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.matmul = ops.MatMul()
+        self.matmul_left = ops.MatMul(transpose_a=True)
+
+    def normalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Gives n = (x - mean) / sqrt(var + eps), a row for each vector, and 1 / sqrt(var + eps), one for each row."""
+        rows = x.reshape(-1, x.shape[-1])
+        ones = column(rows.shape[1], 1.0 / rows.shape[1])
+        d = rows - self.matmul(rows, ones)
+        r = ops.rsqrt(self.matmul(d * d, ones) + self.eps)
+        return d * r, r
+
+    def construct(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        n, _ = self.normalised(x)
+        return (n * gamma + beta).reshape(x.shape)
+
+    def bprop(self, x: Tensor, gamma: Tensor, beta: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """With dn = gamma dout: dx = r (dn - mean(dn) - n mean(dn n)), the means over each row."""
+        n, r = self.normalised(x)
+        dy = dout.reshape(n.shape)
+        dn = dy * gamma
+        mean = column(n.shape[1], 1.0 / n.shape[1])
+        dx = (dn - self.matmul(dn, mean) - n * self.matmul(dn * n, mean)) * r
+        ones = column(n.shape[0], 1.0)
+        return (dx.reshape(x.shape), self.matmul_left(dy * n, ones).reshape(-1),
+                self.matmul_left(dy, ones).reshape(-1))
+
+
+class Gelu(nn.Cell):
+    """`ops.gelu(x, approximate="tanh")`, the tanh written with the sigmoid: 0.5 (1 + tanh(u)) = sigmoid(2u)."""
+
+    def gate(self, x: Tensor, square: Tensor) -> Tensor:
+        """Gives sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+        return ops.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * square))
+
+    def construct(self, x: Tensor) -> Tensor:
+        return x * self.gate(x, x * x)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """With g the gate: dx = dout (g + x g (1 - g) d(2u)/dx)."""
+        square = x * x
+        g = self.gate(x, square)
+        y = x * g
+        return (dout * (g + (y - y * g) * (1.5957691216057308 + 0.21406444881780074 * square)),)

@@ -60,9 +60,15 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, channels: int) -> None:
         super().__init__((channels,), epsilon=1e-5)
+        self.written_out = cpu_operators.LayerNorm(1e-5) if on_cpu() else None
 
     def construct(self, x: Tensor) -> Tensor:
-        return super().construct(x.astype(mindspore.float32)).astype(x.dtype)
+        y = x.astype(mindspore.float32)
+        if self.written_out is not None:
+            y = self.written_out(y, self.gamma, self.beta)
+        else:
+            y = super().construct(y)
+        return y.astype(x.dtype)
 
 
 def upsample(x: Tensor) -> Tensor:

@@ -7,12 +7,14 @@
 Steps run in turns, graph mode, fp32, and a line is fitted by least squares to the medians: its slope, and the largest
 distance of a point from it as a share of the largest value.
 
-Time against rank is compared with what its arithmetic takes. A layer of width n on t rows adds six products, each of
-2 t n r operations: x Aᵀ and (x Aᵀ) Bᵀ forward; dy B, dyᵀ (x Aᵀ), and with low = dy B the products low A and lowᵀ x
-backward. Where nothing below trains (the first block's q, k and v) low A is not needed. The machine's speed at these
-shapes is measured: the six products by themselves, each in a graph that runs it many times, and a line through their
-times against the rank. What the step's slope has more than that is AdamW (a few passes over 2 n r numbers a layer,
-limited by memory) and the scaling of x Aᵀ; AdamW is measured by itself and shown beside it.
+Time against rank is compared with what its arithmetic takes. On t rows a layer of width n with rank r has, beside its
+weight, six products of 2 t n r operations: x Aᵀ and (x Aᵀ) Bᵀ forward; G B, Gᵀ (x Aᵀ), (G B)ᵀ x and (G B) A backward,
+where G is the gradient of its output. Where nothing below trains (the first block's q, k and v) the last is not needed.
+With at least as many rows as the width the layer adds B A to its weight instead, one product of 2 n n r operations, and
+has four of 2 t n r backward: G B, (G B)ᵀ x, x Aᵀ and (x Aᵀ)ᵀ G. The machine's speed at these shapes is measured: the
+products by themselves, each in a graph that runs them many times, and a line through their times against the rank. What
+the step's slope has more than that is AdamW (a few passes over 2 n r numbers a layer, limited by memory), measured by
+itself and shown beside it, and the scaling of x Aᵀ.
 
 Memory is the peak of a process of its own, as in memory.py.
 """
@@ -38,23 +40,46 @@ REPEATS = 8
 
 
 class Products(nn.Cell):
-    """The products that LoRA adds to a layer, many times in one graph; the inputs differ, so that none is left out."""
+    """The products that LoRA adds to a layer, many times in one graph; the inputs differ, so that none is left out.
 
-    def __init__(self, needs_input_gradient: bool) -> None:
+    Args:
+        is_merged: whether the layer adds B A to its weight.
+        needs_input_gradient: whether something below the layer trains.
+    """
+
+    def __init__(self, is_merged: bool, needs_input_gradient: bool) -> None:
         super().__init__()
-        self.by_rows, self.plain = ops.MatMul(transpose_b=True), ops.MatMul()
-        self.across = ops.MatMul(transpose_a=True)
-        self.needs_input_gradient = needs_input_gradient
+        self.plain, self.left, self.right = ops.MatMul(), ops.MatMul(transpose_a=True), ops.MatMul(transpose_b=True)
+        self.is_merged, self.needs_input_gradient = is_merged, needs_input_gradient
 
-    def construct(self, x, dy, a, b):
+    def construct(self, inputs, a, b):
         results = ()
-        for i in range(REPEATS):
-            low = self.by_rows(x[i], a)
-            back = self.plain(dy[i], b)
-            results += (self.by_rows(low, b), self.across(dy[i], low), self.across(back, x[i]))
-            if self.needs_input_gradient:
-                results += (self.plain(back, a),)
+        for x, gradient in inputs:
+            low, back = self.right(x, a), self.plain(gradient, b)
+            results += (self.left(back, x),)
+            if self.is_merged:
+                # Not the same product each time: the compiler would run one.
+                results += (self.left(low, gradient), self.plain(b * gradient[0, 0], a))
+            else:
+                results += (self.right(low, b), self.left(gradient, low))
+                if self.needs_input_gradient:
+                    results += (self.plain(back, a),)
         return results
+
+
+def products(shape: Stack) -> dict[Products, int]:
+    """Return the products of the kinds of layers, and how many layers there are of each."""
+    if shape.batch * shape.tokens >= shape.width:
+        return {Products(True, True): shape.layers}
+    return {Products(False, True): shape.layers - 3, Products(False, False): 3}
+
+
+def operations(shape: Stack) -> int:
+    """Return the operations of these products for a rank of 1."""
+    rows = shape.batch * shape.tokens
+    if rows >= shape.width:
+        return shape.layers * 2 * shape.width * (4 * rows + shape.width)
+    return (6 * shape.layers - 3) * 2 * rows * shape.width
 
 
 def product_time(shape: Stack, rank: int) -> Callable[[], float]:
@@ -64,18 +89,16 @@ def product_time(shape: Stack, rank: int) -> Callable[[], float]:
     def random(*sizes: int) -> Tensor:
         return Tensor(rng.standard_normal(sizes), ms.float32)
 
-    x, dy = (tuple(random(rows, shape.width) for _ in range(REPEATS)) for _ in range(2))
+    inputs = tuple((random(rows, shape.width), random(rows, shape.width)) for _ in range(REPEATS))
     a, b = random(rank, shape.width), random(shape.width, rank)
-    cells = {needs: Products(needs) for needs in (True, False)}
-    # The first block's q, k and v.
-    layers = {True: shape.layers - 3, False: 3}
+    cells = products(shape)
 
     def timed() -> float:
         seconds = 0.0
-        for needs, cell in cells.items():
+        for cell, layers in cells.items():
             start = time.perf_counter()
-            cell(x, dy, a, b)[-1].asnumpy()
-            seconds += (time.perf_counter() - start) / REPEATS * layers[needs]
+            cell(inputs, a, b)[-1].asnumpy()
+            seconds += (time.perf_counter() - start) / REPEATS * layers
         return seconds
 
     return timed
@@ -141,8 +164,7 @@ def by_rank(shape: Stack, rounds: int) -> None:
         beside = f"{1e3 * start:.2f} ms at rank 0, error {error:.3f}"
         row(f"time by rank, {RANKS[0]} to {RANKS[-1]}: {kind}", f"{1e6 * slopes[kind]:.1f} us a rank",
             beside + (f", floor {1e3 * found['floor', 0]:.2f} ms" if kind == "step" else ""))
-    operations = (6 * shape.layers - 3) * 2 * shape.batch * shape.tokens * shape.width
-    row("speed of the products", f"{operations / slopes['products'] / 1e9:.0f} GFLOP/s")
+    row("speed of the products", f"{operations(shape) / slopes['products'] / 1e9:.0f} GFLOP/s")
     row("slope of the step / of its products", f"{slopes['step'] / slopes['products']:.3f}",
         f"{slopes['step'] / (slopes['products'] + slopes['AdamW']):.3f} with AdamW", "0.75 to 1.25")
 

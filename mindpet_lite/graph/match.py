@@ -50,7 +50,8 @@ def targets(cells: Mapping[str, nn.Cell], config: DeltaConfig) -> tuple[dict[str
     if not chosen and not problems:
         problems.append(f"target_modules {wanted!r} leaves no layer to adapt: " + (
             "the net has none." if not hits else
-            "all of its hits are excluded, or in modules_to_save." if all(id(cells[path]) in excluded for path in hits) else
+            "all of its hits are excluded, or in modules_to_save."
+            if all(id(cells[path]) in excluded for path in hits) else
             f"it hits only {', '.join(sorted({type(cells[path]).__name__ for path in hits}))} "
             f"without parameters of their own."))
     return chosen, problems

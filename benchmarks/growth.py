@@ -114,7 +114,7 @@ def adam_time(shape: Stack, rank: int) -> Callable[[], float]:
     def timed() -> float:
         start = time.perf_counter()
         optimizer(gradients)
-        ms.hal.synchronize()
+        ms.runtime.synchronize()
         return time.perf_counter() - start
 
     return timed

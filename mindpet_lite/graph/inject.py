@@ -60,9 +60,9 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
     own = {id(parameter): (parameter, [f"{path}.{name}"]) for path, delta in adapted.items()
            for name, parameter in delta.delta_parameters().items()}
     beside, shared = _beside(net, cells, config, chosen, problems)
+    names_in_base = {id(parameter): names for parameter, names in base}
     parameters = [item for item in base if id(item[0]) not in own] + [
-        (parameter, next((names for item, names in base if item is parameter), names))
-        for parameter, names in own.values()]
+        (parameter, names_in_base.get(id(parameter), names)) for parameter, names in own.values()]
     # What a BatchNorm counts belongs to the module, but does not train.
     trains = [id(parameter) in own or id(parameter) in beside and not names[0].endswith(STATISTICS)
               or (id(parameter) in kept and parameter.requires_grad) for parameter, names in parameters]
@@ -79,8 +79,9 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
                          + "\n  ".join(problems))
     for delta in adapted.values():
         set_base_values(delta)
+    of_deltas = own.keys() | kept
     along = [parameter for (parameter, _), value in zip(parameters, trains)
-             if id(parameter) in beside or value and id(parameter) not in own.keys() | kept]
+             if id(parameter) in beside or value and id(parameter) not in of_deltas]
     apply_trains(net, parameters, trains)
     untied = untie(net, shared)
     for parameter in untied.values():
@@ -111,6 +112,8 @@ def _beside(net: nn.Cell, cells: Mapping[str, nn.Cell], config: DeltaConfig, cho
             problems.append(f"modules_to_save entry {entry!r} hits no module with parameters."
                             f"{did_you_mean(entry, (path.rpartition('.')[2] for path in cells if path))}")
         whole += [f"{hit}." for hit in hits]
+    if not whole:
+        return found, {}
     named = {path: item for item, owners in owners_of_parameters(net) for path, _ in owners
              if path.startswith(tuple(whole))}
     shared = shared_outside(net, named)

@@ -21,7 +21,7 @@ from mindpet_lite.formats.files import as_float, read_tensors, to_bytes
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.offline import rewrite
 from mindpet_lite.offline.merge import merge
-from mindpet_lite.offline.numbers import rounded
+from mindpet_lite.offline.numbers import Scratch, rounded, widen
 
 PEFT = [f"llama_tiny/lora_{name}" for name in (
     "plain", "all_linear", "all_linear_exclude", "bias_all", "bias_lora_only", "dora", "embedding", "embedding_dora",
@@ -321,18 +321,45 @@ def test_sums_that_are_not_finite_leave_nothing(dtype, value):
     assert sorted(os.listdir(".")) == ["adapter", "base.safetensors"]
 
 
-def test_what_is_read_back_is_compared(monkeypatch):
+@pytest.mark.parametrize("place, message", [("disk", "what was read back from the disk is not what was written"),
+                                            ("memory", "does not hold what was written")])
+def test_what_is_read_back_is_compared(monkeypatch, place, message):
     Path("base.safetensors").write_bytes(to_bytes(weights(layers=1)))
     adapter = write_adapter(Path("adapter"), lora({"lm_head": (50, 24)}))
-    whole = rewrite._Writer.write
+    whole = rewrite._write
 
-    def damaging(self, block):
-        whole(self, block._replace(data=block.data ^ 1) if len(block.data) == 50 * 24 * 4 else block)
+    def damaging(file, pieces, data):
+        if len(data) == 50 * 24 * 4:
+            data = np.bitwise_xor(data, 1, out=data if place == "memory" else None)
+        whole(file, pieces, data)
 
-    monkeypatch.setattr(rewrite._Writer, "write", damaging)
-    with pytest.raises(ValueError, match="does not hold what was written"):
+    monkeypatch.setattr(rewrite, "_write", damaging)
+    with pytest.raises(ValueError, match=message):
         merge(Path("base.safetensors"), adapter, Path("out"), quiet=True)
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_numbers_are_rounded_once_to_nearest_and_ties_to_even(dtype):
+    kind = TYPES[dtype]
+    every = np.arange(1 << 16, dtype=np.uint16).view(kind)
+    some = every[np.isfinite(as_float(every))].reshape(2, -1)
+    numbers = np.unique(as_float(some).astype(np.float64))
+    finite = numbers.astype(np.float32).astype(kind) if kind == np.float16 else rounded(numbers, kind)
+    assert np.array_equal(as_float(finite), numbers)
+    # What lies between neighbours: the middle, and what float32 has below and above it.
+    middle = (numbers[1:] + (numbers[:-1] - numbers[1:]) / 2).astype(np.float32)
+    exact = middle == numbers[1:] + (numbers[:-1] - numbers[1:]) / 2
+    below, above = finite[:-1][exact], finite[1:][exact]
+    even = np.where(below.view("<u2") % 2 == 0, below.view("<u2"), above.view("<u2"))
+    assert np.array_equal(as_float(rounded(middle[exact], kind)), as_float(even.view(kind)))
+    for side, wanted in ((-np.inf, below), (np.inf, above)):
+        found = rounded(np.nextafter(middle[exact], np.float32(side)), kind)
+        assert np.array_equal(as_float(found), as_float(wanted))
+    assert exact.sum() > 60000 and np.signbit(as_float(rounded(np.float32([-0.0]), kind)))[0]
+    found = widen(every.reshape(256, 256), Scratch()).reshape(-1)
+    assert np.array_equal(found, as_float(every), equal_nan=True)
+    assert np.array_equal(widen(some, Scratch()).view(np.uint32), as_float(some).astype(np.float32).view(np.uint32))
 
 
 def test_memory_does_not_grow_with_the_base():
@@ -355,14 +382,14 @@ from pathlib import Path
 from mindpet_lite.offline import rewrite
 from mindpet_lite.offline.merge import merge
 left = int(sys.argv[1])
-write = rewrite._Writer.write
-def dying(self, block):
+write = rewrite._write
+def dying(*args):
     global left
-    write(self, block)
+    write(*args)
     left -= 1
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
-rewrite._Writer.write = dying
+rewrite._write = dying
 merge(Path("base"), Path("adapter"), Path("out"), quiet=True)
 """
 

@@ -10,10 +10,10 @@ import numpy as np
 from mindpet_lite.offline.numbers import Scratch, store, widen, widened
 
 # Numbers in a block of rows: few enough for a processor's cache, enough for Python.
-_BLOCK = 1 << 18
-# OpenBLAS computes products of at most so many multiplications in the thread that asks; for larger ones its own threads
-# get in the way of ours.
-_PRODUCT = 1 << 18
+_BLOCK = 1 << 19
+# OpenBLAS computes products of at most so many multiplications, and those with a vector of at most so many, in the
+# thread that asks; for larger ones its own threads get in the way of ours.
+_PRODUCT, _VECTOR = 1 << 18, 1 << 13
 _TILE = 64
 _SCRATCH = Scratch()
 # Takes rows of a tensor, flattened to a matrix, and the number of the first; changes them in place. Raises ValueError
@@ -141,20 +141,37 @@ class Chain:
 
 
 def _sum(rows: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Return rows + L R in float32 or float64, in memory that the next call uses again."""
+    """Return rows + L R in float32 or float64: in the rows where they are that, else in memory that is used again."""
     update = _SCRATCH.array("update", rows.shape, np.float32)
-    columns = max(1, _PRODUCT // (min(len(left), _TILE) * left.shape[1]))
-    for row in range(0, len(left), _TILE):
-        for column in range(0, right.shape[1], columns):
-            tile = slice(row, row + _TILE), slice(column, column + columns)
-            np.matmul(left[tile[0]], right[:, tile[1]], out=update[tile])
+    rank = len(right)
+    columns = max(1, min(_PRODUCT // min(len(left), _TILE), _VECTOR) // rank)
+    for own, height in _tiles(len(left), _TILE):
+        for part, width in _tiles(right.shape[1], columns):
+            out = update[own, part]
+            # One call for all tiles.
+            np.matmul(left[own].reshape(-1, 1, height, rank), right[:, part].reshape(rank, -1, width).swapaxes(0, 1),
+                      out=out.reshape(len(out) // height, height, -1, width).swapaxes(1, 2))
     wide = widen(rows, _SCRATCH)
-    return np.add(wide, update, out=None if wide.dtype == np.float64 else update)
+    return np.add(wide, update, out=wide)
+
+
+def _tiles(count: int, size: int) -> Iterator[tuple[slice, int]]:
+    """Yield what can be cut into pieces of this size, and what is left as one piece, with the size of the pieces."""
+    whole = count - count % size
+    if whole:
+        yield slice(0, whole), size
+    if whole < count:
+        yield slice(whole, count), count - whole
 
 
 def _blocks(rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Yield blocks of rows and the number of the first of each."""
     rows = rows.reshape(len(rows), -1)
-    step = max(1, _BLOCK // max(1, rows.shape[1]))
+    step = even_step(len(rows), _BLOCK // max(1, rows.shape[1]))
     for begin in range(0, len(rows), step):
         yield begin, rows[begin:begin + step]
+
+
+def even_step(count: int, most: int) -> int:
+    """Return how many of `count` to take at a time, at most so many or one, lest few be left for the last time."""
+    return max(1, -(-count // max(1, -(-count // max(1, most)))))

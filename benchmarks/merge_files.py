@@ -4,10 +4,14 @@
     python benchmarks/merge_files.py --gigabytes 4
     python benchmarks/merge_files.py --dtype float16 --targets q_proj v_proj
 
-The base is a stack of Llama blocks of width 4096 with its embedding. Copy and merge run interleaved, each in a process
-of its own, and medians are compared, because a disk's speed drifts. Neither waits for the disk to have the bytes, unless
---flush is given: then both do.
-Memory is the largest resident size that the process had, above what it had when all was imported.
+The base is a stack of Llama blocks of width 4096 with its embedding; the system has it in memory before anything is
+measured. Copy and merge run in turn, each in a new process that does it twice:
+
+first   as it comes: the memory for the new files may be slow to get (a virtual machine may have given it back);
+again   right after the same bytes were copied and removed once more, unmeasured, so that both get memory equally fast.
+
+The second is the one to compare, by medians. Neither waits for the disk to have the bytes, unless --flush is given:
+then both do. Memory is the largest resident size that the process had, above what it had when all was imported.
 """
 import argparse
 import json
@@ -81,7 +85,7 @@ def make_adapter(folder: Path, shapes: dict[str, tuple[int, ...]], targets: list
 
 
 def copy(base: Path, adapter: Path, out: Path) -> None:
-    """Read and write every file of the base, through one buffer: new memory for each block takes three times as long."""
+    """Read and write every file of the base, through one buffer: new memory for each block takes 3 times as long."""
     out.mkdir()
     buffer = memoryview(bytearray(BLOCK))
     for path in base.iterdir():
@@ -103,17 +107,41 @@ def flush(folder: Path) -> None:
 
 
 def measured(work, folders: tuple[Path, Path, Path], flushed: bool, result) -> None:
-    """Put into a queue what `work` takes: seconds, seconds of processors, bytes above what the process had before."""
+    """Put into a queue what `work` takes: (seconds, seconds of processors) first and again, and bytes of memory."""
     def peak() -> int:
         return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
+    def timed() -> tuple[float, float]:
+        busy, start = time.process_time(), time.perf_counter()
+        work(*folders)
+        if flushed:
+            flush(folders[2])
+        taken = time.perf_counter() - start, time.process_time() - busy
+        shutil.rmtree(folders[2])
+        return taken
+
     # Forget the peak of the imports, and of the process that started this one.
     Path("/proc/self/clear_refs").write_text("5")
-    before, busy, start = peak(), time.process_time(), time.perf_counter()
-    work(*folders)
-    if flushed:
-        flush(folders[2])
-    result.put((time.perf_counter() - start, time.process_time() - busy, peak() - before))
+    before = peak()
+    first = timed()
+    copy(*folders)
+    shutil.rmtree(folders[2])
+    result.put((first, timed(), peak() - before))
+
+
+def report(rows: dict[str, list]) -> None:
+    """Print what `measured` gave in each round, by name."""
+    for number, when in enumerate(("first", "again")):
+        seconds = {name: [row[number][0] for row in found] for name, found in rows.items()}
+        for name, values in seconds.items():
+            busy = statistics.median(row[number][1] for row in rows[name])
+            print(f"{when} {name:6}{statistics.median(values):6.2f} s (from {min(values):.2f} to {max(values):.2f}), "
+                  f"{busy:5.2f} s of processors")
+        ratios = [one / other for one, other in zip(seconds["merge"], seconds["copy"])]
+        print(f"{when} merge / copy {statistics.median(seconds['merge']) / statistics.median(seconds['copy']):.2f} "
+              f"(by round {', '.join(f'{ratio:.2f}' for ratio in ratios)})")
+    for name, found in rows.items():
+        print(f"{name} took {max(row[2] for row in found) / 1e6:.0f} MB above the imports")
 
 
 def main() -> None:
@@ -137,10 +165,11 @@ def main() -> None:
         print(f"{size / 1e9:.2f} GB of {args.dtype} in {args.shards} shards, {layers} of {len(shapes)} tensors adapted "
               f"with rank {args.rank}, largest tensor {largest / 1e6:.0f} MB")
         spawn = multiprocessing.get_context("spawn")
-        seconds: dict[str, list[float]] = {"copy": [], "merge": []}
-        busy: dict[str, list[float]] = {"copy": [], "merge": []}
-        memory: dict[str, list[int]] = {"copy": [], "merge": []}
-        for number in range(args.rounds + 1):
+        rows: dict[str, list] = {"copy": [], "merge": []}
+        # Once for the base to be in the system's memory.
+        copy(folder / "base", folder / "adapter", folder / "out")
+        shutil.rmtree(folder / "out")
+        for _ in range(args.rounds):
             for name, work in (("copy", copy), ("merge", merged)):
                 result = spawn.Queue()
                 process = spawn.Process(target=measured, args=(
@@ -149,20 +178,8 @@ def main() -> None:
                 process.join()
                 if process.exitcode:
                     sys.exit(f"{name} failed")
-                taken, worked, peak = result.get()
-                shutil.rmtree(folder / "out")
-                # The first round is there to warm up.
-                if number:
-                    seconds[name].append(taken)
-                    busy[name].append(worked)
-                    memory[name].append(peak)
-        for name, values in seconds.items():
-            print(f"{name:6} {statistics.median(values):6.2f} s (from {min(values):.2f} to {max(values):.2f}), "
-                  f"{statistics.median(busy[name]):5.2f} s of processors, "
-                  f"{max(memory[name]) / 1e6:5.0f} MB above the imports")
-        ratios = [one / other for one, other in zip(seconds["merge"], seconds["copy"])]
-        print(f"merge / copy: {statistics.median(seconds['merge']) / statistics.median(seconds['copy']):.2f} "
-              f"(by round {', '.join(f'{ratio:.2f}' for ratio in ratios)})")
+                rows[name].append(result.get())
+        report(rows)
     finally:
         shutil.rmtree(folder)
 

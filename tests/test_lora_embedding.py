@@ -214,8 +214,8 @@ def damaged(change, folder):
     (lambda tensors, key: tensors.update({key + "lora_A.weight": np.zeros((2, 4), np.float32)}), "0 has lora_A"),
     (lambda tensors, key: tensors.update({key + "lora_embedding_A": np.zeros((7, 2), np.float32)}), "0: .*rank 2"),
     (lambda tensors, key: tensors.update({key + "lora_embedding_A": np.zeros((2, 8), np.float32)}), r"\(2, 8\)"),
-    (lambda tensors, key: tensors.update({"base_model.model.1.base_layer.weight": np.zeros((3, 4), np.float32)}),
-     "1.base_layer.weight is no tensor of a LoRA layer")])
+    (lambda tensors, key: tensors.update({"base_model.model.1.lora_C.weight": np.zeros((3, 4), np.float32)}),
+     "1.lora_C.weight is no tensor of a LoRA layer")])
 def test_damaged_files_are_refused(change, message, tmp_path):
     damaged(change, tmp_path / "adapter")
     net = nn.SequentialCell(nn.Embedding(7, 4), nn.Dense(4, 3))

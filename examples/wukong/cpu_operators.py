@@ -1,16 +1,31 @@
 """Operators written out for CPU, where MindSpore's own kernels or their gradients take two to three times as long.
 
-Sums are products with a column of ones, and `bprop` gives the gradient in as few passes as it needs. The values are
-those of the operators they stand for, within float32 rounding. Other devices use the operators themselves.
+Sums are products with a column of ones, and `bprop` gives the gradient in as few passes as it needs. What stands once for
+a row or a column is written out to the whole shape first: an operator on two shapes looks up the place of each element
+in tables (16 bytes an element, kept as long as the graph lives) and takes three to four times as long. The values are those
+of the operators they stand for, within float32 rounding. Other devices use the operators themselves.
 """
 
 import mindspore
 from mindspore import Tensor, nn, ops
 
+# `ops.tile` makes such a primitive in each call, which a `bprop` in graph mode cannot compile.
+TILE = ops.Tile()
+
 
 def column(rows: int, value: float) -> Tensor:
     """float32 (rows, 1), all `value`."""
     return ops.fill(mindspore.float32, (rows, 1), value)
+
+
+def along_rows(values: Tensor, like: Tensor) -> Tensor:
+    """values (rows, 1) in the shape of like (rows, width)."""
+    return TILE(values, (1, like.shape[1]))
+
+
+def along_columns(values: Tensor, like: Tensor) -> Tensor:
+    """values (width,) in the shape of like (rows, width)."""
+    return ops.broadcast_to(values, like.shape)
 
 
 class GroupNorm(nn.Cell):
@@ -26,15 +41,16 @@ class GroupNorm(nn.Cell):
         """Gives x - mean, a row for each group of each sample, and 1 / sqrt(var + eps), one for each row."""
         rows = x.reshape(x.shape[0] * self.groups, -1)
         ones = column(rows.shape[1], 1.0 / rows.shape[1])
-        d = rows - self.matmul(rows, ones)
+        d = rows - along_rows(self.matmul(rows, ones), rows)
         return d, ops.rsqrt(self.matmul(d * d, ones) + self.eps)
 
     def construct(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         d, r = self.deviations(x)
         scale = r.reshape(batch, self.groups, 1) * gamma.reshape(1, self.groups, -1)
-        y = d.reshape(batch * channels, height * width) * scale.reshape(-1, 1)
-        return y.reshape(x.shape) + beta.reshape(1, channels, 1, 1)
+        d = d.reshape(batch * channels, height * width)
+        y = d * along_rows(scale.reshape(-1, 1), d) + along_rows(TILE(beta, (batch,)).reshape(-1, 1), d)
+        return y.reshape(x.shape)
 
     def bprop(self, x: Tensor, gamma: Tensor, beta: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """With n = d r and dn = gamma dout: dx = r (dn - mean(dn) - n mean(dn n)), the means over the group."""
@@ -49,8 +65,8 @@ class GroupNorm(nn.Cell):
         mean = (g * sums).sum(-1).reshape(-1, 1) / d.shape[1]
         slope = (g * products).sum(-1).reshape(-1, 1) / d.shape[1]
         r_by_group = r.reshape(batch, self.groups, 1)
-        dn = (dy * (r_by_group * g).reshape(-1, 1)).reshape(d.shape)
-        dx = dn - (d * (r * r * r * slope) + r * mean)
+        dn = (dy * along_rows((r_by_group * g).reshape(-1, 1), dy)).reshape(d.shape)
+        dx = dn - (d * along_rows(r * r * r * slope, d) + along_rows(r * mean, d))
         return dx.reshape(x.shape), (products * r_by_group).sum(0).reshape(-1), sums.sum(0).reshape(-1)
 
 
@@ -69,7 +85,7 @@ class Softmax(nn.Cell):
         """Gives dx = y dout - y sum(y dout)."""
         products = (out * dout).reshape(-1, x.shape[-1])
         sums = self.matmul(products, column(x.shape[-1], 1.0))
-        return ((products - out.reshape(products.shape) * sums).reshape(x.shape),)
+        return ((products - out.reshape(products.shape) * along_rows(sums, products)).reshape(x.shape),)
 
 
 class LayerNorm(nn.Cell):
@@ -85,21 +101,22 @@ class LayerNorm(nn.Cell):
         """Gives n = (x - mean) / sqrt(var + eps), a row for each vector, and 1 / sqrt(var + eps), one for each row."""
         rows = x.reshape(-1, x.shape[-1])
         ones = column(rows.shape[1], 1.0 / rows.shape[1])
-        d = rows - self.matmul(rows, ones)
+        d = rows - along_rows(self.matmul(rows, ones), rows)
         r = ops.rsqrt(self.matmul(d * d, ones) + self.eps)
-        return d * r, r
+        return d * along_rows(r, d), r
 
     def construct(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         n, _ = self.normalised(x)
-        return (n * gamma + beta).reshape(x.shape)
+        return (n * along_columns(gamma, n) + along_columns(beta, n)).reshape(x.shape)
 
     def bprop(self, x: Tensor, gamma: Tensor, beta: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """With dn = gamma dout: dx = r (dn - mean(dn) - n mean(dn n)), the means over each row."""
         n, r = self.normalised(x)
         dy = dout.reshape(n.shape)
-        dn = dy * gamma
+        dn = dy * along_columns(gamma, n)
         mean = column(n.shape[1], 1.0 / n.shape[1])
-        dx = (dn - self.matmul(dn, mean) - n * self.matmul(dn * n, mean)) * r
+        slope = along_rows(self.matmul(dn * n, mean), n)
+        dx = (dn - along_rows(self.matmul(dn, mean), n) - n * slope) * along_rows(r, n)
         ones = column(n.shape[0], 1.0)
         return (dx.reshape(x.shape), self.matmul_left(dy * n, ones).reshape(-1),
                 self.matmul_left(dy, ones).reshape(-1))

@@ -98,17 +98,8 @@ SHAPES: dict[str, Stack | UNet] = {
 STACKS = [name for name, shape in SHAPES.items() if isinstance(shape, Stack)]
 
 
-def is_small(x: Tensor) -> bool:
-    """Tell whether one kernel is faster than a few that do the same in larger steps, of tensors with few numbers."""
-    return x.size < 2 ** 16
-
-
 class Attention(nn.Cell):
-    """Multi-head self-attention on (batch, tokens, width).
-
-    A Transpose on CPU moves one number at a time by a table of 8 bytes for each; parts of rows put in another order take
-    two thirds of its time and no memory.
-    """
+    """Multi-head self-attention on (batch, tokens, width)."""
 
     def __init__(self, width: int, heads: int, dense: Dense) -> None:
         super().__init__()
@@ -119,32 +110,23 @@ class Attention(nn.Cell):
         self.softmax = cpu_operators.Softmax()
 
     def split(self, x):
-        """Give (heads, batch, tokens, size) of x (batch, tokens, width)."""
-        if is_small(x):
-            return x.reshape(x.shape[0], x.shape[1], self.heads, self.size).transpose(2, 0, 1, 3)
-        return ops.concat(ops.split(x, self.size, -1), 0).reshape(self.heads, *x.shape[:2], self.size)
-
-    def join(self, y, shape):
-        """Give (batch, tokens, width) of y (heads, batch, tokens, size)."""
-        if is_small(y):
-            return y.transpose(1, 2, 0, 3).reshape(shape)
-        return ops.concat(ops.split(y, 1, 0), -1).reshape(shape)
+        return x.reshape(x.shape[0], x.shape[1], self.heads, self.size).transpose(0, 2, 1, 3)
 
     def construct(self, x):
         q, k, v = self.split(self.to_q(x)), self.split(self.to_k(x)), self.split(self.to_v(x))
         y = self.mix(self.softmax(self.scores(q, k) * self.size ** -0.5), v)
-        return self.to_out(self.join(y, x.shape))
+        return self.to_out(y.transpose(0, 2, 1, 3).reshape(x.shape))
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm, written out where there is much to do."""
+    """nn.LayerNorm, written out where there is much to do: below 2^16 numbers one kernel is faster than ten."""
 
     def __init__(self, width: int) -> None:
         super().__init__((width,))
         self.written_out = cpu_operators.LayerNorm(self.epsilon)
 
     def construct(self, x):
-        if is_small(x):
+        if x.size < 2 ** 16:
             return super().construct(x)
         return self.written_out(x, self.gamma, self.beta)
 

@@ -13,17 +13,20 @@ from typing import Any
 import click
 
 from mindpet_lite import __version__, tasks
-from mindpet_lite.config import read_yaml
-from mindpet_lite.delta import METHODS
+from mindpet_lite.estimate import as_dict, estimate
+from mindpet_lite.estimate import table as plan_table
+from mindpet_lite.estimate.plan import ITEMS, OPTIMIZERS
 from mindpet_lite.formats.adapters import TARGETS
 from mindpet_lite.formats.detect import FORMATS
 from mindpet_lite.formats.names import Table, check_table
+from mindpet_lite.formats.strict_json import parse_object
 from mindpet_lite.offline import extract as extraction
 from mindpet_lite.offline import inspect as inspection
 from mindpet_lite.offline.convert import convert
 from mindpet_lite.offline.merge import merge
 from mindpet_lite.tasks.options import PATHS, SETTINGS
 from mindpet_lite.tasks.process import echo
+from mindpet_lite.yaml_files import read_yaml
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 _EXAMPLES = {
@@ -107,6 +110,7 @@ def _warnings_as_lines() -> Iterator[None]:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def _inspect(path: Path, kind: str | None, as_json: bool) -> None:
     """Print what the adapter at PATH is: format, method, layers, ranks, alphas, sizes, norms."""
+    from mindpet_lite.delta import METHODS  # loads MindSpore, for which the other commands need not wait
     report = inspection.inspect(path, kind, METHODS)
     echo(json.dumps(report, indent=2, ensure_ascii=False) + "\n" if as_json else inspection.table(report))
 
@@ -142,6 +146,7 @@ def _merge(base: Path, adapter: Path, out: Path, kind: str | None, names: Path |
 @click.option("--base", type=_PATH, help="The base whose layers' names DST gets.")
 def _convert(source: Path, target: Path, to: str, kind: str | None, names: Path | None, base: Path | None) -> None:
     """Write the adapter at SRC to DST in another format, all of it or nothing."""
+    from mindpet_lite.delta import METHODS  # as in inspect
     done = convert(source, target, to, kind, _table(names), base, METHODS)
     echo(f"converted {done.layers} layers from {done.kind} to {to}: {', '.join(map(str, done.files))}\n")
 
@@ -157,3 +162,48 @@ def _convert(source: Path, target: Path, to: str, kind: str | None, names: Path 
 def _extract(base: Path, tuned: Path, rank: int, out: Path | None, seed: int, quiet: bool) -> None:
     """Print the error that a LoRA adapter leaves of what tuning changed, and write the adapter."""
     echo(extraction.table(extraction.extract(base, tuned, rank, out, seed, quiet)))
+
+
+_EXPRESSION = set("*|\\[](){}^$+?")
+
+
+def _targets(text: str | None) -> str | list[str] | None:
+    """Return `target_modules` as a config has it: names separated by commas, or an expression."""
+    return text if text is None or text == "all-linear" or _EXPRESSION & set(text) else text.split(",")
+
+
+def _model_config(path: Path) -> dict[str, Any]:
+    if path.suffix.lower() != ".json":
+        return read_yaml(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no config at {path}: check the path.")
+    try:
+        return parse_object(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+
+
+@mindpet_lite.command("estimate", epilog="\b\nExamples:\n"
+                                        "  mindpet-lite estimate --config llama/config.json --batch 4 --seq 1024\n"
+                                        "  mindpet-lite estimate --config wukong_full_lora.yaml --batch 3")
+@click.option("--config", required=True, type=_PATH, help="A Llama's config.json, or the YAML of examples/wukong.")
+@click.option("--batch", required=True, type=click.IntRange(min=1), help="Samples of a step.")
+@click.option("--seq", type=click.IntRange(min=1), help="Tokens of a sample; of a U-Net, words of its text.")
+@click.option("--lora-rank", type=click.IntRange(min=1), help="LoRA's rank; the config's or 8 without it.")
+@click.option("--target-modules", help="Layers with LoRA: names and commas, an expression, or all-linear; the "
+                                       "config's or the attention's without it.")
+@click.option("--lora-dropout", type=float, default=0.0, show_default=True, help="LoRA's dropout.")
+@click.option("--dtype", type=click.Choice(list(ITEMS)), default="float32", show_default=True,
+              help="Of weights and activations; what trains is float32.")
+@click.option("--optimizer", type=click.Choice(list(OPTIMIZERS)), default="adamw", show_default=True,
+              help="Its state is kept for what trains.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, in bytes, instead of a table.")
+def _estimate(config: Path, batch: int, seq: int | None, lora_rank: int | None, target_modules: str | None,
+              lora_dropout: float, dtype: str, optimizer: str, as_json: bool) -> None:
+    """Print the memory that training a model takes, with LoRA and in full, with and without recomputation."""
+    document = _model_config(config)
+    try:
+        report = estimate(document, batch, seq, lora_rank, _targets(target_modules), lora_dropout, dtype, optimizer)
+    except ValueError as error:
+        raise ValueError(f"{config}: {error}") from error
+    echo(json.dumps(as_dict(report), indent=2) + "\n" if as_json else plan_table(report))

@@ -1,0 +1,82 @@
+"""The memory of a training step, before it is run and without its weights."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from mindpet_lite.estimate.kernels import Kernel, as_run, highest
+from mindpet_lite.estimate.layers import Lora
+from mindpet_lite.estimate.tape import Value
+from mindpet_lite.estimate.written_out import WrittenOut
+
+# Bytes of an element of weights and activations.
+ITEMS = {"float32": 4, "float16": 2, "bfloat16": 2}
+# How many numbers an optimizer keeps for each one that trains, all in float32.
+OPTIMIZERS = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 2}
+# What MindSpore's compiler and runtime hold on CPU in graph mode, measured: a part of its own, and one for each kernel.
+START, PER_KERNEL = 43_000_000, 230_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes of a training step.
+
+    Attributes:
+        weights: what does not train.
+        deltas: what trains.
+        gradients: of what trains.
+        optimizer: its state.
+        activations: the most that forward and backward hold at a time, beside the gradients.
+        tables: indices that MindSpore's kernels keep on CPU in graph mode, and nowhere else.
+        compiler: what MindSpore's compiler and runtime hold on CPU in graph mode.
+    """
+
+    weights: int
+    deltas: int
+    gradients: int
+    optimizer: int
+    activations: int
+    tables: int
+    compiler: int
+
+    @property
+    def device(self) -> int:
+        """Bytes on the device."""
+        return self.weights + self.deltas + self.gradients + self.optimizer + self.activations
+
+    @property
+    def process(self) -> int:
+        """Bytes of a process on CPU, over those of the imported framework."""
+        return self.device + self.tables + self.compiler
+
+
+def plan_of(kernels: Sequence[Kernel], weights: int, deltas: int, moments: int) -> Plan:
+    """Return the plan of a step that runs these kernels.
+
+    Args:
+        kernels: in the order of the program.
+        weights: bytes of what does not train.
+        deltas: bytes of what trains.
+        moments: bytes of the optimizer's state.
+    """
+    updates = [kernel for kernel in kernels if not kernel.writes]
+    gradients = sum({id(piece): piece.size for kernel in updates for piece in kernel.reads}.values())
+    return Plan(weights, deltas, gradients, moments, max(0, highest(as_run(kernels)) - gradients),
+                sum(kernel.tables for kernel in kernels), START + PER_KERNEL * len(kernels))
+
+
+def plan(forward: Callable[[WrittenOut], Value], lora: Mapping[str, Lora] | None, dtype: str = "float32",
+         optimizer: str = "adamw") -> Plan:
+    """Return the plan of a step with LoRA, or of full fine-tuning.
+
+    Args:
+        forward: records the forward pass and returns the loss.
+        lora: by the paths of the layers that have it; None for full fine-tuning.
+        dtype: of weights and activations, a key of `ITEMS`; what trains is float32.
+        optimizer: a key of `OPTIMIZERS`.
+    """
+    tape = WrittenOut(ITEMS[dtype], (lambda path: lora is None or ".mindpet_delta_lora_" in path),
+                      lora or {})
+    kernels = tape.backward(forward(tape))
+    deltas = tape.bytes_of(True)
+    return plan_of(kernels, tape.bytes_of(False), deltas, OPTIMIZERS[optimizer] * deltas)

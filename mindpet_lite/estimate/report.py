@@ -1,0 +1,144 @@
+"""The memory of training a model, from its config: LoRA and full fine-tuning, with and without recomputation."""
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mindpet_lite.estimate.layers import Lora
+from mindpet_lite.estimate.llama import Llama
+from mindpet_lite.estimate.plan import ITEMS, OPTIMIZERS, Plan, plan
+from mindpet_lite.estimate.unet import UNet
+from mindpet_lite.estimate.written_out import WrittenOut
+
+# Columns by their names: with LoRA or not, recomputed or not.
+COLUMNS = {"LoRA": (True, False), "LoRA, recompute": (True, True), "full": (False, False),
+           "full, recompute": (False, True)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The plans of a model, by the names in `COLUMNS`.
+
+    Attributes:
+        kind: of model.
+        parameters: of the model without LoRA.
+        lora_parameters: of LoRA.
+        lora_layers: the paths of the layers that it adapts.
+        lora_rank: its rank.
+        plans: of a training step.
+    """
+
+    kind: str
+    parameters: int
+    lora_parameters: int
+    lora_layers: tuple[str, ...]
+    lora_rank: int
+    plans: dict[str, Plan]
+
+
+def estimate(config: Mapping[str, Any], batch: int, seq: int | None = None, lora_rank: int | None = None,
+             target_modules: str | Sequence[str] | None = None, lora_dropout: float = 0.0, dtype: str = "float32",
+             optimizer: str = "adamw") -> Report:
+    """Plan the memory of a training step in graph mode.
+
+    Args:
+        config: a Llama's `config.json`, or the YAML of a U-Net of `examples/wukong`.
+        batch: samples of a step.
+        seq: tokens of a sample; of a U-Net the words of its text, by default what the config says.
+        lora_rank: rank of LoRA; by default the config's, or that of `LoraConfig`.
+        target_modules: layers with LoRA, as in `LoraConfig`; by default the config's, or the four of each attention.
+        lora_dropout: as in `LoraConfig`.
+        dtype: of weights and activations, a key of `ITEMS`; what trains is float32.
+        optimizer: a key of `OPTIMIZERS`.
+
+    Raises:
+        ValueError: the config is of no model that is known, or lacks a size; a target names no linear layer; a number
+            is not positive, or a name is unknown.
+    """
+    net = net_of(config)
+    lora_rank = config.get("lora_rank", 8) if lora_rank is None else lora_rank
+    targets = config.get("target_modules", net.targets) if target_modules is None else target_modules
+    for name, value in (("batch", batch), ("seq", 1 if seq is None else seq), ("lora_rank", lora_rank)):
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise ValueError(f"{name} must be a positive int, but got {value!r}.")
+    if not 0 <= lora_dropout < 1:
+        raise ValueError(f"lora_dropout must be in [0, 1), but got {lora_dropout}.")
+    for name, value, known in (("dtype", dtype, ITEMS), ("optimizer", optimizer, OPTIMIZERS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, but got {value!r}.")
+    plain = WrittenOut(1, lambda path: False, {})
+    net.forward(plain, batch, seq, False)
+    layers = tuple(chosen(targets, plain.linear))
+    lora = dict.fromkeys(layers, Lora(lora_rank, lora_dropout))
+    plans = {name: plan(lambda tape, again=again: net.forward(tape, batch, seq, again),  # type: ignore[misc]
+                        lora if adapts else None, dtype, optimizer)
+             for name, (adapts, again) in COLUMNS.items()}
+    return Report(net.kind, plain.bytes_of(False), plans["LoRA"].deltas // 4, layers, lora_rank, plans)
+
+
+def net_of(config: Mapping[str, Any]) -> Llama | UNet:
+    """Return the model of a config.
+
+    Raises:
+        ValueError: it is of none that is known, or lacks a size.
+    """
+    for place in (config, config.get("model")):
+        if isinstance(place, Mapping) and isinstance(place.get("unet"), Mapping):
+            return UNet.of(place)
+    if "hidden_size" in config or "model_type" in config:
+        return Llama.of(config)
+    raise ValueError(f"this is neither the config.json of a Llama nor a YAML with a block 'unet': its keys are "
+                     f"{', '.join(map(str, config)) or '(none)'}.")
+
+
+def chosen(targets: str | Sequence[str], layers: Sequence[str]) -> list[str]:
+    """Return the layers that `target_modules` means: names (paths or their last parts), "all-linear", or an expression.
+
+    Raises:
+        ValueError: a name or the expression hits none.
+    """
+    if isinstance(targets, str):
+        if targets == "all-linear":
+            return list(layers)
+        try:
+            found = [path for path in layers if re.fullmatch(targets, path)]
+        except re.error as error:
+            raise ValueError(f"target_modules {targets!r} is no regular expression: {error}.") from error
+        missing = [] if found else [targets]
+    else:
+        found = [path for path in layers if any(f".{path}".endswith(f".{name}") for name in targets)]
+        missing = [name for name in targets if not any(f".{path}".endswith(f".{name}") for path in layers)]
+    if missing or not found:
+        ends = dict.fromkeys(re.sub(r".*\.\d+\.(?=.*[a-z])", "", path) for path in layers)
+        raise ValueError(f"target_modules {', '.join(map(repr, missing)) or 'is empty and'} hits no linear layer; the "
+                         f"model's are {', '.join(ends)}.")
+    return found
+
+
+def as_dict(report: Report) -> dict[str, Any]:
+    """Return a report as plain data; all plans in bytes."""
+    plans = {name: {**dataclasses.asdict(plan), "device": plan.device, "process": plan.process}
+             for name, plan in report.plans.items()}
+    return {**dataclasses.asdict(report), "plans": plans}
+
+
+ROWS = (("weights, frozen", "weights"), ("what trains", "deltas"), ("gradients", "gradients"),
+        ("optimizer", "optimizer"), ("activations", "activations"), ("on the device", "device"),
+        ("CPU: kernels' tables", "tables"), ("CPU: compiled graph", "compiler"), ("a process on CPU", "process"))
+
+
+def table(report: Report) -> str:
+    """Return a report as text for people."""
+    most = max(plan.process for plan in report.plans.values())
+    unit, size, digits = ("GB", 1e9, 2) if most >= 1e10 else ("MB", 1e6, 0)
+    lines = [f"{report.kind} of {report.parameters:,} parameters; LoRA of rank {report.lora_rank} on "
+             f"{len(report.lora_layers)} layers, {report.lora_parameters:,} parameters", ""]
+    rows = [(unit, *report.plans)] + [
+        (label, *(f"{getattr(plan, name) / size:,.{digits}f}" for plan in report.plans.values()))
+        for label, name in ROWS]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines += ["  ".join(cell.rjust(width) if place else cell.ljust(width)
+                        for place, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+    return "\n".join(lines) + "\n"

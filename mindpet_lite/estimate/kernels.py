@@ -27,13 +27,15 @@ class Memory:
 class Kernel:
     """A kernel that has memory while it runs: what it reads, and what it writes, until the last kernel has read it.
 
-    `tables` are bytes that the kernel keeps on CPU, as long as its graph lives.
+    `tables` are bytes that the kernel keeps on CPU, as long as its graph lives. A kernel that recomputes is `copied` by
+    the compiler from one of the forward pass.
     """
 
     kind: str
     reads: tuple[Memory, ...]
     writes: tuple[Memory, ...]
     tables: int = 0
+    copied: bool = False
 
 
 def as_run(kernels: Sequence[Kernel]) -> list[Kernel]:

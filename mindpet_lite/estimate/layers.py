@@ -40,7 +40,7 @@ class Layers(Tape):
         """`nn.Dense` at `path` of a net, with LoRA if it has it: y = x Wᵀ + b + s (x Aᵀ) Bᵀ."""
         rows, width = math.prod(x.shape[:-1]), x.shape[-1]
         flat, lora = self.view(x, rows, width), self.lora.get(path)
-        weight = self.parameter(f"{path}.weight", out, width)
+        weight = self.weight(f"{path}.weight", out, width)
         self.linear.append(path)
         # As in LoRADense: with many rows the update is added to the weight instead of to the output.
         merges = lora and lora.dropout == 0 and self.item == 4 and rows * (width + out) >= 2 * width * out
@@ -52,8 +52,16 @@ class Layers(Tape):
         return self.view(y, *x.shape[:-1], out)
 
     def _factors(self, path: str, rank: int, width: int, out: int) -> tuple[Value, Value]:
-        return (self.parameter(f"{path}.mindpet_delta_lora_a", rank, width),
-                self.parameter(f"{path}.mindpet_delta_lora_b", out, rank))
+        return (self.weight(f"{path}.mindpet_delta_lora_a", rank, width),
+                self.weight(f"{path}.mindpet_delta_lora_b", out, rank))
+
+    def weight(self, path: str, *shape: int) -> Value:
+        """Return a parameter in the type of the activations: what trains is cast where that is another."""
+        weight = self.parameter(path, *shape)
+        if not weight.graded or self.item == self.delta_item:
+            return weight
+        return self.apply("Cast", [weight], shape, lambda reads, results, dy: [
+            self.run("Cast", [dy], shape, item=self.delta_item)])
 
     def _beside(self, x: Value, y: Value, path: str, lora: Lora) -> Value:
         a, b = self._factors(path, lora.rank, x.shape[1], y.shape[1])

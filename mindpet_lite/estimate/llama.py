@@ -65,7 +65,7 @@ class Llama:
         if length is None:
             raise ValueError("a Llama's plan needs seq, the number of tokens of each sample.")
         width, rows = self.hidden_size, batch * length
-        table = tape.parameter("model.embed_tokens.embedding_table", self.vocab_size, width)
+        table = tape.weight("model.embed_tokens.embedding_table", self.vocab_size, width)
         x = tape.apply("Gather", [table], (batch, length, width), lambda reads, results, dy: [
             tape.run("UnsortedSegmentSum", [dy], table.shape)])
         for layer in range(self.num_hidden_layers):

@@ -13,8 +13,9 @@ from mindpet_lite.estimate.written_out import WrittenOut
 ITEMS = {"float32": 4, "float16": 2, "bfloat16": 2}
 # How many numbers an optimizer keeps for each one that trains, all in float32.
 OPTIMIZERS = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 2}
-# What MindSpore's compiler and runtime hold on CPU in graph mode, measured: a part of its own, and one for each kernel.
-START, PER_KERNEL = 43_000_000, 230_000
+# What MindSpore's compiler and runtime hold on CPU in graph mode, by `benchmarks/estimate.py --constants`: a part of
+# its own, and one for each kernel, less for those that the compiler copies to recompute.
+START, PER_KERNEL, PER_COPY = 43_000_000, 260_000, 120_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,21 +51,6 @@ class Plan:
         return self.device + self.tables + self.compiler
 
 
-def plan_of(kernels: Sequence[Kernel], weights: int, deltas: int, moments: int) -> Plan:
-    """Return the plan of a step that runs these kernels.
-
-    Args:
-        kernels: in the order of the program.
-        weights: bytes of what does not train.
-        deltas: bytes of what trains.
-        moments: bytes of the optimizer's state.
-    """
-    updates = [kernel for kernel in kernels if not kernel.writes]
-    gradients = sum({id(piece): piece.size for kernel in updates for piece in kernel.reads}.values())
-    return Plan(weights, deltas, gradients, moments, max(0, highest(as_run(kernels)) - gradients),
-                sum(kernel.tables for kernel in kernels), START + PER_KERNEL * len(kernels))
-
-
 def plan(forward: Callable[[WrittenOut], Value], lora: Mapping[str, Lora] | None, dtype: str = "float32",
          optimizer: str = "adamw") -> Plan:
     """Return the plan of a step with LoRA, or of full fine-tuning.
@@ -79,4 +65,12 @@ def plan(forward: Callable[[WrittenOut], Value], lora: Mapping[str, Lora] | None
                       lora or {})
     kernels = tape.backward(forward(tape))
     deltas = tape.bytes_of(True)
-    return plan_of(kernels, tape.bytes_of(False), deltas, OPTIMIZERS[optimizer] * deltas)
+    # Every gradient is as large as what it is of, and no more than all of them are there at a time.
+    activations = max(0, highest(as_run(kernels)) - deltas)
+    return Plan(tape.bytes_of(False), deltas, deltas, OPTIMIZERS[optimizer] * deltas, activations,
+                sum(kernel.tables for kernel in kernels), compiled(kernels))
+
+
+def compiled(kernels: Sequence[Kernel]) -> int:
+    """Return the bytes that the compiled graph of these kernels takes on CPU."""
+    return START + sum(PER_COPY if kernel.copied else PER_KERNEL for kernel in kernels)

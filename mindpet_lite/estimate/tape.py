@@ -152,10 +152,10 @@ class Tape:
         for node in nodes:
             before = len(self.kernels)
             found[id(node)] = node.forward([again.get(id(value), value) for value in node.reads])
-            if not any(id(value) in again for value in node.reads):
-                waits = tuple(value.memory for value in due if value.memory)
-                self.kernels[before:] = [dataclasses.replace(kernel, reads=(*kernel.reads, *waits))
-                                         for kernel in self.kernels[before:]]
+            first = not any(id(value) in again for value in node.reads)
+            waits = tuple(value.memory for value in due if value.memory) if first else ()
+            self.kernels[before:] = [dataclasses.replace(kernel, reads=(*kernel.reads, *waits), copied=True)
+                                     for kernel in self.kernels[before:]]
             again[id(node.results[0])] = dataclasses.replace(found[id(node)][0], graded=node.results[0].graded)
         return found
 

@@ -184,14 +184,15 @@ class UNetTape:
         return self.tape.broadcast(x, batch, channels, 2 * height, 2 * width)
 
     def conv(self, x: Value, path: str, out: int, kernel: int, stride: int = 1) -> Value:
-        """`nn.Conv2d` with a bias; the gradient's kernel has a buffer for each thread."""
+        """`nn.Conv2d` with a bias; the gradients' kernels have a buffer for each thread."""
         tape, (batch, channels, height, width) = self.tape, x.shape
-        weight = tape.parameter(f"{path}.weight", out, channels, kernel, kernel)
+        weight = tape.weight(f"{path}.weight", out, channels, kernel, kernel)
         bias = tape.parameter(f"{path}.bias", out)
         shape = (batch, out, height // stride, width // stride)
         buffer = 4 * kernel ** 2 * channels * math.prod(shape[2:]) * min(THREADS, batch) if kernel > 1 else 0
 
         y = tape.apply("Conv2D", [x, weight], shape, lambda reads, results, dy: [
             tape.run("Conv2DBackpropInput", [dy, reads[1]], x.shape, buffer=buffer) if x.graded else None,
-            tape.run("Conv2DBackpropFilter", [dy, reads[0]], weight.shape) if weight.graded else None])
+            tape.run("Conv2DBackpropFilter", [dy, reads[0]], weight.shape, buffer=4 * THREADS * weight.numel)
+            if weight.graded else None])
         return tape.bias(y, bias)

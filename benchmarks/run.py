@@ -2,7 +2,7 @@
 
     python benchmarks/run.py                          # what needs this package alone: `make bench`
     python benchmarks/run.py --full                   # with the peers that have to be installed: `make bench-full`
-    python benchmarks/run.py --only step kernels      # some sections
+    python benchmarks/run.py --only step memory       # some sections
 
 Each command runs in a process of its own, in a temporary folder. Of what it prints, the lines that start with "| " are
 rows for the table, written by `row`.
@@ -20,18 +20,29 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 
-# (section, command): `make bench`.
+# (section, command): what needs this package alone, in both tables.
+OWN: list[tuple[str, str]] = [
+    ("memory", "memory.py"),
+    ("memory", "estimate.py"),
+    ("first step", "first_step.py"),
+    ("files", "files.py"),
+    ("files", "merge_files.py"),
+    ("growth", "growth.py"),
+]
+# `make bench`.
 PLAIN: list[tuple[str, str]] = [
     ("step", "step.py"),
     ("step", "step.py --mode pynative"),
     ("kernels", "kernels.py --table"),
+    *OWN,
 ]
-# What stands in their place in `make bench-full`; {torch} is the Python that has torch and PEFT.
+# `make bench-full`; {torch} is the Python that has torch and PEFT.
 FULL: list[tuple[str, str]] = [
     ("step", "step.py --peers all --torch {torch}"),
     ("step", "step.py --mode pynative --peers all"),
     ("kernels", "kernels.py --table --peers all"),
     ("profile", "profile_step.py --table --torch {torch}"),
+    *OWN,
 ]
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import mindpet_lite
 
 ROOT = Path(mindpet_lite.__file__).parent
@@ -33,7 +35,7 @@ def recording(file, mode="r", *args, **kwargs):
     opened.append((file, mode))
     return original(file, mode, *args, **kwargs)
 builtins.open = recording
-import mindpet_lite
+import mindpet_lite, mindpet_lite.compat, mindpet_lite.delta, mindpet_lite.graph, mindpet_lite.train
 assert not [item for item in opened if set(item[1]) & set("wax+")], opened
 assert handlers == logging.root.handlers
 for name, item in logging.root.manager.loggerDict.items():
@@ -82,6 +84,17 @@ def test_import_writes_nothing_and_loads_nothing_heavy(tmp_path):
     assert not added & {"matplotlib", "PIL", "torch", "tqdm", "pandas", "scipy", "resvg_py", "transformers", "pytest"}
 
 
+def test_names_come_when_they_are_asked_for(tmp_path):
+    code = ("import sys, mindpet_lite, mindpet_lite.commands; assert 'mindspore' not in sys.modules\n"
+            "mindpet_lite.LoRADense, mindpet_lite.graph.merge; assert 'mindspore' in sys.modules\n"
+            "from mindpet_lite import *; assert LoraConfig is mindpet_lite.LoraConfig\n"
+            "assert {'delta', 'merge', '__version__'} <= set(dir(mindpet_lite))")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120,
+                   env={**os.environ, "PYTHONPATH": str(ROOT.parent), "PYTHONDONTWRITEBYTECODE": "1"})
+    with pytest.raises(ImportError, match="'LoRADence' from 'mindpet_lite'"):
+        from mindpet_lite import LoRADence  # noqa: F401
+
+
 def test_arrows_point_one_way():
     for path in FILES:
         room = path.relative_to(ROOT).parts[0] if path.parent != ROOT else ""
@@ -96,8 +109,8 @@ def test_arrows_point_one_way():
             assert all(item.startswith(("mindpet_lite.formats", "mindpet_lite.offline")) for item in own), name
         elif room == "delta" and path != ROOT / "delta" / "__init__.py":
             # The shared rooms, and in a method of several files its own folder: never another method.
-            shared = {f"mindpet_lite.delta.{item}" for item in (
-                "base", "parts", "activation", "dense", "bottleneck", "prefix_dense")}
+            shared = {"mindpet_lite.arguments", *(f"mindpet_lite.delta.{item}" for item in (
+                "base", "parts", "activation", "dense", "bottleneck", "prefix_dense"))}
             folder = "mindpet_lite." + ".".join(name.parts[:2]) + "."
             assert all(item in shared or len(name.parts) > 2 and item.startswith(folder) for item in own), name
         elif room == "graph":
@@ -107,12 +120,13 @@ def test_arrows_point_one_way():
             assert "mindpet_lite" not in own and "mindpet_lite.cli" not in own, name
         elif room == "train":
             rooms = {".".join(item.split(".")[:2]) for item in own}
-            assert rooms <= {f"mindpet_lite.{item}" for item in ("delta", "graph", "formats", "train")}, name
+            assert rooms <= {f"mindpet_lite.{item}" for item in (
+                "arguments", "delta", "graph", "formats", "train")}, name
             assert not {item for item in own if item.startswith("mindpet_lite.delta.")} - {
                 "mindpet_lite.delta.base", "mindpet_lite.delta.parts"}, f"{name} imports a method's file"
         assert "mindpet_lite.train" not in {".".join(item.split(".")[:2]) for item in own} or room in (
             "", "train"), f"{name}: nothing is built on the aids of training"
-        assert "yaml" not in outside or path == ROOT / "config.py", f"{name}: only config.py reads YAML"
+        assert "yaml" not in outside or path == ROOT / "yaml_files.py", f"{name}: only yaml_files.py reads YAML"
         assert "click" not in outside or path.parent == ROOT, f"{name}: only the command line knows click"
         assert "tqdm" not in outside or room == "offline", f"{name}: only long work on files has a progress bar"
         assert "mindpet_lite.offline" not in {".".join(item.split(".")[:2]) for item in own} or room in (

@@ -1,9 +1,9 @@
 """Operators written out for CPU, where MindSpore's own kernels or their gradients take two to three times as long.
 
-Sums are products with a column of ones, and `bprop` gives the gradient in as few passes as it needs. What stands once for
-a row or a column is written out to the whole shape first: an operator on two shapes looks up the place of each element
-in tables (16 bytes an element, kept as long as the graph lives) and takes three to four times as long. The values are those
-of the operators they stand for, within float32 rounding. Other devices use the operators themselves.
+Sums are products with a column of ones, and `bprop` gives the gradient in as few passes as it needs. What stands once
+for a row or a column is written out to the whole shape first: an operator on two shapes looks up the place of each
+element in tables (16 bytes an element, kept as long as the graph lives) and takes three to four times as long. The
+values are those of the operators they stand for, within float32 rounding. Other devices use the operators themselves.
 """
 
 import mindspore
@@ -19,12 +19,12 @@ def column(rows: int, value: float) -> Tensor:
 
 
 def along_rows(values: Tensor, like: Tensor) -> Tensor:
-    """values (rows, 1) in the shape of like (rows, width)."""
+    """Values (rows, 1) in the shape of like (rows, width)."""
     return TILE(values, (1, like.shape[1]))
 
 
 def along_columns(values: Tensor, like: Tensor) -> Tensor:
-    """values (width,) in the shape of like (rows, width)."""
+    """Values (width,) in the shape of like (rows, width)."""
     return ops.broadcast_to(values, like.shape)
 
 

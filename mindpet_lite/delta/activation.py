@@ -6,7 +6,7 @@ from typing import Any
 
 from mindspore import Tensor, nn, ops
 
-from mindpet_lite.delta.base import UnknownNameError, did_you_mean
+from mindpet_lite.arguments import UnknownNameError, did_you_mean
 
 
 class LeakyReLU(nn.LeakyReLU):

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import mindspore
 from mindspore import Tensor, nn
 
-from mindpet_lite.delta.base import DeltaConfig, check_int
+from mindpet_lite.arguments import check_int
+from mindpet_lite.delta.base import DeltaConfig
 from mindpet_lite.delta.bottleneck import (
     HE_UNIFORM,
     BottleneckDense,

@@ -2,14 +2,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import numbers
-import os
-import sys
-import warnings
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,88 +13,10 @@ from mindspore import dtype as mstype
 FLOAT_TYPES = (mstype.float16, mstype.bfloat16, mstype.float32)
 
 
-class UnknownNameError(KeyError, ValueError):
-    """A name that is not in a table: the KeyError that MindPet and MindSpore raise, and the ValueError that it is."""
-
-    def __str__(self) -> str:
-        # KeyError would show the quoted text.
-        return str(self.args[0])
-
-
-class WrongArgumentError(TypeError, ValueError):
-    """An argument of the wrong kind where MindPet documents the other of the two errors than Python's habit is."""
-
-
-def did_you_mean(name: object, candidates: Iterable[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the candidates close to `name`, or an empty string."""
-    known = list(dict.fromkeys(candidates))
-    folded = {item.lower(): item for item in known}
-    near = difflib.get_close_matches(str(name).lower(), list(folded), n=3, cutoff=0.6)
-    return f" Did you mean {' or '.join(repr(folded[item]) for item in near)}?" if near else ""
-
-
-def check_int(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is an int (a bool is not), ValueError unless it is positive."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be a positive int, but got {value!r} of type {type(value).__name__}."
-                        f"{number_hint(value)}")
-    if value <= 0:
-        raise ValueError(f"{name} must be a positive int, but got {value}.")
-
-
-def check_bool(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, but got {value!r} of type {type(value).__name__}.")
-
-
-def check_number(name: str, value: object) -> float:
-    """Raise TypeError unless `value` is a real number (a bool is not); return it as float."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, but got {value!r} of type {type(value).__name__}."
-                        f"{number_hint(value)}")
-    return float(value)
-
-
-def check_probability(name: str, value: object) -> None:
-    """Raise unless `value` is a number in [0, 1)."""
-    number = check_number(name, value)
-    if not 0.0 <= number < 1.0:
-        raise ValueError(f"{name} must be in [0, 1), but got {value}.")
-
-
-def check_positive(name: str, value: object) -> None:
-    """Raise unless `value` is a finite number above 0."""
-    number = check_number(name, value)
-    if not math.isfinite(number) or number <= 0:
-        raise ValueError(f"{name} must be a finite number above 0, but got {value}.")
-
-
 def check_float_type(name: str, value: object) -> None:
     """Raise TypeError unless `value` is mindspore.float16, bfloat16 or float32."""
     if not any(value is item or value == item for item in FLOAT_TYPES):
         raise TypeError(f"{name} must be mindspore.float16, bfloat16 or float32, but got {value!r}.")
-
-
-def number_hint(value: object) -> str:
-    """Say why YAML gives a string for a number such as ``1e-5``, where that is what happened."""
-    if isinstance(value, str):
-        try:
-            number = float(value)
-        except ValueError:
-            return ""
-        return f" YAML reads {value} as text: write {number!r} or {number:.1e}." if "e" in value.lower() \
-            else f" Write {value} without quotes."
-    return ""
-
-
-def warn_user(message: str) -> None:
-    """Warn at the line of the caller's own code: the nearest one outside this package."""
-    package = str(Path(__file__).parents[1]) + os.sep
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
 
 
 class Delta:

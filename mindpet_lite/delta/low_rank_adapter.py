@@ -13,7 +13,8 @@ import mindspore
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Initializer
 
-from mindpet_lite.delta.base import Delta, DeltaConfig, check_bool, check_float_type, check_int
+from mindpet_lite.arguments import check_bool, check_int
+from mindpet_lite.delta.base import Delta, DeltaConfig, check_float_type
 from mindpet_lite.delta.bottleneck import BottleneckDense, BottleneckLayer, BottleneckSettings, Strategy
 from mindpet_lite.delta.dense import TypedCell, dense_refusal
 from mindpet_lite.delta.parts import as_type, check_init, check_strategies, initial, set_strategies

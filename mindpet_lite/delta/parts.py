@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import mindspore
-from mindspore import Parameter, Tensor, ops
+from mindspore import Parameter, Tensor, context, ops
 from mindspore.common.initializer import Initializer, initializer
 
+from mindpet_lite.arguments import did_you_mean
 from mindpet_lite.delta.activation import activation_strategies
-from mindpet_lite.delta.base import did_you_mean
 
 
 def as_type(x: Tensor, dtype: mindspore.dtype) -> Tensor:
@@ -17,6 +17,12 @@ def as_type(x: Tensor, dtype: mindspore.dtype) -> Tensor:
     if x.dtype == dtype:
         return x
     return ops.cast(x, dtype)
+
+
+@ops.constexpr
+def in_graph_mode() -> bool:
+    """Tell the mode, in `construct` while a graph is compiled."""
+    return context.get_context("mode") == context.GRAPH_MODE
 
 
 def prefix_of(weight_name: str) -> str:

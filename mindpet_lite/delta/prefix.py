@@ -18,7 +18,8 @@ import mindspore
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from mindpet_lite.delta.base import DeltaConfig, check_bool, check_float_type, check_int, check_probability, warn_user
+from mindpet_lite.arguments import check_bool, check_int, check_probability, warn_user
+from mindpet_lite.delta.base import DeltaConfig, check_float_type
 from mindpet_lite.delta.dense import dense_refusal
 from mindpet_lite.delta.parts import initial, prefix_of
 from mindpet_lite.delta.prefix_dense import PrefixDelta, PrefixedDense, check_targets, folded_parameter, place_names

@@ -16,7 +16,8 @@ import mindspore
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from mindpet_lite.delta.base import DeltaConfig, check_bool, check_float_type, check_int, check_probability
+from mindpet_lite.arguments import check_bool, check_int, check_probability
+from mindpet_lite.delta.base import DeltaConfig, check_float_type
 from mindpet_lite.delta.dense import dense_refusal
 from mindpet_lite.delta.parts import check_init, initial, prefix_of
 from mindpet_lite.delta.prefix_dense import PrefixDelta, PrefixedDense, check_targets, place_names, settle_table

@@ -11,7 +11,8 @@ import math
 import mindspore
 from mindspore import Tensor, nn, ops
 
-from mindpet_lite.delta.base import FLOAT_TYPES, check_number
+from mindpet_lite.arguments import check_number
+from mindpet_lite.delta.base import FLOAT_TYPES
 
 _LABEL_TYPES = (mindspore.int8, mindspore.int16, mindspore.int32, mindspore.int64, mindspore.uint8)
 

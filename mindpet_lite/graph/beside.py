@@ -10,7 +10,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
 
-from mindpet_lite.delta.base import Delta, did_you_mean
+from mindpet_lite.arguments import did_you_mean
+from mindpet_lite.delta.base import Delta
 from mindpet_lite.delta.parts import put
 from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.graph.freeze import net_parameters

@@ -12,7 +12,7 @@ import mindspore
 from mindspore import Parameter, nn
 from mindspore.train import Callback, CheckpointConfig
 
-from mindpet_lite.delta.base import WrongArgumentError
+from mindpet_lite.arguments import WrongArgumentError
 from mindpet_lite.formats.atomic import atomic_file
 from mindpet_lite.formats.mindpet import SETTINGS_KEY
 from mindpet_lite.graph.live import deltas_in

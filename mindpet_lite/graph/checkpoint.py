@@ -10,8 +10,9 @@ import numpy as np
 from mindspore import Tensor, nn
 from mindspore import dtype as mstype
 
+from mindpet_lite.arguments import did_you_mean, warn_user
 from mindpet_lite.delta import METHODS
-from mindpet_lite.delta.base import Delta, DeltaConfig, did_you_mean, warn_user
+from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.delta.parts import put
 from mindpet_lite.formats.adapters import read_adapter, to_files, write_files
 from mindpet_lite.formats.names import Table, check_table, map_names, renamed

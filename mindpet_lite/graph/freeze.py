@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from mindspore import Parameter, nn
 
-from mindpet_lite.config import read_freeze
+from mindpet_lite.arguments import WrongArgumentError, did_you_mean
 from mindpet_lite.delta import METHODS
-from mindpet_lite.delta.base import Delta, WrongArgumentError, did_you_mean
+from mindpet_lite.delta.base import Delta
 from mindpet_lite.graph.match import check_patterns, selector, wildcard
 from mindpet_lite.graph.tree import cells_by_path, paths_of_parameters, refresh_recomputation, require_cell
+from mindpet_lite.yaml_files import read_freeze
 
 # What each mode of freeze_delta leaves trainable.
 FREEZE_MODES = {mode: kind.trained_pattern() for name, kind in METHODS.items() for mode in (name, *kind.other_names)}

@@ -7,8 +7,9 @@ from typing import Any
 
 from mindspore import Parameter, nn
 
+from mindpet_lite.arguments import did_you_mean
 from mindpet_lite.config import as_config
-from mindpet_lite.delta.base import Delta, DeltaConfig, did_you_mean
+from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.graph.beside import STATISTICS, Ties, begin_beside, shared_outside, untie
 from mindpet_lite.graph.freeze import apply_trains, net_parameters, with_lists
 from mindpet_lite.graph.live import deltas_in

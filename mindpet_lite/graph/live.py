@@ -9,8 +9,9 @@ import numpy as np
 from mindspore import dtype as mstype
 from mindspore import nn
 
+from mindpet_lite.arguments import check_number
 from mindpet_lite.delta import METHODS
-from mindpet_lite.delta.base import Delta, check_number
+from mindpet_lite.delta.base import Delta
 from mindpet_lite.graph.beside import beside_of
 from mindpet_lite.graph.tree import cells_by_path, without_inner
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from mindspore import nn
 
-from mindpet_lite.delta.base import Delta, DeltaConfig, did_you_mean
+from mindpet_lite.arguments import did_you_mean
+from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.graph.tree import without_inner
 
 ALL_LINEAR = "all-linear"

@@ -4,9 +4,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mindpet_lite.config import read_freeze, read_yaml
-from mindpet_lite.delta.base import did_you_mean
+from mindpet_lite.arguments import did_you_mean
 from mindpet_lite.tasks.options import FREEZE_FLAG, RESERVED
+from mindpet_lite.yaml_files import read_freeze, read_yaml
 
 
 def flags_of(path: Path, blocks: tuple[str, ...]) -> list[str]:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mindpet_lite.delta.base import check_bool
+from mindpet_lite.arguments import check_bool
 from mindpet_lite.tasks.options import PATHS, seconds_of
 from mindpet_lite.tasks.params import flags_of
 from mindpet_lite.tasks.paths import absolute, loops_of, problems_of, risks_of

@@ -6,7 +6,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from mindpet_lite.delta.base import check_int, check_positive
+from mindpet_lite.arguments import check_int, check_positive
 from mindpet_lite.delta.parts import as_type
 from mindpet_lite.train.clip import clip_global_norm
 from mindpet_lite.train.ema import DeltaEMA

@@ -10,7 +10,7 @@ import mindspore
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from mindpet_lite.delta.base import check_bool, check_number
+from mindpet_lite.arguments import check_bool, check_number
 from mindpet_lite.delta.parts import as_type, put
 from mindpet_lite.graph.checkpoint import save_adapter
 from mindpet_lite.graph.freeze import net_parameters

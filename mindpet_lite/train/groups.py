@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from mindpet_lite.delta.base import check_number, check_positive
+from mindpet_lite.arguments import check_number, check_positive
 from mindpet_lite.graph.live import deltas
 
 

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from mindspore import mint, nn
 
-from mindpet_lite.delta.base import Delta, DeltaConfig, check_int, check_positive, did_you_mean
+from mindpet_lite.arguments import check_int, check_positive, did_you_mean
+from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.delta.dense import dense_refusal
 from mindpet_lite.delta.lora.conv import (
     LoRAConv1d,

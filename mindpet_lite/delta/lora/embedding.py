@@ -7,7 +7,7 @@ import mindspore
 from mindspore import Parameter, Tensor, mint, nn, ops
 from mindspore.common.initializer import Normal
 
-from mindpet_lite.delta.base import check_number
+from mindpet_lite.arguments import check_number
 from mindpet_lite.delta.lora.layer import LoRALayer
 from mindpet_lite.delta.lora.low_rank import LoraSettings
 from mindpet_lite.delta.parts import as_type

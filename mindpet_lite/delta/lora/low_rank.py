@@ -11,16 +11,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, ops
 from mindspore.common.initializer import HeUniform
 
-from mindpet_lite.delta.base import (
-    Delta,
-    check_bool,
-    check_float_type,
-    check_int,
-    check_positive,
-    check_probability,
-    float64,
-    warn_user,
-)
+from mindpet_lite.arguments import check_bool, check_int, check_positive, check_probability, warn_user
+from mindpet_lite.delta.base import Delta, check_float_type, float64
 from mindpet_lite.delta.lora.start import RESIDUAL, check_start, factors
 from mindpet_lite.delta.parts import as_type, check_init, initial, put
 

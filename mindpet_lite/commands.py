@@ -13,8 +13,6 @@ from typing import Any
 import click
 
 from mindpet_lite import __version__, tasks
-from mindpet_lite.config import read_yaml
-from mindpet_lite.delta import METHODS
 from mindpet_lite.estimate import as_dict, estimate
 from mindpet_lite.estimate import table as plan_table
 from mindpet_lite.estimate.plan import ITEMS, OPTIMIZERS
@@ -28,6 +26,7 @@ from mindpet_lite.offline.convert import convert
 from mindpet_lite.offline.merge import merge
 from mindpet_lite.tasks.options import PATHS, SETTINGS
 from mindpet_lite.tasks.process import echo
+from mindpet_lite.yaml_files import read_yaml
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 _EXAMPLES = {
@@ -111,6 +110,7 @@ def _warnings_as_lines() -> Iterator[None]:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def _inspect(path: Path, kind: str | None, as_json: bool) -> None:
     """Print what the adapter at PATH is: format, method, layers, ranks, alphas, sizes, norms."""
+    from mindpet_lite.delta import METHODS  # loads MindSpore, for which the other commands need not wait
     report = inspection.inspect(path, kind, METHODS)
     echo(json.dumps(report, indent=2, ensure_ascii=False) + "\n" if as_json else inspection.table(report))
 
@@ -146,6 +146,7 @@ def _merge(base: Path, adapter: Path, out: Path, kind: str | None, names: Path |
 @click.option("--base", type=_PATH, help="The base whose layers' names DST gets.")
 def _convert(source: Path, target: Path, to: str, kind: str | None, names: Path | None, base: Path | None) -> None:
     """Write the adapter at SRC to DST in another format, all of it or nothing."""
+    from mindpet_lite.delta import METHODS  # as in inspect
     done = convert(source, target, to, kind, _table(names), base, METHODS)
     echo(f"converted {done.layers} layers from {done.kind} to {to}: {', '.join(map(str, done.files))}\n")
 

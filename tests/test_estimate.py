@@ -140,6 +140,27 @@ def test_activations_of_a_chain_by_hand():
     assert adapted.activations + adapted.gradients < full.activations + full.gradients
 
 
+@pytest.mark.parametrize("own_bprop", [False, True])
+def test_what_a_recomputed_block_keeps(own_bprop):
+    def forward(tape):
+        x = tape.dense(tape.input(128, 256), "0", 256, bias=False)
+        for _ in range(3):
+            with tape.recomputed(True):
+                for _ in range(4):
+                    x = tape.record([x], lambda reads: [tape.run("Exp", reads, reads[0].shape)], lambda reads, results,
+                                    dy: [tape.run("ExpGrad", [dy, *results], dy.shape)], own_bprop)
+        return tape.reduce("ReduceMean", x, 1)
+
+    size = 128 * 256 * 4
+    tape = WrittenOut(4, lambda path: True, {})
+    kernels = tape.backward(forward(tape))
+    # With a gradient of its own an operator's first result is read; nothing reads what is computed again.
+    assert sum(kernel.copied for kernel in kernels) == (0 if own_bprop else 12)
+    assert sum(kernel.kind == "ExpGrad" for kernel in kernels) == 12
+    # What goes into the first two blocks, the results of the last, a gradient and what is made of it; or all results.
+    assert highest(as_run(kernels)) == (12 + 2 if own_bprop else 2 + 4 + 2) * size
+
+
 def test_tables_of_kernels():
     assert tables_of("Transpose", [(2, 3)], (3, 2)) == 48
     assert tables_of("Mul", [(2, 3), (3,)], (2, 3)) == 96

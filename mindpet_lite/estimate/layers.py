@@ -85,7 +85,7 @@ class Layers(Tape):
             turned = self.run("MatMul", [self.run("MatMul", [x, a], (rows, rank)), dy], (rank, out))
             return [d_x, None, d_a, self.run("Mul", [self.run("Transpose", [turned], b.shape)], b.shape)]
 
-        return self.record([x, weight, *self._factors(path, rank, width, out)], forward, backward)
+        return self.record([x, weight, *self._factors(path, rank, width, out)], forward, backward, True)
 
     def matmul(self, x: Value, weight: Value) -> Value:
         """The product of rows with a parameter (out, in)."""

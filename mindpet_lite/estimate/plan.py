@@ -65,8 +65,9 @@ def plan(forward: Callable[[WrittenOut], Value], lora: Mapping[str, Lora] | None
                       lora or {})
     kernels = tape.backward(forward(tape))
     deltas = tape.bytes_of(True)
-    # Every gradient is as large as what it is of, and no more than all of them are there at a time.
-    activations = max(0, highest(as_run(kernels)) - deltas)
+    # The optimizer comes last, so all gradients are there in the end, each as large as what it is of.
+    gradients = [piece for kernel in kernels if not kernel.writes for piece in kernel.reads]
+    activations = max(0, highest(as_run(kernels), gradients) - deltas)
     return Plan(tape.bytes_of(False), deltas, deltas, OPTIMIZERS[optimizer] * deltas, activations,
                 sum(kernel.tables for kernel in kernels), compiled(kernels))
 

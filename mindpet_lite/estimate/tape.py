@@ -38,12 +38,17 @@ Backward = Callable[[list[Value], list[Value], Value], Sequence[Value | None]]
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """An operator of the forward pass."""
+    """An operator of the forward pass.
+
+    Where its gradient is a cell's own `bprop`, that reads what the operator read and wrote first, even if it lies in a
+    block that is recomputed: this is kept then.
+    """
 
     reads: list[Value]
     forward: Forward
     backward: Backward
     results: list[Value]
+    own_bprop: bool
 
 
 class Tape:
@@ -98,10 +103,10 @@ class Tape:
                                    tables + buffer))
         return Value(shape, memory, any(value.graded for value in reads))
 
-    def record(self, reads: Sequence[Value], forward: Forward, backward: Backward) -> Value:
+    def record(self, reads: Sequence[Value], forward: Forward, backward: Backward, own_bprop: bool = False) -> Value:
         """Run an operator of the forward pass; return its result."""
         results = forward(list(reads))
-        self._parts[-1][1].append(Node(list(reads), forward, backward, results))
+        self._parts[-1][1].append(Node(list(reads), forward, backward, results, own_bprop))
         return results[0]
 
     def apply(self, kind: str, reads: Sequence[Value], shape: Shape, backward: Backward) -> Value:
@@ -130,8 +135,10 @@ class Tape:
                 if not given:
                     continue
                 dy = self.run("AddN", given, node.results[0].shape) if len(given) > 1 else given[0]
-                reads = [again.get(id(value), value) for value in node.reads]
-                for value, gradient in zip(node.reads, node.backward(reads, results[id(node)], dy)):
+                reads, written = node.reads, node.results
+                if not node.own_bprop:
+                    reads, written = [again.get(id(value), value) for value in reads], results[id(node)]
+                for value, gradient in zip(node.reads, node.backward(reads, written, dy)):
                     if value.graded and gradient is not None:
                         gradients.setdefault(id(value), []).append(gradient)
         for parameter in self.parameters.values():
@@ -146,17 +153,18 @@ class Tape:
         Args:
             nodes: the block.
             again: gets the new results by the ids of the first ones.
-            due: the gradients of what goes out. Kernels that read what comes in wait for them.
+            due: the gradients of what goes out, for which kernels wait that read nothing that is computed again.
         """
         found: dict[int, list[Value]] = {}
+        waits = tuple(value.memory for value in due if value.memory)
+        start = len(self.kernels)
         for node in nodes:
-            before = len(self.kernels)
             found[id(node)] = node.forward([again.get(id(value), value) for value in node.reads])
-            first = not any(id(value) in again for value in node.reads)
-            waits = tuple(value.memory for value in due if value.memory) if first else ()
-            self.kernels[before:] = [dataclasses.replace(kernel, reads=(*kernel.reads, *waits), copied=True)
-                                     for kernel in self.kernels[before:]]
             again[id(node.results[0])] = dataclasses.replace(found[id(node)][0], graded=node.results[0].graded)
+        made = {id(piece) for kernel in self.kernels[start:] for piece in kernel.writes}
+        for place, kernel in enumerate(self.kernels[start:], start):
+            reads = kernel.reads if any(id(piece) in made for piece in kernel.reads) else (*kernel.reads, *waits)
+            self.kernels[place] = dataclasses.replace(kernel, reads=reads, copied=True)
         return found
 
     def _needed(self) -> list[Kernel]:

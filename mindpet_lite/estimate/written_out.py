@@ -51,7 +51,7 @@ class WrittenOut(Layers):
                     self.run("MatMul", [dy], (width,))]
 
         return self.record([x, *(self.parameter(f"{path}.{name}", width) for name in ("gamma", "beta"))], forward,
-                           backward)
+                           backward, True)
 
     def group_norm(self, x: Value, path: str, groups: int = 32) -> Value:
         """`cpu_operators.GroupNorm` with the parameters at `path`."""
@@ -84,7 +84,7 @@ class WrittenOut(Layers):
                     self.run("ReduceSum", [by_root], (channels,)), self.run("ReduceSum", [sums], (channels,))]
 
         return self.record([x, *(self.parameter(f"{path}.{name}", channels) for name in ("gamma", "beta"))], forward,
-                           backward)
+                           backward, True)
 
     def row_softmax(self, x: Value) -> Value:
         """`cpu_operators.Softmax`."""
@@ -96,7 +96,7 @@ class WrittenOut(Layers):
             sums = self.along(self.sums(products, rows[0]), rows)
             return [self.run("Sub", [products, self.run("Mul", [y, sums], rows)], rows).viewed(*x.shape)]
 
-        return self.apply("Softmax", [x], x.shape, backward)
+        return self.record([x], lambda reads: [self.run("Softmax", reads, x.shape)], backward, True)
 
     def gated(self, both: Value) -> Value:
         """The first half of `both` times the GELU of the second, which is written out."""

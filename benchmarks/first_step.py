@@ -23,7 +23,7 @@ from models import Stack, Step, set_mode
 from peers import build
 from run import row
 
-import mindpet_lite
+from mindpet_lite import LoraConfig, get_pet_model
 
 IMPORTS = """import time; start = time.perf_counter(); import mindspore; middle = time.perf_counter()
 import mindpet_lite.delta, mindpet_lite.graph; print(middle - start, time.perf_counter() - middle)"""
@@ -50,7 +50,7 @@ def injection_time(layers: int, width: int) -> tuple[float, float]:
     # Where a value lies: numpy sees a Parameter's own memory.
     before = [(item, item.name, item.asnumpy().ctypes.data) for item in net.get_parameters()]
     start = time.perf_counter()
-    mindpet_lite.get_pet_model(net, mindpet_lite.LoraConfig(8, 16, target_modules="all-linear"))
+    get_pet_model(net, LoraConfig(8, 16, target_modules="all-linear"))
     seconds = time.perf_counter() - start
     after = {id(item) for item in net.get_parameters()}
     copied = [name for item, name, place in before

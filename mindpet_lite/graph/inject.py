@@ -1,8 +1,10 @@
 """Adapt the layers of an existing net in place."""
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from mindspore import Parameter, nn
@@ -15,6 +17,18 @@ from mindpet_lite.graph.freeze import apply_trains, net_parameters, with_lists
 from mindpet_lite.graph.live import deltas_in
 from mindpet_lite.graph.match import targets
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, replace
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pause the garbage collector: all that is made meanwhile stays, and walking it again and again takes long."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | os.PathLike[str]) -> nn.Cell:
@@ -46,11 +60,12 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
     except ValueError as error:
         problems.append(str(error))
     adapted: dict[str, Delta] = {}
-    for path, cell in chosen.items():
-        try:
-            adapted[path] = adapt(config.for_layer(path), cell)
-        except (TypeError, ValueError) as error:
-            problems.append(f"{path}: {error}")
+    with _uncollected():
+        for path, cell in chosen.items():
+            try:
+                adapted[path] = adapt(config.for_layer(path), cell)
+            except (TypeError, ValueError) as error:
+                problems.append(f"{path}: {error}")
     if isinstance(adapted.get(""), nn.Cell):
         problems.append("the net itself is the layer to adapt, and it cannot be replaced in place: "
                         "use the adapted layer's own from_dense(), or wrap it in a cell.")

@@ -138,12 +138,14 @@ class LowRank(Delta):
         # The delta's names go beside the weight's.
         head, _, last = weight.name.rpartition(".")
         prefix = f"{head}." if head and last in ("weight", "embedding_table") else ""
-        for name, value in values.items():
-            setattr(self, name, Parameter(value, name=prefix + name))
+        made = tuple(values)
+        for name in made:
+            # A Parameter copies what something else holds.
+            setattr(self, name, Parameter(values.pop(name), name=prefix + name))
         steering = {"lora_scaling": self._factor(), **({"lora_strength": 1.0} if config.use_dora else {})}
         for name, number in steering.items():
-            setattr(self, name, Parameter(Tensor(number, mindspore.float32), name=prefix + name, requires_grad=False))
-        self.delta_names, self.live_names = tuple(values), tuple(steering)
+            setattr(self, name, Parameter(number, name=prefix + name, requires_grad=False))
+        self.delta_names, self.live_names = made, tuple(steering)
         self.output_names = self.delta_names[1:]
         if config.use_dora:
             # By the same operators as in the forward, so that their quotient is 1 exactly.

@@ -22,6 +22,12 @@ def merging_pays(rows: int | None, inputs: int, outputs: int) -> bool:
     return in_graph and not is_split and rows is not None and rows * (inputs + outputs) >= 2 * inputs * outputs
 
 
+# A layer never changes them (no strategy is set where this product is used), so all share them: making operators is a
+# fifth of what an injection takes.
+_PRODUCT, _BY_COLUMNS, _BY_ROWS = ops.MatMul(), ops.MatMul(transpose_a=True), ops.MatMul(transpose_b=True)
+_ADD, _MUL, _TRANSPOSE = ops.Add(), ops.Mul(), ops.Transpose()
+
+
 class MergedProduct(nn.Cell):
     r"""The product :math:`y = x (W + s B A)^T` of rows `x`.
 
@@ -41,21 +47,15 @@ class MergedProduct(nn.Cell):
         - **scale** (Tensor): s (), without a gradient.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.product, self.add, self.mul = ops.MatMul(), ops.Add(), ops.Mul()
-        self.product_left, self.product_right = ops.MatMul(transpose_a=True), ops.MatMul(transpose_b=True)
-        self.transpose = ops.Transpose()
-
     def construct(self, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         """Return the product (rows, outputs)."""
-        return self.product_right(x, self.add(weight, self.product(self.mul(b, scale), a)))
+        return _BY_ROWS(x, _ADD(weight, _PRODUCT(_MUL(b, scale), a)))
 
     def bprop(self, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: Tensor, out: Tensor,
               dout: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients of the inputs."""
-        scaled = self.mul(b, scale)
-        d_x = self.product(dout, self.add(weight, self.product(scaled, a)))
-        d_a = self.product_left(self.product(dout, scaled), x)
-        d_b = self.transpose(self.product_left(self.product_right(x, a), dout), (1, 0))
-        return d_x, self.product_left(dout, x), d_a, self.mul(d_b, scale), ops.zeros_like(scale)
+        scaled = _MUL(b, scale)
+        d_x = _PRODUCT(dout, _ADD(weight, _PRODUCT(scaled, a)))
+        d_a = _BY_COLUMNS(_PRODUCT(dout, scaled), x)
+        d_b = _TRANSPOSE(_BY_COLUMNS(_BY_ROWS(x, a), dout), (1, 0))
+        return d_x, _BY_COLUMNS(dout, x), d_a, _MUL(d_b, scale), ops.zeros_like(scale)

@@ -66,7 +66,8 @@ TINY, MID = SHAPES["unet-tiny"], SHAPES["unet-mid"]
 CASES = {
     "unet tiny, batch 4": unet(TINY, 4), "unet tiny, batch 32": unet(TINY, 32),
     "unet mid, batch 2": unet(MID, 2), "unet mid, batch 8": unet(MID, 8),
-    "llama small": llama(256, 2, 4, 4096, 2, 128), "llama 256, 4 layers, 8 x 256": llama(256, 4, 4, 4096, 8, 256),
+    "llama small": llama(256, 2, 4, 4096, 2, 128), "llama 256, 4 layers, 2 x 128": llama(256, 4, 4, 4096, 2, 128),
+    "llama 256, 4 layers, 8 x 256": llama(256, 4, 4, 4096, 8, 256),
     "llama 512, 8 layers, 4 x 128": llama(512, 8, 2, 8192, 4, 128),
     "llama 512, 8 layers, 2 x 512": llama(512, 8, 2, 8192, 2, 512),
 }

@@ -247,6 +247,12 @@ def test_errors_are_one_sentence(config, option, value, message, capfd):
     assert output == "" and errors.startswith("mindpet-lite: ") and errors.count("\n") == 1 and message in errors
 
 
+def test_help_shows_an_example(capfd):
+    assert command("--help") == 0 and ":\n    mindpet-lite estimate --config " in capfd.readouterr().out
+    assert main(["--help"]) == 0 and "  estimate " in capfd.readouterr().out
+    assert command("--batch", "1") == 2 and "Missing option '--config'" in capfd.readouterr().err
+
+
 def test_a_llama_needs_a_length(config, capfd):
     assert command("--config", config, "--batch", "1") == 2
     assert "needs seq" in capfd.readouterr().err

@@ -15,7 +15,7 @@ ITEMS = {"float32": 4, "float16": 2, "bfloat16": 2}
 OPTIMIZERS = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 2}
 # What MindSpore's compiler and runtime hold on CPU in graph mode, by `benchmarks/estimate.py --constants`: a part of
 # its own, and one for each kernel, less for those that the compiler copies to recompute.
-START, PER_KERNEL, PER_COPY = 43_000_000, 260_000, 120_000
+START, PER_KERNEL, PER_COPY = 60_000_000, 240_000, 110_000
 
 
 @dataclasses.dataclass(frozen=True)

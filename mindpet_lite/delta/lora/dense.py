@@ -115,7 +115,8 @@ class LoRADense(AdaptedDense, LowRank):
     def construct(self, x: Tensor) -> Tensor:
         """Apply the layer to `x` (*, in_channels); return (*, out_channels) of the type of `x`."""
         shape, input_type, dtype = x.shape, x.dtype, self._compute_type()
-        x = as_type(x, dtype)
+        # Not as_type: in PyNative mode to ask a result for its type is to wait for it.
+        x = x if dtype == input_type else ops.cast(x, dtype)
         if len(shape) != 2:
             x = self.reshape(x, (-1, shape[-1]))
         # In float16 and bfloat16 a small update would be lost in the sum with the weight.
@@ -127,10 +128,10 @@ class LoRADense(AdaptedDense, LowRank):
         else:
             y = self._beside(x, dtype)
         if self.activation_flag:
-            y = self.activation(y)
+            y = as_type(self.activation(y), dtype)
         if len(shape) != 2:
             y = self.reshape(y, shape[:-1] + (self.out_channels,))
-        return as_type(y, input_type)
+        return y if dtype == input_type else ops.cast(y, input_type)
 
     def _beside(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
         """Return the output for rows `x` before the activation, the update added to what the weight makes of them."""

@@ -26,7 +26,6 @@ OWN: list[tuple[str, str]] = [
     ("memory", "estimate.py"),
     ("first step", "first_step.py"),
     ("files", "files.py"),
-    ("files", "merge_files.py"),
     ("growth", "growth.py"),
 ]
 # `make bench`.

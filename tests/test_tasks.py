@@ -116,7 +116,9 @@ def family() -> list[int]:
 def caller(code: str, **more) -> subprocess.Popen:
     """Start a Python process of its own group that calls us, without the folder of the repository as its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **more}
-    code = "from mindpet_lite import tasks\nfrom mindpet_lite.tasks import process\nprocess.GRACE = 1.0\n" + code
+    # Under nohup, tests ignore SIGHUP, and so do the processes they start.
+    code = ("import signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\nfrom mindpet_lite import tasks\n"
+            "from mindpet_lite.tasks import process\nprocess.GRACE = 1.0\n") + code
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=environment, start_new_session=True)
 

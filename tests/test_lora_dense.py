@@ -397,6 +397,15 @@ def test_all_strategies_by_position():
         assert in_strategy(find(layer)) == strategy
 
 
+def test_a_strategy_is_one_layers_own_and_stays_when_another_is_set():
+    layer, other = LoRADense(8, 8, 4, 4, activation="relu"), LoRADense(8, 8, 4, 4, activation="relu")
+    for name, (strategy, _) in STRATEGIES.items():
+        layer.shard(**{name: strategy})
+    for name, (strategy, find) in STRATEGIES.items():
+        assert in_strategy(find(layer)) == strategy, name
+        assert in_strategy(find(other)) is None and in_strategy(find(LoRADense(8, 8, 4, 4, activation="relu"))) is None
+
+
 def test_strategies_of_a_and_b_follow_the_dense_one():
     layer = LoRADense(8, 8, 4, 4)
     layer.shard(((2, 4), (8, 4)))

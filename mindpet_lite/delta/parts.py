@@ -70,9 +70,14 @@ def initial(name: str, value: Any, shape: tuple[int, ...], dtype: mindspore.dtyp
         # A Tensor from initializer() holds no data yet; and layers made from one Tensor must not share its memory.
         data = value.init_data() if value.has_init else value
         return Tensor(data.astype(mindspore.float32).asnumpy().copy()).astype(dtype)
-    if value == "zeros":
+    if isinstance(value, str) and value == "zeros":
         # As the initialiser, in an eighth of its time.
-        return Tensor(np.zeros(shape), dtype)
+        return Tensor(np.zeros(shape, np.float32), dtype)
+    if isinstance(value, Initializer):
+        # The same numbers as by initializer(), which asks numpy for the whole state of its generator before.
+        filled = np.empty(shape, np.float32)
+        value(filled)
+        return Tensor(filled, dtype)
     return initializer(value, shape, dtype).init_data()
 
 

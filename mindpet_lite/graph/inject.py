@@ -28,6 +28,10 @@ def _uncollected() -> Iterator[None]:
         yield
     finally:
         if was_on:
+            if not gc.get_freeze_count():
+                # Together they only move what is new to the old objects; else the next collection walks it once more.
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 

@@ -7,9 +7,15 @@ import mindspore
 from mindspore import Tensor, nn, ops
 
 from mindpet_lite.delta.dense import AdaptedDense, dense_refusal
-from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, NEWER, LoraSettings, LowRank
-from mindpet_lite.delta.lora.merged import MergedProduct, merging_pays
-from mindpet_lite.delta.parts import as_type, check_strategies, set_strategies
+from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, NEWER, NO_DROPOUT, LoraSettings, LowRank
+from mindpet_lite.delta.lora.merged import merged_product, merging_pays
+from mindpet_lite.delta.parts import as_type, check_strategies, in_graph_mode, set_strategies
+
+
+def _operators() -> dict[str, ops.Primitive]:
+    """Return new operators of the low-rank path, by attribute name."""
+    return {"lora_a_matmul": ops.MatMul(transpose_b=True), "lora_b_matmul": ops.MatMul(transpose_b=True),
+            "mul": ops.Mul(), "add": ops.Add()}
 
 
 class LoRADense(AdaptedDense, LowRank):
@@ -58,6 +64,9 @@ class LoRADense(AdaptedDense, LowRank):
             activation's or initialiser's name is unknown.
     """
 
+    # All layers share them until `shard` gives one its own: to make them is a tenth of the time of an injection.
+    lora_a_matmul, lora_b_matmul, mul, add = _operators().values()
+
     def __init__(self, in_channels: int, out_channels: int, lora_rank: int, lora_alpha: float,
                  lora_dropout: float = 0.0, lora_a_init: Any = HE_UNIFORM, lora_b_init: Any = "zeros",
                  param_init_type: mindspore.dtype = mindspore.float32,
@@ -103,13 +112,7 @@ class LoRADense(AdaptedDense, LowRank):
         self.compute_dtype = config.compute_dtype
         self._add_factors(config, (config.lora_rank, self.in_channels), (self.out_channels, config.lora_rank),
                           self.weight, min(self.in_channels, self.out_channels))
-        self.lora_dropout = nn.Dropout(p=self.dropout_rate)
-        self.has_dropout = self.dropout_rate > 0
-        self.lora_a_matmul = ops.MatMul(transpose_b=True)
-        self.lora_b_matmul = ops.MatMul(transpose_b=True)
-        self.mul = ops.Mul()
-        self.add = ops.Add()
-        self.merged = MergedProduct()
+        self._add_dropout()
         self.can_merge = not (self.has_dropout or self.has_lora_bias or self.use_dora)
 
     def construct(self, x: Tensor) -> Tensor:
@@ -117,25 +120,33 @@ class LoRADense(AdaptedDense, LowRank):
         shape, input_type, dtype = x.shape, x.dtype, self._compute_type()
         # Not as_type: in PyNative mode to ask a result for its type is to wait for it.
         x = x if dtype == input_type else ops.cast(x, dtype)
-        if len(shape) != 2:
-            x = self.reshape(x, (-1, shape[-1]))
+        rows = x if len(shape) == 2 else self.reshape(x, (-1, shape[-1]))
         # In float16 and bfloat16 a small update would be lost in the sum with the weight.
-        if self.can_merge and dtype == mindspore.float32 and merging_pays(x.shape[0], self.in_channels,
+        if self.can_merge and dtype == mindspore.float32 and merging_pays(rows.shape[0], self.in_channels,
                                                                            self.out_channels):
-            y = self._with_bias(self.merged(
-                x, as_type(self.weight, dtype), as_type(self.mindpet_delta_lora_a, dtype),
+            y = self._with_bias(merged_product(
+                rows, as_type(self.weight, dtype), as_type(self.mindpet_delta_lora_a, dtype),
                 as_type(self.mindpet_delta_lora_b, dtype), as_type(self.lora_scaling, dtype)), dtype)
         else:
-            y = self._beside(x, dtype)
+            # A second reshape costs a graph nothing, and lets it add both gradients of x to those of its other uses
+            # (as in q, k and v) in one kernel.
+            again = self.reshape(x, (-1, shape[-1])) if len(shape) != 2 and in_graph_mode() else rows
+            y = self._beside(rows, again, dtype)
         if self.activation_flag:
             y = as_type(self.activation(y), dtype)
         if len(shape) != 2:
             y = self.reshape(y, shape[:-1] + (self.out_channels,))
         return y if dtype == input_type else ops.cast(y, input_type)
 
-    def _beside(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
-        """Return the output for rows `x` before the activation, the update added to what the weight makes of them."""
-        linear = self.matmul(x, as_type(self.weight, dtype))
+    def _beside(self, rows: Tensor, x: Tensor, dtype: mindspore.dtype) -> Tensor:
+        """Return the output before the activation, the update added to what the weight makes of the rows.
+
+        Args:
+            rows: what the weight sees.
+            x: the same, for the update.
+            dtype: of the computation.
+        """
+        linear = self.matmul(rows, as_type(self.weight, dtype))
         y = self._with_bias(linear, dtype)
         if self.has_dropout:
             x = self.lora_dropout(x)
@@ -184,6 +195,12 @@ class LoRADense(AdaptedDense, LowRank):
                 strategy_lora_a_matmul = (dense[0], (1, dense[1][1]))
             if strategy_lora_b_matmul is None:
                 strategy_lora_b_matmul = ((dense[0][0], 1), (dense[1][0], 1))
+        # From here on this layer's operators are not those of the others.
+        for name, operator in _operators().items():
+            if name not in vars(self):
+                setattr(self, name, operator)
+        if self.lora_dropout is NO_DROPOUT:
+            self.lora_dropout = nn.Dropout(p=0.0)
         set_strategies([
             ("strategy_org_dense_matmul", self.matmul, dense),
             ("strategy_org_bias_add", self.bias_add if self.has_bias else None, strategy_org_bias_add),

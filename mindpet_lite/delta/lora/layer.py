@@ -61,10 +61,6 @@ class LoRALayer(TypedCell, LowRank):
         """Check what the layer's own settings ask of LoRA, and add what it needs."""
         raise NotImplementedError
 
-    def _add_dropout(self) -> None:
-        self.lora_dropout = nn.Dropout(p=self.dropout_rate)
-        self.has_dropout = self.dropout_rate > 0
-
     def _scaled(self, low: Tensor, dtype: mindspore.dtype) -> Tensor:
         """Return the low-rank activations times the live factor."""
         return ops.mul(low, as_type(self.lora_scaling, dtype))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import mindspore
 import numpy as np
-from mindspore import Parameter, Tensor, ops
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import HeUniform
 
 from mindpet_lite.arguments import check_bool, check_int, check_positive, check_probability, warn_user
@@ -17,6 +17,8 @@ from mindpet_lite.delta.lora.start import RESIDUAL, check_start, factors
 from mindpet_lite.delta.parts import as_type, check_init, initial, put
 
 HE_UNIFORM = HeUniform(negative_slope=math.sqrt(5))
+# What all layers without dropout share: it is never called, and to make one is a tenth of the time of an injection.
+NO_DROPOUT = nn.Dropout(p=0.0)
 # The settings that MindPet's LoRA did not have.
 NEWER = ("use_rslora", "use_dora", "lora_bias")
 
@@ -102,6 +104,8 @@ class LowRank(Delta):
     lora_rank: int
     lora_alpha: float
     dropout_rate: float
+    has_dropout: bool
+    lora_dropout: nn.Dropout
     use_rslora: bool
     use_dora: bool
     has_lora_bias: bool
@@ -140,8 +144,8 @@ class LowRank(Delta):
         prefix = f"{head}." if head and last in ("weight", "embedding_table") else ""
         made = tuple(values)
         for name in made:
-            # A Parameter copies what something else holds.
-            setattr(self, name, Parameter(values.pop(name), name=prefix + name))
+            # A Parameter copies what anything else holds, a call by keywords included.
+            setattr(self, name, Parameter(values.pop(name), prefix + name))
         steering = {"lora_scaling": self._factor(), **({"lora_strength": 1.0} if config.use_dora else {})}
         for name, number in steering.items():
             setattr(self, name, Parameter(number, name=prefix + name, requires_grad=False))
@@ -153,6 +157,10 @@ class LowRank(Delta):
             self.mindpet_delta_lora_magnitude = Parameter(Tensor(norm.reshape(self._over_outputs(outputs)).copy()),
                                                           name=prefix + "mindpet_delta_lora_magnitude")
             self.delta_names += ("mindpet_delta_lora_magnitude",)
+
+    def _add_dropout(self) -> None:
+        self.has_dropout = self.dropout_rate > 0
+        self.lora_dropout = nn.Dropout(p=self.dropout_rate) if self.has_dropout else NO_DROPOUT
 
     def _other_start(self, config: LoraSettings, weight: Parameter, a_shape: tuple[int, ...],
                      b_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,9 @@ distance of a point from it as a share of the largest value.
 Time against rank is compared with what its arithmetic takes. On t rows a layer of width n with rank r has, beside its
 weight, six products of 2 t n r operations: x Aᵀ and (x Aᵀ) Bᵀ forward; G B, Gᵀ (x Aᵀ), (G B)ᵀ x and (G B) A backward,
 where G is the gradient of its output. Where nothing below trains (the first block's q, k and v) the last is not needed.
-With at least as many rows as the width the layer adds B A to its weight instead, one product of 2 n n r operations, and
-has four of 2 t n r backward: G B, (G B)ᵀ x, x Aᵀ and (x Aᵀ)ᵀ G. The machine's speed at these shapes is measured: the
-products by themselves, each in a graph that runs them many times, and a line through their times against the rank. What
-the step's slope has more than that is AdamW (a few passes over 2 n r numbers a layer, limited by memory), measured by
-itself and shown beside it, and the scaling of x Aᵀ.
+The machine's speed at these shapes is measured: the products by themselves, each in a graph that runs them many times,
+and a line through their times against the rank. What the step's slope has more than that is AdamW (a few passes over
+2 n r numbers a layer, limited by memory), measured by itself and shown beside it, and the scaling of x Aᵀ.
 
 Memory is the peak of a process of its own, as in memory.py.
 """
@@ -43,43 +41,32 @@ class Products(nn.Cell):
     """The products that LoRA adds to a layer, many times in one graph; the inputs differ, so that none is left out.
 
     Args:
-        is_merged: whether the layer adds B A to its weight.
         needs_input_gradient: whether something below the layer trains.
     """
 
-    def __init__(self, is_merged: bool, needs_input_gradient: bool) -> None:
+    def __init__(self, needs_input_gradient: bool) -> None:
         super().__init__()
         self.plain, self.left, self.right = ops.MatMul(), ops.MatMul(transpose_a=True), ops.MatMul(transpose_b=True)
-        self.is_merged, self.needs_input_gradient = is_merged, needs_input_gradient
+        self.needs_input_gradient = needs_input_gradient
 
     def construct(self, inputs, a, b):
         results = ()
         for x, gradient in inputs:
             low, back = self.right(x, a), self.plain(gradient, b)
-            results += (self.left(back, x),)
-            if self.is_merged:
-                # Not the same product each time: the compiler would run one.
-                results += (self.left(low, gradient), self.plain(b * gradient[0, 0], a))
-            else:
-                results += (self.right(low, b), self.left(gradient, low))
-                if self.needs_input_gradient:
-                    results += (self.plain(back, a),)
+            results += (self.left(back, x), self.right(low, b), self.left(gradient, low))
+            if self.needs_input_gradient:
+                results += (self.plain(back, a),)
         return results
 
 
 def products(shape: Stack) -> dict[Products, int]:
     """Return the products of the kinds of layers, and how many layers there are of each."""
-    if shape.batch * shape.tokens >= shape.width:
-        return {Products(True, True): shape.layers}
-    return {Products(False, True): shape.layers - 3, Products(False, False): 3}
+    return {Products(True): shape.layers - 3, Products(False): 3}
 
 
 def operations(shape: Stack) -> int:
     """Return the operations of these products for a rank of 1."""
-    rows = shape.batch * shape.tokens
-    if rows >= shape.width:
-        return shape.layers * 2 * shape.width * (4 * rows + shape.width)
-    return (6 * shape.layers - 3) * 2 * rows * shape.width
+    return (6 * shape.layers - 3) * 2 * shape.batch * shape.tokens * shape.width
 
 
 def product_time(shape: Stack, rank: int) -> Callable[[], float]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import mindspore
 import numpy as np
-from mindspore import Parameter, Tensor, context, ops
+from mindspore import Parameter, Tensor, ops
 from mindspore.common.initializer import Initializer, initializer
 
 from mindpet_lite.arguments import did_you_mean
@@ -20,10 +20,19 @@ def as_type(x: Tensor, dtype: mindspore.dtype) -> Tensor:
     return ops.cast(x, dtype)
 
 
-@ops.constexpr
-def in_graph_mode() -> bool:
-    """Tell the mode, in `construct` while a graph is compiled."""
-    return context.get_context("mode") == context.GRAPH_MODE
+def retyped(x: Tensor, dtype: mindspore.dtype, wanted: mindspore.dtype) -> Tensor:
+    """Cast `x`, which has type `dtype`: PyNative mode would wait for a result to tell its type, as `as_type` asks."""
+    return x if dtype == wanted else ops.cast(x, wanted)
+
+
+def to_rows(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return `x` (*, channels) of this shape as (rows, channels)."""
+    return x if len(shape) == 2 else ops.reshape(x, (-1, shape[-1]))
+
+
+def from_rows(y: Tensor, shape: tuple[int, ...], channels: int) -> Tensor:
+    """Return rows of `channels` with the leading axes of `shape`."""
+    return y if len(shape) == 2 else ops.reshape(y, shape[:-1] + (channels,))
 
 
 def prefix_of(weight_name: str) -> str:

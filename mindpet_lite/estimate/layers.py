@@ -42,18 +42,13 @@ class Layers(Tape):
         flat, lora = self.view(x, rows, width), self.lora.get(path)
         weight = self.weight(f"{path}.weight", out, width)
         self.linear.append(path)
-        # As in LoRADense: with many rows the update is added to the weight instead of to the output.
-        merges = lora and lora.dropout == 0 and self.item == 4 and rows * (width + out) >= 2 * width * out
-        y = self._merged(flat, weight, path, lora.rank) if lora and merges else self.matmul(flat, weight)
+        y = self.matmul(flat, weight)
         if bias:
             y = self.bias(y, self.parameter(f"{path}.bias", out))
-        if lora and not merges:
-            y = self._beside(flat, y, path, lora)
+        if lora:
+            # As in LoRADense: two views, whose gradients are added to those of other uses at once.
+            y = self._beside(self.view(x, rows, width), y, path, lora)
         return self.view(y, *x.shape[:-1], out)
-
-    def _factors(self, path: str, rank: int, width: int, out: int) -> tuple[Value, Value]:
-        return (self.weight(f"{path}.mindpet_delta_lora_a", rank, width),
-                self.weight(f"{path}.mindpet_delta_lora_b", out, rank))
 
     def weight(self, path: str, *shape: int) -> Value:
         """Return a parameter in the type of the activations: what trains is cast where that is another."""
@@ -64,28 +59,10 @@ class Layers(Tape):
             self.run("Cast", [dy], shape, item=self.delta_item)])
 
     def _beside(self, x: Value, y: Value, path: str, lora: Lora) -> Value:
-        a, b = self._factors(path, lora.rank, x.shape[1], y.shape[1])
+        a = self.weight(f"{path}.mindpet_delta_lora_a", lora.rank, x.shape[1])
+        b = self.weight(f"{path}.mindpet_delta_lora_b", y.shape[1], lora.rank)
         low = self.unary("Mul", self.matmul(self.dropout(x, lora.dropout), a))
         return self.binary("Add", y, self.matmul(low, b))
-
-    def _merged(self, x: Value, weight: Value, path: str, rank: int) -> Value:
-        """The product x (W + s B A)ᵀ, whose gradients go by way of the rank; the sum is kept."""
-        (rows, width), out = x.shape, weight.shape[0]
-
-        def forward(reads: Values) -> Values:
-            x, weight, a, b = reads
-            scaled = self.run("Mul", [b], b.shape)
-            summed = self.run("Add", [weight, self.run("MatMul", [scaled, a], weight.shape)], weight.shape)
-            return [self.run("MatMul", [x, summed], (rows, out)), scaled, summed]
-
-        def backward(reads: Values, results: Values, dy: Value) -> Gradients:
-            (x, _, a, b), (_, scaled, summed) = reads, results
-            d_x = self.run("MatMul", [dy, summed], x.shape) if x.graded else None
-            d_a = self.run("MatMul", [self.run("MatMul", [dy, scaled], (rows, rank)), x], a.shape)
-            turned = self.run("MatMul", [self.run("MatMul", [x, a], (rows, rank)), dy], (rank, out))
-            return [d_x, None, d_a, self.run("Mul", [self.run("Transpose", [turned], b.shape)], b.shape)]
-
-        return self.record([x, weight, *self._factors(path, rank, width, out)], forward, backward, True)
 
     def matmul(self, x: Value, weight: Value) -> Value:
         """The product of rows with a parameter (out, in)."""

@@ -8,8 +8,7 @@ from mindspore import Tensor, nn, ops
 
 from mindpet_lite.delta.dense import AdaptedDense, dense_refusal
 from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, NEWER, NO_DROPOUT, LoraSettings, LowRank
-from mindpet_lite.delta.lora.merged import merged_product, merging_pays
-from mindpet_lite.delta.parts import as_type, check_strategies, in_graph_mode, set_strategies
+from mindpet_lite.delta.parts import as_type, check_strategies, from_rows, retyped, set_strategies, to_rows
 
 
 def _operators() -> dict[str, ops.Primitive]:
@@ -113,30 +112,23 @@ class LoRADense(AdaptedDense, LowRank):
         self._add_factors(config, (config.lora_rank, self.in_channels), (self.out_channels, config.lora_rank),
                           self.weight, min(self.in_channels, self.out_channels))
         self._add_dropout()
-        self.can_merge = not (self.has_dropout or self.has_lora_bias or self.use_dora)
 
     def construct(self, x: Tensor) -> Tensor:
         """Apply the layer to `x` (*, in_channels); return (*, out_channels) of the type of `x`."""
+        # What is decided here is decided for each layer as a graph is compiled; functions, flags and properties cost
+        # the compiler far less than conditions on shapes and types.
         shape, input_type, dtype = x.shape, x.dtype, self._compute_type()
-        # Not as_type: in PyNative mode to ask a result for its type is to wait for it.
-        x = x if dtype == input_type else ops.cast(x, dtype)
-        rows = x if len(shape) == 2 else self.reshape(x, (-1, shape[-1]))
-        # In float16 and bfloat16 a small update would be lost in the sum with the weight.
-        if self.can_merge and dtype == mindspore.float32 and merging_pays(rows.shape[0], self.in_channels,
-                                                                           self.out_channels):
-            y = self._with_bias(merged_product(
-                rows, as_type(self.weight, dtype), as_type(self.mindpet_delta_lora_a, dtype),
-                as_type(self.mindpet_delta_lora_b, dtype), as_type(self.lora_scaling, dtype)), dtype)
+        x = retyped(x, input_type, dtype)
+        rows = to_rows(x, shape)
+        if self.in_graph:
+            # Not the same rows: so both gradients of x are added to those of its other uses (as in q, k and v) by one
+            # kernel.
+            y = self._beside(rows, to_rows(x, shape), dtype)
         else:
-            # A second reshape costs a graph nothing, and lets it add both gradients of x to those of its other uses
-            # (as in q, k and v) in one kernel.
-            again = self.reshape(x, (-1, shape[-1])) if len(shape) != 2 and in_graph_mode() else rows
-            y = self._beside(rows, again, dtype)
+            y = self._beside(rows, rows, dtype)
         if self.activation_flag:
             y = as_type(self.activation(y), dtype)
-        if len(shape) != 2:
-            y = self.reshape(y, shape[:-1] + (self.out_channels,))
-        return y if dtype == input_type else ops.cast(y, input_type)
+        return retyped(from_rows(y, shape, self.out_channels), dtype, input_type)
 
     def _beside(self, rows: Tensor, x: Tensor, dtype: mindspore.dtype) -> Tensor:
         """Return the output before the activation, the update added to what the weight makes of the rows.

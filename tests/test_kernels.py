@@ -1,0 +1,60 @@
+"""How many kernels LoRA adds to the compiled graphs, by the benchmark that counts them."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# In a process of its own: MindSpore learns at its import that it is to write its graphs.
+COUNT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import kernels
+from models import Stack
+kernels.set_mode("graph")
+shape = Stack(blocks=2, width=32, batch=2, tokens=8, rank=4, heads=4)
+found = {name: {graph: [[*key, count] for key, count in counts.items()]
+                for graph, counts in kernels.graphs(name, shape).items()} for name in ("floor", "LoRA")}
+kernels.shutil.rmtree(kernels.FOLDER)
+print(json.dumps(found))
+"""
+LAYERS = 8
+
+
+@pytest.fixture(scope="module")
+def added(tmp_path_factory) -> dict[str, dict[tuple[str, str], int]]:
+    """For each graph, by type and output shape, how many kernels LoRA's has more than the floor's."""
+    done = subprocess.run([sys.executable, "-c", COUNT, str(ROOT / "benchmarks")], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          cwd=tmp_path_factory.mktemp("count"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    counts = {name: {graph: {(kind, shape): count for kind, shape, count in rows} for graph, rows in graphs.items()}
+              for name, graphs in found.items()}
+    return {graph: {key: more for key in {**lora, **counts["floor"][graph]}
+                    if (more := lora.get(key, 0) - counts["floor"][graph].get(key, 0))}
+            for graph, lora in counts["LoRA"].items()}
+
+
+def test_forward_has_two_products_a_scale_on_the_ranks_side_and_a_sum_more(added):
+    assert added["forward"] == {("MatMul", "<(16, 4)>"): LAYERS, ("Mul", "<(16, 4)>"): LAYERS,
+                                ("MatMul", "<(16, 32)>"): LAYERS, ("Add", "<(16, 32)>"): LAYERS}
+
+
+def test_training_adds_what_the_gradients_need(added):
+    kinds: dict[str, int] = {}
+    for (kind, _), count in added["training"].items():
+        kinds[kind] = kinds.get(kind, 0) + count
+    # The input of the first block has no gradient, so there q, k and v lack theirs by W and by A; the floor's one bias
+    # is not trained here.
+    assert kinds["MatMul"] == 6 * LAYERS - 6 and kinds["Mul"] == 2 * LAYERS and kinds["Add"] == LAYERS
+    assert kinds["AdamWeightDecay"] == 2 * LAYERS - 1
+    # Of each block only to_out's input has gradients of its own to add: those of q, k and v are added in one sum, with
+    # the floor's.
+    assert kinds["AddN"] <= 2

@@ -65,6 +65,17 @@ def test_start_of_a_is_he_uniform_with_slope_root_five():
     assert values.std() == pytest.approx(1 / math.sqrt(900), rel=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [ms.float32, ms.float16], ids=str)
+def test_start_of_a_is_what_mindspores_initializer_draws(dtype):
+    dense = nn.Dense(6, 5)
+    ms.set_seed(3)
+    layer = LoRADense.from_dense(dense, 4, 4, param_init_type=dtype)
+    ms.set_seed(3)
+    wanted = initializer(HeUniform(negative_slope=math.sqrt(5)), (4, 6), dtype).init_data()
+    np.testing.assert_array_equal(layer.mindpet_delta_lora_a.asnumpy(), wanted.asnumpy())
+    assert layer.mindpet_delta_lora_a.dtype == dtype
+
+
 def test_no_dropout_operator_at_zero_and_the_right_share_otherwise(mode):
     layer = LoRADense(64, 64, 64, 64, 0.25, "ones", "ones", weight_init="zeros", has_bias=False).set_train()
     y = layer(Tensor(np.ones((2000, 64), np.float32))).asnumpy() / 64

@@ -18,8 +18,8 @@ from mindpet_lite.estimate import table as plan_table
 from mindpet_lite.estimate.plan import ITEMS, OPTIMIZERS
 from mindpet_lite.formats.adapters import TARGETS
 from mindpet_lite.formats.detect import FORMATS
-from mindpet_lite.formats.names import Table, check_table
 from mindpet_lite.formats.strict_json import parse_object
+from mindpet_lite.names.placing import Table, check_table
 from mindpet_lite.offline import extract as extraction
 from mindpet_lite.offline import inspect as inspection
 from mindpet_lite.offline.convert import convert

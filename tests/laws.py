@@ -12,7 +12,7 @@ from nets import inputs, load_values
 
 import mindpet_lite as mp
 from mindpet_lite.delta import METHODS, Delta
-from mindpet_lite.graph.live import deltas
+from mindpet_lite.graph.adapters import deltas
 
 
 @dataclasses.dataclass(frozen=True)

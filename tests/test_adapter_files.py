@@ -1,6 +1,7 @@
 """save_adapter and load_adapter: PEFT's layout, round trips, all or nothing, atomic writes; MindPet's checkpoints."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,6 +18,10 @@ from safetensors.numpy import load_file, save_file
 import mindpet_lite as mp
 from mindpet_lite.delta import LoRADense
 from mindpet_lite.formats import directory as folder_format
+from mindpet_lite.formats.adapters import read_adapter, to_files, write_files
+from mindpet_lite.formats.files import BF16
+from mindpet_lite.formats.state import LayerState
+from mindpet_lite.formats.values import in_type
 
 TARGETS = ["to_q", "to_out.0", "blocks.1.0"]
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -90,15 +95,91 @@ def test_round_trip_into_a_plain_and_an_adapted_net(mode):
         assert Path("adapter", name).read_bytes() == Path("again", name).read_bytes()
 
 
-def test_what_trains_stays_what_trains():
+def test_what_trains_after_loading_is_the_adapter():
+    first = adapted()
+    mp.save_adapter(first, "adapter")
+    frozen = adapted()
+    mp.freeze_modules(frozen, include=["*"])
+    for net in (Attention(), frozen):
+        mp.load_adapter(net, "adapter")
+        assert [item.name for item in net.trainable_params()] == [item.name for item in first.trainable_params()]
+    net = Attention()
+    with unchanged(net), pytest.raises(ValueError, match="trainable must be one of 'adapter', 'keep', but got 'kept'"):
+        mp.load_adapter(net, "adapter", trainable="kept")
+
+
+def test_what_trains_stays_what_trains_where_that_is_asked_for():
     mp.save_adapter(adapted(), "adapter")
     net = Attention()
-    mp.load_adapter(net, "adapter")
+    mp.load_adapter(net, "adapter", trainable="keep")
     assert net.to_q.weight.requires_grad and net.to_q.mindpet_delta_lora_a.requires_grad
     frozen = adapted()
     mp.freeze_modules(frozen, include=["*"])
-    mp.load_adapter(frozen, "adapter")
+    mp.load_adapter(frozen, "adapter", trainable="keep")
     assert not frozen.trainable_params()
+
+
+@pytest.mark.parametrize("kind, name", [("peft", "adapter"), ("diffusers", "a.safetensors"), ("kohya", "a.safetensors"),
+                                        ("mindpet", "a.ckpt"), ("mindformers", "adapter")])
+@pytest.mark.parametrize("delta_type", [ms.float16, ms.bfloat16], ids=str)
+def test_a_half_precision_file_trains_in_float32_and_is_saved_as_it_was(kind, name, delta_type, pynative_mode):
+    net = mp.get_pet_model(Attention(), config(TARGETS))
+    randomise(net)
+    for item in net.trainable_params():
+        item.set_data(item.astype(delta_type).astype(ms.float32))
+    mp.save_adapter(net, "whole", kind) if kind in ("peft", "mindformers") else mp.save_adapter(net, "w" + name, kind)
+    state = read_adapter(Path("whole" if kind in ("peft", "mindformers") else "w" + name)).state
+    narrow = {ms.float16: np.dtype(np.float16), ms.bfloat16: BF16}[delta_type]
+    layers = {path: LayerState({own: in_type(value, narrow) for own, value in layer.tensors.items()}, layer.settings)
+              for path, layer in state.layers.items()}
+    write_files(to_files(dataclasses.replace(state, layers=layers), kind, Path(name)))
+    fresh = fresh_like(net)
+    mp.load_adapter(fresh, name)
+    assert {item.dtype for item in fresh.trainable_params()} == {ms.float32}
+    again = "again" + Path(name).suffix
+    mp.save_adapter(fresh, again, kind)
+    pairs = [(Path(name), Path(again))] if Path(name).is_file() else [(Path(name, CONFIG), Path(again, CONFIG)),
+                                                                      (Path(name, TENSORS), Path(again, TENSORS))]
+    for before, after in pairs:
+        assert before.read_bytes() == after.read_bytes()
+    fresh.to_q.mindpet_delta_lora_a.set_data(fresh.to_q.mindpet_delta_lora_a + 1e-4)
+    mp.save_adapter(fresh, again, kind)
+    stored = read_adapter(Path(again)).state.layers["to_q"].tensors
+    assert {item.dtype for item in stored.values()} == {np.dtype(np.float32), narrow}
+
+
+def test_a_half_precision_file_on_a_half_precision_layer(pynative_mode):
+    net = mp.get_pet_model(Attention(), config(["to_q"], param_init_type=ms.float16))
+    mp.save_adapter(net, "adapter")
+    other = Attention()
+    other.to_q.weight.set_dtype(ms.float16)
+    mp.load_adapter(other, "adapter")
+    assert {item.dtype for item in other.to_q.delta_parameters().values()} == {ms.float16}
+
+
+def test_an_adapter_of_two_methods(pynative_mode):
+    def base():
+        net = Attention().set_train(False)
+        for number, item in enumerate(net.get_parameters()):
+            item.set_data(Tensor(np.random.default_rng(number).standard_normal(item.shape).astype(np.float32) / 3))
+        return net
+
+    net = mp.get_pet_model(base(), config(["to_q"], modules_to_save=["norm"]))
+    mp.get_pet_model(net, mp.AdapterConfig(bottleneck_size=2, target_modules=["to_k", "blocks.0"]))
+    randomise(net)
+    net.norm.gamma.set_data(Tensor(np.full(6, 2, np.float32)))
+    plain, wanted = base()(inputs(5, 6)).asnumpy(), net(inputs(5, 6)).asnumpy()
+    mp.save_adapter(net, "adapter")
+    mp.save_adapter(net, "both.ckpt", "mindpet")
+    for name in ("adapter", "both.ckpt"):
+        fresh = base()
+        mp.load_adapter(fresh, name)
+        assert np.array_equal(fresh(inputs(5, 6)).asnumpy(), wanted)
+        assert {item.name for item in fresh.trainable_params()} == {item.name for item in net.trainable_params()}
+        with mp.adapters_disabled(fresh):
+            assert np.array_equal(fresh(inputs(5, 6)).asnumpy(), plain)
+    with pytest.raises(ValueError, match="kohya's files hold LoRA only, but this adapter is of method 'adapter.lora'"):
+        mp.save_adapter(net, "both.safetensors", "kohya")
 
 
 @pytest.mark.parametrize("delta_type", [ms.float16, ms.bfloat16], ids=str)

@@ -10,7 +10,7 @@ import pytest
 from mindspore import Parameter, Tensor, nn
 from mindspore.dataset import NumpySlicesDataset
 from mindspore.train import Model
-from nets import Attention, config, inputs, load_values, unchanged
+from nets import Attention, config, inputs, load_values, randomise, unchanged
 
 import mindpet_lite as mp
 from mindpet_lite import BitFitConfig
@@ -112,20 +112,92 @@ def test_merging_makes_it_plain_and_unmerging_gives_it_back():
     assert {item.name: item.asnumpy().tobytes() for item in net.get_parameters()} == values
 
 
-def test_a_net_that_trains_otherwise_is_no_bitfit_net():
+def test_what_trains_with_the_biases_is_saved_with_them():
     net = Attention()
     with pytest.raises(ValueError, match="no adapted layer"):
         mp.save_adapter(net, "adapter")
-    mp.freeze_delta(net, "bitfit", exclude=["to_q.weight"])
+    mp.freeze_modules(net, include=["*"], exclude=["*bias"])
     with pytest.raises(ValueError, match="no adapted layer.*What trains here is .*TrainableParamsCheckPoint saves"):
         mp.save_adapter(net, "adapter")
+    mp.freeze_delta(net, "bitfit", exclude=["to_q.weight"])
+    trained(net)
+    mp.save_adapter(net, "adapter")
+    fresh = Attention()
+    load_values(fresh, net)
+    for item in fresh.get_parameters():
+        if item.name in BIASES | {"to_q.weight"}:
+            item.set_data(Tensor(np.zeros(item.shape, np.float32)))
+    mp.load_adapter(fresh.set_train(False), "adapter")
+    assert training(fresh) == BIASES | {"to_q.weight"}
+    assert np.array_equal(fresh(inputs(5, 6)).asnumpy(), net(inputs(5, 6)).asnumpy())
 
 
-def test_biases_beside_lora_are_not_left_out_silently():
-    net = mp.get_pet_model(Attention(), config(["to_q"]))
-    mp.freeze_delta(net, "bitfit")
-    with pytest.raises(ValueError, match="bitfit and lora"):
-        mp.save_adapter(net, "adapter")
+def with_lora() -> nn.Cell:
+    """Return a net with LoRA, and a bias of B, on two of its layers with biases."""
+    net = mp.get_pet_model(Attention(), config(["to_k", "blocks.0"], lora_bias=True))
+    randomise(net)
+    return net.set_train(False)
+
+
+@pytest.mark.parametrize("begin", [lambda net: mp.freeze_delta(net, "bitfit"),
+                                   lambda net: mp.get_pet_model(net, BitFitConfig())], ids=["freeze_delta", "config"])
+def test_biases_of_a_net_with_lora_belong_to_its_adapter(begin, pynative_mode):
+    net = with_lora()
+    base = {item.name: item.asnumpy().copy() for item in net.get_parameters()}
+    with mp.adapters_disabled(net):
+        plain = net(inputs(5, 6)).asnumpy()
+    begin(net)
+    lora = {path for path in training(net) if "lora" in path}
+    assert training(net) - lora == BIASES
+    for item in net.get_parameters():
+        if item.name in BIASES:
+            item.set_data(Tensor(base[item.name] + 1))
+    adapted = net(inputs(5, 6)).asnumpy()
+    report = mp.summary(net)
+    assert len(report.rows) == 2 and set(report.saved) == BIASES
+    assert "and 4 parameters of the base: " in str(report)
+    mp.save_adapter(net, "adapter")
+    config_file = json.loads(Path("adapter/adapter_config.json").read_text())
+    assert config_file["peft_type"] == "LORA" and config_file["bias"] == "all"
+    with mp.adapters_disabled(net):
+        assert np.array_equal(net(inputs(5, 6)).asnumpy(), plain)
+    fresh = Attention().set_train(False)
+    for item in fresh.get_parameters():
+        item.set_data(Tensor(base[item.name].copy()))
+    mp.load_adapter(fresh, "adapter")
+    assert BIASES <= training(fresh)
+    assert np.array_equal(fresh(inputs(5, 6)).asnumpy(), adapted)
+    with mp.adapters_disabled(fresh):
+        assert np.array_equal(fresh(inputs(5, 6)).asnumpy(), plain)
+    assert np.abs(mp.merge(fresh)(inputs(5, 6)).asnumpy() - adapted).max() <= 1e-5
+    mp.unmerge(fresh)
+    assert np.array_equal(fresh(inputs(5, 6)).asnumpy(), adapted)
+
+
+def test_lora_on_a_net_with_trained_biases_takes_them_along(pynative_mode):
+    net = mp.get_pet_model(Attention(), BitFitConfig()).set_train(False)
+    plain = net(inputs(5, 6)).asnumpy()
+    trained(net)
+    mp.get_pet_model(net, config(["to_q"]))
+    randomise(net)
+    adapted = net(inputs(5, 6)).asnumpy()
+    mp.save_adapter(net, "adapter")
+    assert BIASES < training(net)
+    with mp.adapters_disabled(net):
+        assert np.array_equal(net(inputs(5, 6)).asnumpy(), plain)
+    fresh = Attention().set_train(False)
+    load_values(fresh, net)
+    mp.load_adapter(fresh, "adapter")
+    assert np.array_equal(fresh(inputs(5, 6)).asnumpy(), adapted)
+
+
+def test_a_loaded_adapter_that_is_saved_again_names_the_base_it_was_trained_on(pynative_mode):
+    mp.save_adapter(mp.get_pet_model(Attention(), BitFitConfig()), "adapter")
+    other = Attention()
+    with pytest.warns(UserWarning, match="trained on another base"):
+        mp.load_adapter(other, "adapter")
+    mp.save_adapter(other, "again")
+    assert Path("again/adapter_config.json").read_bytes() == Path("adapter/adapter_config.json").read_bytes()
 
 
 def test_a_file_that_does_not_fit_changes_nothing():

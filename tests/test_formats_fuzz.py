@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mindpet_lite.formats import diffusers, kohya, mindformers, mindpet
 from mindpet_lite.formats.detect import FORMATS, detect
-from mindpet_lite.formats.names import map_names
+from mindpet_lite.names.placing import map_names
 
 PARTS = st.sampled_from("""
     x 0 unet text_encoder lora_unet_x lora_te1_text_model lora_unet_ base_model model lora_A lora_B lora_down lora_up

@@ -9,7 +9,7 @@ from adapters import A, B, assert_same, read, same_tensors
 
 from mindpet_lite.formats import diffusers, directory, kohya, mindformers, mindpet, peft
 from mindpet_lite.formats.detect import detect
-from mindpet_lite.formats.names import renamed
+from mindpet_lite.formats.placed import placed
 
 # By file: the codec, and alpha, where a file without one means alpha = rank and diffusers' converter wrote it so.
 LAYOUTS = {"diffusers/pytorch_lora_weights": (diffusers, 8), "diffusers_adapter/pytorch_lora_weights": (diffusers, 8),
@@ -48,7 +48,7 @@ def test_the_net_settles_kohyas_underscores(unet, reference, file):
     paths = [name.rpartition(".")[0] for name in read(unet / "base" / "diffusion_pytorch_model.safetensors")[0]]
     assert_same(kohya.decode(tensors, metadata, paths), reference, settings=False, config=False)
     behind = [f"model.unet.{path}" for path in paths]
-    state = renamed(kohya.decode(tensors, metadata, behind), behind)
+    state = placed(kohya.decode(tensors, metadata, behind), behind)
     assert set(state.layers) == {f"model.unet.{path}" for path in reference.layers}
 
 

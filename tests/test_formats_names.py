@@ -4,8 +4,9 @@ from __future__ import annotations
 import pytest
 from adapters import assert_same, dense, lora, read, tensor
 
-from mindpet_lite.formats.names import map_names, renamed
-from mindpet_lite.formats.underscores import cut
+from mindpet_lite.formats.placed import placed
+from mindpet_lite.names.placing import map_names
+from mindpet_lite.names.underscores import cut
 
 ATTENTION = "transformer_blocks.0.attn1.to_q"
 # Stable Diffusion 1: two residual blocks a level; diffusers' names and the original's.
@@ -142,9 +143,9 @@ def test_an_adapter_with_the_nets_paths():
     state = lora(layers, trained={"model.embed_tokens.weight": tensor((3, 2)), "scale": tensor((1,))},
                  config={"task_type": "CAUSAL_LM"})
     net = ["model.layers.0.attention.wq", "model.layers.0.feed_forward.w3", "model.tok_embeddings", "model"]
-    found = renamed(state, net)
+    found = placed(state, net)
     assert list(found.layers) == net[:2] and set(found.trained) == {"model.tok_embeddings.weight", "scale"}
-    assert_same(renamed(found, ["model.embed_tokens", *layers]), state)
+    assert_same(placed(found, ["model.embed_tokens", *layers]), state)
 
 
 def test_kohyas_names_without_a_net(shared):

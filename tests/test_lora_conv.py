@@ -13,7 +13,7 @@ from nets import MERGED, TOLERANCE, inputs, numbers, randomise, unchanged
 
 import mindpet_lite as mp
 from mindpet_lite.delta import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRADense
-from mindpet_lite.graph.live import deltas
+from mindpet_lite.graph.adapters import deltas
 
 KINDS = [(LoRAConv1d, nn.Conv1d, (7,)), (LoRAConv2d, nn.Conv2d, (6, 7)), (LoRAConv3d, nn.Conv3d, (3, 4, 5))]
 every_kind = pytest.mark.parametrize("adapted, plain, space", KINDS, ids=["1d", "2d", "3d"])

@@ -23,7 +23,7 @@ from mindpet_lite.delta import (
     LoRAMintConv3d,
     LoRAMintEmbedding,
 )
-from mindpet_lite.graph.live import deltas
+from mindpet_lite.graph.adapters import deltas
 
 IDS = Tensor(np.array([[1, 3, 0], [6, 3, 5]], np.int32))
 CONVS = [(LoRAMintConv1d, mint.nn.Conv1d, (7,)), (LoRAMintConv2d, mint.nn.Conv2d, (6, 7)),

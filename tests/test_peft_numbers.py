@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 import mindpet_lite as mp
 from mindpet_lite.delta.parts import put
 from mindpet_lite.formats import peft
-from mindpet_lite.graph.live import deltas
+from mindpet_lite.graph.adapters import deltas
 
 ROOT = SHARED / "fixtures" / "peft"
 # What we do not have, by the field of the config that is refused.

@@ -18,9 +18,9 @@ import mindpet_lite as mp
 from mindpet_lite.delta import METHODS
 from mindpet_lite.formats import directory
 from mindpet_lite.formats.files import BF16, as_float
-from mindpet_lite.formats.patterns import compile_end
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.strict_json import parse_object
+from mindpet_lite.names.expressions import compile_end
 
 # JSON and patterns
 

@@ -37,12 +37,10 @@ class Delta:
 
     strength: float = 1.0
     enabled: bool = True
-    # What the file this delta came from held besides the layers, to be written again: fields of its config, and tensors
-    # that have no place in a net.
-    origin: Mapping[str, Any] = {}
-    carried: Mapping[str, Any] = {}
-    # The base parameters that belong to the adapter (`graph.beside`).
-    beside: tuple[Any, ...] = ()
+    # The record of the adapter that this delta is a part of (`graph.adapters.Adapter`); a layer built by hand has none.
+    adapter: Any = None
+    # The types in which the file that this delta was loaded from holds its tensors, by parameter path.
+    file_types: Mapping[str, np.dtype] = {}
     fixed: str = ""
     unmergeable: str = ""
     foldable: bool = False
@@ -116,15 +114,15 @@ class DeltaConfig:
         target_modules: a regular expression that must match a layer's whole path, a list of names (each equal to a
             path or to its last parts), or ``"all-linear"``.
         exclude_modules: layers left alone among those, spelt likewise.
-        modules_to_save: names of modules, spelt as a list in `target_modules`, that train whole beside the deltas and
-            are written to adapter files with them, such as a new head.
+        modules_to_save: names of modules, spelt as a list in `target_modules`, that train whole and are written to
+            adapter files with the deltas, such as a new head.
         layers_to_transform: numbers of the blocks whose layers are adapted, where `target_modules` is a list; all
             without it. An entry that equals a layer's whole path is adapted whatever its number.
         layers_pattern: the names of the lists of blocks, such as ``"layers"``, whose numbers are meant; without it the
             first number after a name in a path (as PEFT).
         freeze_include: patterns (`*` matches anything) of parameters to freeze. Everything but the deltas is frozen
             without it; what both lists name is left alone, as in `freeze_delta`.
-        freeze_exclude: patterns of parameters that train beside the deltas.
+        freeze_exclude: patterns of parameters that train together with the deltas.
     """
 
     pet_type: ClassVar[str]
@@ -132,6 +130,8 @@ class DeltaConfig:
     other_names: ClassVar[tuple[str, ...]] = ()
     # Without target_modules every layer that the method can adapt is meant.
     all_by_default: ClassVar[bool] = False
+    # The method trains Parameters that the net has; `adapt` gives a delta that is no cell.
+    adds_nothing: ClassVar[bool] = False
 
     target_modules: str | tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
@@ -155,8 +155,8 @@ class DeltaConfig:
             raise ValueError("layers_to_transform needs target_modules as a list of names; a regular expression can "
                              "name the blocks itself.")
 
-    def trains_beside(self, name: str, of_adapted_layer: bool) -> bool:
-        """Tell whether a base Parameter of this attribute name trains beside the deltas."""
+    def trains_base(self, name: str, of_adapted_layer: bool) -> bool:
+        """Tell whether a base Parameter of this attribute name trains together with the deltas."""
         return False
 
     def more_targets(self, cells: Mapping[str, nn.Cell]) -> dict[str, nn.Cell]:
@@ -171,11 +171,6 @@ class DeltaConfig:
     def trained_pattern(cls) -> str:
         """Return the pattern (`*` is any text) of the parameters that `freeze_delta` leaves trainable."""
         return f"*mindpet_delta_{cls.pet_type}*"
-
-    @classmethod
-    def thawed(cls, cells: Mapping[str, nn.Cell]) -> dict[str, Delta]:
-        """Return the deltas that have no cell of their own in a net of these cells: for methods that add nothing."""
-        return {}
 
     @classmethod
     def refusal(cls, cell: nn.Cell) -> str | None:

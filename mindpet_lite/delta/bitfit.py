@@ -4,12 +4,12 @@ Ben Zaken et al., 2021, https://arxiv.org/abs/2106.10199.
 
     y = act(x Wᵀ + b)                                                                    (section 3: only b is trained)
 
-Nothing is added to the net: its own biases train, all else is frozen.
+Nothing is added to the net: its own biases train, all else is frozen. In a net with another adapter they become a part
+of that adapter, as PEFT's ``bias="all"`` has it.
 """
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import ClassVar
 
 from mindspore import Parameter, Tensor, nn
@@ -21,7 +21,7 @@ class TrainedBias(Delta):
     """The biases that a layer has and BitFit trains; the layer itself stays as it is."""
 
     method: ClassVar[str] = "bitfit"
-    fixed = "the trained biases are the layer's own, so there is no delta beside them to scale or to switch off."
+    fixed = "the trained biases are the layer's own, so there is no delta to scale or to switch off."
 
     def __init__(self, cell: nn.Cell) -> None:
         self.cell = cell
@@ -45,21 +45,13 @@ class BitFitConfig(DeltaConfig):
     """Settings of BitFit: those of :class:`DeltaConfig`; without `target_modules` every bias of the net trains.
 
     A bias is a Parameter whose attribute name ends in ``bias``, as `freeze_delta(net, "bitfit")` takes it; the shift
-    of a LayerNorm (`beta`) can be trained too with ``freeze_exclude=["*beta"]``; such a net is saved by
-    `TrainableParamsCheckPoint`, not as an adapter.
-
-    Raises:
-        ValueError: `modules_to_save` is given.
+    of a LayerNorm (`beta`) can be trained too with ``freeze_exclude=["*beta"]``. In a net with another adapter the
+    biases belong to that adapter: they are saved, switched off and merged with it.
     """
 
     pet_type: ClassVar[str] = "bitfit"
     all_by_default: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.modules_to_save:
-            raise ValueError("BitFit adds nothing that tells its biases from other trained parameters, so it cannot "
-                             "save modules_to_save beside them: leave it out.")
+    adds_nothing: ClassVar[bool] = True
 
     @classmethod
     def trained_pattern(cls) -> str:
@@ -67,19 +59,8 @@ class BitFitConfig(DeltaConfig):
         return "*bias"
 
     @classmethod
-    def thawed(cls, cells: Mapping[str, nn.Cell]) -> dict[str, Delta]:
-        """Return the layers with a trained bias in a net where biases, and nothing else, train."""
-        training = {id(cell): (path, [name for name, item in cell.parameters_and_names(expand=False)
-                                      if item.requires_grad]) for path, cell in reversed(list(cells.items()))}
-        if not all(name.endswith("bias") for _, names in training.values() for name in names):
-            return {}
-        return {path: TrainedBias(cells[path]) for path, names in reversed(list(training.values())) if names}
-
-    @classmethod
     def refusal(cls, cell: nn.Cell) -> str | None:
         """Return why `cell` has nothing for BitFit to train, or None."""
-        if isinstance(cell, Delta):
-            return f"a {type(cell).__name__} is adapted already; merge() it first."
         return None if _biases(cell) else f"{type(cell).__name__} has no bias."
 
     def adapt(self, cell: nn.Cell) -> TrainedBias:
@@ -88,4 +69,7 @@ class BitFitConfig(DeltaConfig):
 
 
 def _biases(cell: nn.Cell) -> dict[str, Parameter]:
-    return {name: item for name, item in cell.parameters_and_names(expand=False) if name.endswith("bias")}
+    """Return the biases that the base has in a cell, without those of an adapter."""
+    own = cell.delta_parameters() if isinstance(cell, Delta) else {}
+    return {name: item for name, item in cell.parameters_and_names(expand=False)
+            if name.endswith("bias") and name not in own}

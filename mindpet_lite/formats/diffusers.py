@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mindpet_lite.formats import components, peft
+from mindpet_lite.formats import peft
 from mindpet_lite.formats.lora import (
     B_BIAS,
     EMBEDDING_A,
@@ -25,6 +25,7 @@ from mindpet_lite.formats.lora import (
 )
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.strict_json import parse_object
+from mindpet_lite.names import components
 
 # The metadata that holds the config: PEFT's fields, each behind its component's name.
 CONFIG_ENTRY = "lora_adapter_metadata"

@@ -148,6 +148,12 @@ def as_float(value: np.ndarray) -> np.ndarray:
     return np.asarray(np.left_shift(value["bf16"].astype(np.uint32), np.uint32(16))).view(np.float32)
 
 
+def to_bfloat16(value: np.ndarray) -> np.ndarray:
+    """Return the upper halves of float32 values as bfloat16, without rounding."""
+    bits = np.ascontiguousarray(value, np.float32).view(np.uint32) >> np.uint32(16)
+    return bits.astype(np.uint16).view(BF16).reshape(value.shape)
+
+
 def type_name(dtype: np.dtype) -> str:
     """Return the name of a type in messages, as safetensors has it."""
     return _NAMES.get(dtype, str(dtype))

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from mindpet_lite.formats import components
 from mindpet_lite.formats.lora import (
     MAGNITUDE,
     OWN_ENTRY,
@@ -29,7 +28,8 @@ from mindpet_lite.formats.lora import (
     without_settings,
 )
 from mindpet_lite.formats.state import AdapterState, LayerState
-from mindpet_lite.formats.underscores import Paths, cut
+from mindpet_lite.names import components
+from mindpet_lite.names.underscores import Paths, cut
 
 _COMPONENTS = {"lora_unet": components.UNET, "lora_te": "text_encoder", "lora_te1": "text_encoder",
                "lora_te2": "text_encoder_2", "lora_te3": "text_encoder_3", "lora_transformer": "transformer"}

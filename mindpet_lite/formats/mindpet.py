@@ -34,9 +34,10 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             problems stand in one message.
     """
     problems: list[str] = []
-    if state.method == "lora":
-        problems = refusals(AdapterState(state.method, state.layers), "MindPet's files", (A, B), ("use_rslora",))
-        problems += not_dense(state, "MindPet")
+    of_lora = {path: layer for path, layer in state.layers.items() if (layer.method or state.method) == "lora"}
+    if of_lora:
+        lora = AdapterState("lora", of_lora)
+        problems = refusals(lora, "MindPet's files", (A, B), ("use_rslora",)) + not_dense(lora, "MindPet")
     names = {path: {own: f"{path}.{own}" if path else own for own in layer.tensors}
              for path, layer in state.layers.items()}
     tensors = {names[path][own]: value for path, layer in state.layers.items() for own, value in layer.tensors.items()}
@@ -47,8 +48,8 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     known = any(layer.settings is not None for layer in state.layers.values())
     if not (known or state.trained or state.config):
         return tensors, {}
-    entry = {"layers": {path: {"method": state.method, "settings": layer.settings, "parameters": names[path]}
-                        for path, layer in state.layers.items()},
+    entry = {"layers": {path: {"method": layer.method or state.method, "settings": layer.settings,
+                               "parameters": names[path]} for path, layer in state.layers.items()},
              "trained": sorted(state.trained), "config": state.config}
     return tensors | state.trained, {SETTINGS_KEY: json.dumps(entry, sort_keys=True)}
 
@@ -92,12 +93,13 @@ def decode(tensors: Mapping[str, np.ndarray], settings: str | None, methods: Ite
         layers[path][own] = value
     if not layers and not problems:
         problems.append("it holds no tensor.")
-    if len(used) > 1:
+    if len(used) > 1 and settings is None:
         problems.append(f"it mixes the methods {' and '.join(sorted(used))}.")
     if problems:
         raise ValueError("\n  ".join(problems))
-    return AdapterState(used.pop(), {
-        path: LayerState(parts, by_layer[path]["settings"] if path in by_layer else None)
+    return AdapterState("+".join(sorted(used)), {
+        path: LayerState(parts, by_layer[path]["settings"], by_layer[path]["method"]) if path in by_layer else
+        LayerState(parts, None)
         for path, parts in layers.items()}, {name: tensors[name] for name in trained}, config)
 
 

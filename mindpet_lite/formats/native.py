@@ -1,4 +1,4 @@
-"""The adapter directory of methods that no other tool's file can hold: our own names, settings by layer."""
+"""Adapter directories of methods, or of several at once, that no other tool's file can hold: our own names."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -17,7 +17,8 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     tensors = {f"{path}.{name}": value for path, layer in state.layers.items()
                for name, value in layer.tensors.items()}
     tensors.update(state.trained)
-    layers = {path: {"settings": layer.settings, "tensors": sorted(layer.tensors)}
+    layers = {path: {"settings": layer.settings, "tensors": sorted(layer.tensors),
+                     **({"method": layer.method} if "+" in state.method else {})}
               for path, layer in state.layers.items()}
     return tensors, {**state.config, "format": FORMAT, "pet_type": state.method, "layers": layers,
                      "trained": sorted(state.trained)}
@@ -35,9 +36,11 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Adap
     damaged = [path for path, layer in layers.items()
                if not isinstance(layer, dict) or not isinstance(layer.get("settings"), dict)
                or not isinstance(layer.get("tensors"), list)
-               or not all(isinstance(name, str) for name in layer["tensors"])]
+               or not all(isinstance(name, str) for name in layer["tensors"])
+               or "+" in config["pet_type"] and layer.get("method") not in config["pet_type"].split("+")]
     if damaged:
-        raise ValueError(f"the config needs 'settings' and 'tensors' for {', '.join(map(repr, damaged))}.")
+        raise ValueError(f"the config needs 'settings' and 'tensors', and with several methods 'method', for "
+                         f"{', '.join(map(repr, damaged))}.")
     trained = config.get("trained", [])
     if not isinstance(trained, list) or not all(isinstance(name, str) for name in trained):
         raise ValueError("the config's 'trained' must be a list of parameter paths.")
@@ -46,7 +49,7 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Adap
     problems += [f"unexpected: {key}." for key in tensors if key not in expected and key not in trained]
     if problems or not expected:
         raise ValueError("\n  ".join(problems) or "it holds no tensor.")
-    found = {path: LayerState({}, layer["settings"]) for path, layer in layers.items()}
+    found = {path: LayerState({}, layer["settings"], layer.get("method", "")) for path, layer in layers.items()}
     for key, (path, name) in expected.items():
         found[path].tensors[name] = tensors[key]
     kept = {name: value for name, value in config.items() if name not in ("format", "pet_type", "layers", "trained")}

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mindpet_lite.formats.lora import PEFT_FIELDS
-from mindpet_lite.formats.patterns import MOST, compile_end
 from mindpet_lite.formats.state import AdapterState
+from mindpet_lite.names.expressions import MOST, compile_end
 
 # Starts that leave the base alone, so that they matter no more once the factors are in a file; and those that take the
 # start out of the base's weights, in a way that only depends on them.

@@ -9,13 +9,17 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class LayerState:
-    """The delta of one layer: its tensors by their path below the layer, its settings by config field name.
+    """The delta of one layer.
 
-    `settings` is None where the file does not tell them.
+    Args:
+        tensors: by their path below the layer.
+        settings: by config field name; None where the file does not tell them.
+        method: the method's name, where the adapter is of several; else that of the adapter.
     """
 
     tensors: dict[str, np.ndarray]
     settings: dict[str, Any] | None
+    method: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +27,7 @@ class AdapterState:
     """An adapter as every format is read to and written from.
 
     Args:
-        method: the method's name (`pet_type`).
+        method: the method's name (`pet_type`); of several methods their names with ``+`` between them.
         layers: the state of each adapted layer by its path in the net.
         trained: base parameters that trained beside the deltas, by their path in the net.
         config: fields of the source's config that are no setting of a layer, kept for writing the same format again.

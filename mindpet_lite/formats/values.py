@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 
-from mindpet_lite.formats.files import BF16, as_float
+from mindpet_lite.formats.files import BF16, as_float, to_bfloat16
 from mindpet_lite.formats.state import AdapterState
 
 _WIDE = np.dtype(np.float64)
@@ -40,3 +40,10 @@ def _in_float32(value: np.ndarray) -> np.ndarray:
     # What is too large becomes infinite, and is refused as any infinite value.
     with np.errstate(over="ignore"):
         return value.astype(np.float32)
+
+
+def in_type(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return a value in the type that a file had it in, where that changes no number; else as it is."""
+    with np.errstate(over="ignore"):
+        narrow = to_bfloat16(value) if dtype == BF16 else value.astype(dtype)
+    return narrow if np.array_equal(as_float(narrow), value) else value

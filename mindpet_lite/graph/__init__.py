@@ -1,12 +1,13 @@
 """What is done to a whole net: adapt, freeze, merge, save, load. Knows no method by name."""
 from mindpet_lite.graph.callback import TrainableParamsCheckPoint
-from mindpet_lite.graph.checkpoint import load_adapter, save_adapter
 from mindpet_lite.graph.fold import fold_prefixes
 from mindpet_lite.graph.freeze import TrainableReport, freeze_delta, freeze_from_config, freeze_modules
 from mindpet_lite.graph.inject import get_pet_model
-from mindpet_lite.graph.live import adapters_disabled, set_lora_scale
+from mindpet_lite.graph.load import load_adapter
 from mindpet_lite.graph.merge import merge, unmerge
 from mindpet_lite.graph.recompute import net_recompute, undo_recompute
+from mindpet_lite.graph.save import save_adapter
+from mindpet_lite.graph.strength import adapters_disabled, set_lora_scale
 from mindpet_lite.graph.summary import Summary, summary
 
 __all__ = ["Summary", "TrainableParamsCheckPoint", "TrainableReport", "adapters_disabled", "fold_prefixes",

@@ -15,7 +15,7 @@ from mindspore.train import Callback, CheckpointConfig
 from mindpet_lite.arguments import WrongArgumentError
 from mindpet_lite.formats.atomic import atomic_file
 from mindpet_lite.formats.mindpet import SETTINGS_KEY
-from mindpet_lite.graph.live import deltas_in
+from mindpet_lite.graph.adapters import deltas_in
 from mindpet_lite.graph.tree import cells_by_path
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from mindspore import nn
 
-from mindpet_lite.graph.live import deltas
+from mindpet_lite.graph.adapters import deltas
 from mindpet_lite.graph.tree import drop_compiled_graphs, refresh_recomputation
 
 

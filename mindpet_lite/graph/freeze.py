@@ -4,19 +4,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mindspore import Parameter, nn
 
 from mindpet_lite.arguments import WrongArgumentError, did_you_mean
 from mindpet_lite.delta import METHODS
-from mindpet_lite.delta.base import Delta
+from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.graph.match import check_patterns, selector, wildcard
-from mindpet_lite.graph.tree import cells_by_path, paths_of_parameters, refresh_recomputation, require_cell
+from mindpet_lite.graph.parameters import apply_trains, net_parameters
+from mindpet_lite.graph.put_in import put_in
+from mindpet_lite.graph.tree import cells_by_path, require_cell, without_inner
 from mindpet_lite.yaml_files import read_freeze
 
-# What each mode of freeze_delta leaves trainable.
-FREEZE_MODES = {mode: kind.trained_pattern() for name, kind in METHODS.items() for mode in (name, *kind.other_names)}
+# The method of each mode of freeze_delta.
+FREEZE_MODES = {mode: kind for name, kind in METHODS.items() for mode in (name, *kind.other_names)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +36,6 @@ class TrainableReport:
     def __str__(self) -> str:
         return (f"trainable params: {self.trainable:,} || all params: {self.total:,} || "
                 f"trainable%: {self.share:.4f}")
-
-
-def net_parameters(net: nn.Cell) -> list[tuple[Parameter, list[str]]]:
-    """Return the net's Parameters with all names each goes by, without those that only steer a delta."""
-    live = {id(parameter) for cell in cells_by_path(net).values() if isinstance(cell, Delta)
-            for parameter in cell.live_parameters().values()}
-    return [(parameter, list(dict.fromkeys([*paths, parameter.name])))
-            for parameter, paths in paths_of_parameters(net) if id(parameter) not in live]
 
 
 def count(net: nn.Cell) -> TrainableReport:
@@ -104,21 +98,40 @@ def freeze_delta(model: nn.Cell, mode: str, include: Sequence[str] | None = None
     if mode.lower() not in FREEZE_MODES:
         raise ValueError(f"mode must be one of {', '.join(FREEZE_MODES)}, but got {mode!r}."
                          f"{did_you_mean(mode, FREEZE_MODES)}")
-    pattern = FREEZE_MODES[mode.lower()]
-    parameters = net_parameters(model)
-    expression = wildcard(pattern)
-    trains = [any(expression.fullmatch(name) for name in names) for _, names in parameters]
+    kind = FREEZE_MODES[mode.lower()]
+    cells, parameters = cells_by_path(model), net_parameters(model)
+    trains = _trained_by(kind, cells, parameters)
     if not any(trains):
-        present = [name for name, other in FREEZE_MODES.items()
-                   if any(wildcard(other).fullmatch(spelling) for _, names in parameters for spelling in names)]
-        raise ValueError(f"mode {mode!r} leaves nothing trainable: the net has no parameter {pattern!r}. " + (
+        present = [name for name, other in FREEZE_MODES.items() if any(_trained_by(other, cells, parameters))]
+        raise ValueError(f"mode {mode!r} leaves nothing trainable: the net has no parameter "
+                         f"{kind.trained_pattern()!r}. " + (
             f"Modes that fit this net: {', '.join(present)}." if present else
             "Adapt the net first, with get_pet_model() or layers such as LoRADense."))
     trains = with_lists(parameters, trains, ("include", include), ("exclude", exclude))
     if not any(trains):
         raise ValueError(f"mode {mode!r} with include {include!r} leaves nothing trainable: narrow the include list.")
     apply_trains(model, parameters, trains)
+    if kind.adds_nothing:
+        put_in(model, cells, {path: delta for path, delta in _selected_by(kind, cells).items()
+                              if any(item.requires_grad for item in delta.delta_parameters().values())}, (), {})
     return count(model)
+
+
+def _trained_by(kind: type[DeltaConfig], cells: Mapping[str, nn.Cell],
+                parameters: list[tuple[Parameter, list[str]]]) -> list[bool]:
+    """Return for each Parameter whether it is one that a method trains."""
+    if kind.adds_nothing:
+        own = {id(item) for delta in _selected_by(kind, cells).values() for item in delta.delta_parameters().values()}
+        return [id(item) in own for item, _ in parameters]
+    expression = wildcard(kind.trained_pattern())
+    return [any(expression.fullmatch(name) for name in names) for _, names in parameters]
+
+
+def _selected_by(kind: type[DeltaConfig], cells: Mapping[str, nn.Cell]) -> dict[str, Delta]:
+    """Return what a method that adds nothing can train in a net, by the first path of each layer."""
+    first = {id(cell): path for path, cell in reversed(without_inner(cells).items())}
+    return {path: kind().adapt(cells[path]) for path in cells if first.get(id(cells[path])) == path
+            and kind.refusal(cells[path]) is None}
 
 
 def freeze_from_config(model: nn.Cell, config_path: str | os.PathLike[str]) -> TrainableReport:
@@ -158,10 +171,3 @@ def with_lists(parameters: list[tuple[Parameter, list[str]]], trains: list[bool]
     names = [spellings for _, spellings in parameters]
     frozen, thawed = selector(*include, names), selector(*exclude, names)
     return [thawed(index) if frozen(index) != thawed(index) else old for index, old in enumerate(trains)]
-
-
-def apply_trains(net: nn.Cell, parameters: list[tuple[Parameter, list[str]]], trains: list[bool]) -> None:
-    """Set for each Parameter of `net` whether it trains."""
-    for (parameter, _), value in zip(parameters, trains):
-        parameter.requires_grad = value
-    refresh_recomputation(net)

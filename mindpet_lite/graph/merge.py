@@ -7,8 +7,9 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
 
-from mindpet_lite.graph.beside import copy_of
-from mindpet_lite.graph.live import adapters_are_disabled, deltas
+from mindpet_lite.delta.base import Delta
+from mindpet_lite.graph.adapters import copy_of, deltas, select
+from mindpet_lite.graph.strength import adapters_are_disabled
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, replace
 
 # Where a merged layer keeps what `unmerge` puts back: an attribute, so that it lives and is copied with the layer.
@@ -17,9 +18,13 @@ _KEPT = "mindpet_kept_for_unmerge"
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """A layer from before the merge: its cell, the base values (subtracting would change some), and what trained."""
+    """A layer from before the merge: its cell, the base values (subtracting would change some), and what trained.
+
+    `selected` is the delta of a method that adds nothing to the cell.
+    """
 
     cell: nn.Cell
+    selected: Delta | None
     values: tuple[tuple[Parameter, Tensor], ...]
     trained: tuple[Parameter, ...]
 
@@ -44,10 +49,10 @@ def merge(net: nn.Cell) -> nn.Cell:
             it would change that layer. The net is unchanged.
     """
     found = deltas(net)
-    stiff = [f"{path or type(delta).__name__}: {delta.unmergeable}" for path, delta in found.items()
+    fixed = [f"{path or type(delta).__name__}: {delta.unmergeable}" for path, delta in found.items()
              if delta.unmergeable]
-    if stiff:
-        raise ValueError("This adapter cannot be merged. The net is unchanged:\n  " + "\n  ".join(stiff))
+    if fixed:
+        raise ValueError("This adapter cannot be merged. The net is unchanged:\n  " + "\n  ".join(fixed))
     if adapters_are_disabled(net):
         raise ValueError("merge() inside adapters_disabled() would merge nothing: leave the block first.")
     merged = {path: delta.merged_value() for path, delta in found.items()}
@@ -65,12 +70,14 @@ def merge(net: nn.Cell) -> nn.Cell:
     cells = cells_by_path(net)
     swaps = {}
     for path, delta in found.items():
-        kept = _Kept(cells[path], tuple((parameter, copy_of(parameter)) for parameter in merged[path]),
+        kept = _Kept(cells[path], None if isinstance(delta, nn.Cell) else delta,
+                     tuple((parameter, copy_of(parameter)) for parameter in merged[path]),
                      tuple(item for item in delta.delta_parameters().values() if item.requires_grad))
         for parameter, value in merged[path].items():
             parameter.set_data(value)
         for parameter in kept.trained:
             parameter.requires_grad = False
+        select(cells[path], None)
         swaps[cells[path]] = delta.plain_cell()
         setattr(swaps[cells[path]], _KEPT, kept)
     return _swap(net, swaps)
@@ -98,6 +105,7 @@ def unmerge(net: nn.Cell) -> nn.Cell:
         for parameter in kept.trained:
             parameter.requires_grad = True
         delattr(cell, _KEPT)
+        select(kept.cell, kept.selected)
     return _swap(net, {cell: kept.cell for cell, kept in merged.items()})
 
 

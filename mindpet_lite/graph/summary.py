@@ -6,16 +6,23 @@ import math
 
 from mindspore import nn
 
+from mindpet_lite.graph.adapters import deltas_in, saved_of
 from mindpet_lite.graph.freeze import TrainableReport, count
-from mindpet_lite.graph.live import deltas_in
+from mindpet_lite.graph.parameters import net_parameters
 from mindpet_lite.graph.tree import cells_by_path
+
+_SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """The adapted layers of a net, a row each (path, layer, method, settings, shapes, size), and the counts."""
+    """The adapted layers of a net, a row each (path, layer, method, settings, shapes, size), and the counts.
+
+    `saved` names the Parameters of the base that belong to the adapter.
+    """
 
     rows: tuple[tuple[str, ...], ...]
+    saved: tuple[str, ...]
     report: TrainableReport
 
     def __str__(self) -> str:
@@ -24,7 +31,11 @@ class Summary:
         widths = [max(len(row[column]) for row in table) for column in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
         lines.insert(1, "-" * max(map(len, lines)))
-        return "\n".join([*lines, f"{len(self.rows)} adapted layers", str(self.report)])
+        lines.append(f"{len(self.rows)} adapted layers")
+        if self.saved:
+            more = f" and {len(self.saved) - _SHOWN} more" if len(self.saved) > _SHOWN else ""
+            lines.append(f"and {len(self.saved)} parameters of the base: {', '.join(self.saved[:_SHOWN])}{more}")
+        return "\n".join([*lines, str(self.report)])
 
 
 def _shown(value: object) -> str:
@@ -38,7 +49,8 @@ def summary(net: nn.Cell) -> Summary:
         TypeError: `net` is no Cell.
     """
     rows = []
-    for path, cell in deltas_in(cells_by_path(net)).items():
+    found = deltas_in(cells_by_path(net))
+    for path, cell in found.items():
         parameters = cell.delta_parameters().values()
         settings = ", ".join(f"{name}={_shown(value)}" for name, value in cell.settings().items())
         if cell.strength != 1.0:
@@ -48,6 +60,9 @@ def summary(net: nn.Cell) -> Summary:
         rows.append((path or "(the net itself)", type(cell).__name__, cell.method, settings,
                      " ".join(str(tuple(parameter.shape)) for parameter in parameters),
                      f"{sum(math.prod(parameter.shape) for parameter in parameters):,}"))
-    result = Summary(tuple(rows), count(net))
+    own = {id(item) for delta in found.values() for item in delta.delta_parameters().values()}
+    saved = saved_of(found.values()).keys() - own
+    result = Summary(tuple(rows), tuple(names[0] for item, names in net_parameters(net) if id(item) in saved),
+                     count(net))
     print(result)
     return result

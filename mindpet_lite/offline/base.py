@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from mindpet_lite.formats.adapters import open_file
+from mindpet_lite.formats.base_hash import sample_places, weight_hash
 from mindpet_lite.formats.files import Entry, TensorFile
 from mindpet_lite.formats.strict_json import parse_object
+from mindpet_lite.offline.numbers import widened
 from mindpet_lite.offline.problems import listed
 
 # What a layer's weight is called: by PyTorch and most of MindSpore, by nn.Embedding, by MindSpore's norms.
@@ -104,6 +107,13 @@ class Base:
                 handle.seek(begin)
                 found[number:number + 1] = np.frombuffer(handle.read(entry.dtype.itemsize), entry.dtype)
         return found
+
+    def layer_hash(self, layer: str) -> str:
+        """Return the hash of a layer, made of its largest tensor: see `formats.base_hash`."""
+        name = max(self.owners[layer].values(), key=lambda name: math.prod(self.shape(name)))
+        shape = self.shape(name)
+        with np.errstate(over="ignore"):
+            return weight_hash(shape, widened(self.sample(name, sample_places(math.prod(shape)))))
 
     def in_file(self, path: Path) -> dict[str, str]:
         """Return the names of a file's tensors in the net, by their names in the file."""

@@ -11,10 +11,10 @@ import numpy as np
 
 from mindpet_lite.formats.adapters import Adapter, read_adapter, to_files, write_files
 from mindpet_lite.formats.files import as_float
-from mindpet_lite.formats.names import Table, check_table
+from mindpet_lite.formats.placed import placed
 from mindpet_lite.formats.state import AdapterState
+from mindpet_lite.names.placing import Table, check_table
 from mindpet_lite.offline.base import open_base
-from mindpet_lite.offline.fingerprint import under_names
 from mindpet_lite.offline.problems import first_of, listed
 
 
@@ -112,7 +112,7 @@ def _read(source: Path, kind: str | None, table: Table | None, base: Path | None
         with open_base(base) as tensors:
             found = read_adapter(source, kind, methods, tensors.owners)
             try:
-                return found, under_names(found.state, tensors.owners, table)
+                return found, placed(found.state, tensors.owners, table)
             except ValueError as error:
                 raise ValueError(f"The adapter in {source} does not fit {base}:\n  {first_of(error)}") from error
     wanted = table.values() if isinstance(table, Mapping) else ()
@@ -126,7 +126,7 @@ def _read(source: Path, kind: str | None, table: Table | None, base: Path | None
         if isinstance(table, Mapping) else []
     if unused:
         raise ValueError(f"The adapter in {source} has no layer {', '.join(map(str, unused[:3]))} to give a new name.")
-    return found, under_names(found.state, own.values(), own)
+    return found, placed(found.state, own.values(), own)
 
 
 def _owners(state: AdapterState) -> list[str]:

@@ -11,10 +11,10 @@ import numpy as np
 
 from mindpet_lite.formats import peft
 from mindpet_lite.formats.adapters import to_files, write_files
+from mindpet_lite.formats.base_hash import FIELD
 from mindpet_lite.formats.lora import EMBEDDING_A, EMBEDDING_B, A, B
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.offline.base import WEIGHTS, Base, open_base
-from mindpet_lite.offline.fingerprint import FIELD, fingerprint
 from mindpet_lite.offline.folder import refuse_filled
 from mindpet_lite.offline.numbers import FLOATS, widened
 from mindpet_lite.offline.problems import listed
@@ -111,7 +111,7 @@ def _extract(base: Base, tuned: Base, rank: int, seed: int, quiet: bool) -> Extr
     trained.update(_siblings(trained, layers, tuned))
     whole = sum(square for square, _ in squares.values())
     left = sum(rest for _, rest in squares.values())
-    hashes = {path: fingerprint(base, path) for path in layers}
+    hashes = {path: base.layer_hash(path) for path in layers}
     state = AdapterState("lora", layers, trained, {FIELD: hashes})
     if transposed:
         state = _with_flag(state)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from mindpet_lite.formats.adapters import Adapter, read_adapter
+from mindpet_lite.formats.base_hash import FIELD
 from mindpet_lite.formats.files import as_float, open_tensors, type_name
 from mindpet_lite.formats.lora import EMBEDDING_A, EMBEDDING_B, A, B
 from mindpet_lite.formats.state import LayerState
-from mindpet_lite.offline.fingerprint import FIELD
 from mindpet_lite.offline.plan import scale_of
 
 _SIZES = ("B", "kB", "MB", "GB")

@@ -2,17 +2,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mindpet_lite.formats.adapters import read_adapter
-from mindpet_lite.formats.names import Table
+from mindpet_lite.formats.base_hash import differing
+from mindpet_lite.formats.placed import placed
 from mindpet_lite.formats.state import AdapterState
+from mindpet_lite.names.placing import Table
 from mindpet_lite.offline.base import Base, open_base
 from mindpet_lite.offline.changes import Change
-from mindpet_lite.offline.fingerprint import differing, under_names
 from mindpet_lite.offline.folder import new_directory, refuse_filled
 from mindpet_lite.offline.plan import plan
 from mindpet_lite.offline.problems import first_of
@@ -52,7 +54,7 @@ def merge(base: Path, adapter: Path, out: Path, kind: str | None = None, table: 
         adapter: of any format.
         out: a directory that is empty or not there yet.
         kind: the adapter's format; None to detect it.
-        table: names of layers, see `formats.names.map_names`.
+        table: names of layers, see `names.placing.map_names`.
         strict_base: refuse an adapter that was trained on another base, instead of a warning.
         quiet: show no progress.
 
@@ -64,7 +66,7 @@ def merge(base: Path, adapter: Path, out: Path, kind: str | None = None, table: 
     with open_base(base) as tensors:
         found = read_adapter(adapter, kind, paths=tensors.owners)
         try:
-            state = under_names(found.state, tensors.owners, table)
+            state = placed(found.state, tensors.owners, table)
             changes = plan(state, tensors)
             _compare(state, tensors, strict_base)
         except ValueError as error:
@@ -77,7 +79,7 @@ def merge(base: Path, adapter: Path, out: Path, kind: str | None = None, table: 
 
 def _compare(state: AdapterState, base: Base, strict: bool) -> None:
     """Warn of an adapter that was trained on another base, or refuse it."""
-    other = differing(state, base)
+    other = differing(state.config, {path: functools.partial(base.layer_hash, path) for path in state.layers})
     if other:
         text = (f"it was trained on another base: the weights of {', '.join(other[:3])}"
                 f"{f' and {len(other) - 3} more layers' if len(other) > 3 else ''} are not those it belongs to.")

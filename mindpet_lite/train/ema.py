@@ -12,9 +12,9 @@ from mindspore import dtype as mstype
 
 from mindpet_lite.arguments import check_bool, check_number
 from mindpet_lite.delta.parts import as_type, put
-from mindpet_lite.graph.checkpoint import save_adapter
-from mindpet_lite.graph.freeze import net_parameters
-from mindpet_lite.graph.live import deltas
+from mindpet_lite.graph.adapters import deltas
+from mindpet_lite.graph.parameters import net_parameters
+from mindpet_lite.graph.save import save_adapter
 from mindpet_lite.graph.tree import require_cell
 
 

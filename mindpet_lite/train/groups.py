@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from mindpet_lite.arguments import check_number, check_positive
-from mindpet_lite.graph.live import deltas
+from mindpet_lite.graph.adapters import deltas
 
 
 def lora_plus_groups(net: nn.Cell, lr: Any, ratio: float) -> list[dict[str, Any]]:

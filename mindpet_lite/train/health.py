@@ -11,7 +11,7 @@ from mindspore.train import Callback
 
 from mindpet_lite.arguments import check_int, check_number, warn_user
 from mindpet_lite.delta.base import Delta, float64
-from mindpet_lite.graph.live import deltas
+from mindpet_lite.graph.adapters import deltas
 from mindpet_lite.graph.tree import cells_by_path, require_cell
 
 

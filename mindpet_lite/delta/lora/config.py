@@ -48,7 +48,7 @@ class LoraConfig(DeltaConfig, LoraSettings):
             of the base's weight.
         rank_pattern: ranks by regular expression; the first that fits the end of a layer's path counts.
         alpha_pattern: alphas, likewise.
-        bias: which biases of the base train beside: "none", "all", or "lora_only", those of the adapted layers.
+        bias: which biases of the base train too: "none", "all", or "lora_only", those of the adapted layers.
         trainable_token_indices: token numbers whose rows train, by the name of the embedding, or a list of them for
             ``embed_tokens``.
         token_indices: the same for the one layer that these settings are made for.
@@ -90,7 +90,7 @@ class LoraConfig(DeltaConfig, LoraSettings):
         tokens = next((tokens for name, tokens in self._tokens().items() if _ends(path, name)), None)
         return dataclasses.replace(self, **changed, token_indices=tokens) if changed or tokens else self
 
-    def trains_beside(self, name: str, of_adapted_layer: bool) -> bool:
+    def trains_base(self, name: str, of_adapted_layer: bool) -> bool:
         """Tell whether a base Parameter is a bias that `bias` says to train."""
         return name.endswith("bias") and (self.bias == "all" or self.bias == "lora_only" and of_adapted_layer)
 

@@ -10,34 +10,9 @@ from mindspore import dtype as mstype
 from mindspore import nn
 
 from mindpet_lite.arguments import check_number
-from mindpet_lite.delta import METHODS
 from mindpet_lite.delta.base import Delta
-from mindpet_lite.graph.beside import beside_of
-from mindpet_lite.graph.tree import cells_by_path, without_inner
-
-
-def deltas(net: nn.Cell) -> dict[str, Delta]:
-    """Return the deltas of `net` by the path of their layer, each once; raise ValueError where there is none."""
-    found = deltas_in(cells_by_path(net))
-    if not found:
-        trains = [item.name for item in net.trainable_params()]
-        some = 0 < len(trains) < len(list(net.get_parameters()))
-        raise ValueError("The net has no adapted layer: adapt it with get_pet_model(), or build it with layers such "
-                         "as LoRADense. (After merge() the layers are plain.)" + (
-                             f" What trains here is {', '.join(trains[:3])}{' and more' if len(trains) > 3 else ''}: "
-                             f"TrainableParamsCheckPoint saves that." if some else ""))
-    return found
-
-
-def deltas_in(cells: Mapping[str, nn.Cell]) -> dict[str, Delta]:
-    """Return the deltas of a net of these cells: adapted cells, and what methods without a cell of their own train."""
-    outer = without_inner(cells)
-    found: dict[int, tuple[str, Delta]] = {}
-    for path, cell in outer.items():
-        if isinstance(cell, Delta):
-            found.setdefault(id(cell), (path, cell))
-    views = {path: delta for kind in METHODS.values() for path, delta in kind.thawed(cells).items()}
-    return {**dict(found.values()), **views}
+from mindpet_lite.graph.adapters import deltas, saved_of
+from mindpet_lite.graph.tree import cells_by_path
 
 
 def set_lora_scale(net: nn.Cell, scale: float) -> None:
@@ -104,14 +79,14 @@ def _switch(cells: list[Delta], enabled: bool) -> None:
     for cell in cells:
         cell.enabled = enabled
         cell.refresh()
-    for item in beside_of(cells).values():
+    for item in saved_of(cells).values():
         item.switch(to_base=not enabled)
 
 
 def _require_steerable(found: Mapping[str, Delta]) -> None:
-    stiff = [f"{path or type(delta).__name__}: {delta.fixed}" for path, delta in found.items() if delta.fixed]
-    if stiff:
-        raise ValueError("The strength of this adapter cannot change while the net runs:\n  " + "\n  ".join(stiff))
+    fixed = [f"{path or type(delta).__name__}: {delta.fixed}" for path, delta in found.items() if delta.fixed]
+    if fixed:
+        raise ValueError("The strength of this adapter cannot change while the net runs:\n  " + "\n  ".join(fixed))
 
 
 def _require_finite(found: dict[str, Delta]) -> None:

@@ -6,33 +6,13 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from mindpet_lite.formats.components import COMPONENTS
-from mindpet_lite.formats.families import FAMILIES
-from mindpet_lite.formats.state import AdapterState
+from mindpet_lite.names.components import COMPONENTS
+from mindpet_lite.names.families import FAMILIES
 
 # To look for close names takes long: so many problems get them.
 _HINTS = 20
 
 Table = Mapping[str, str] | Sequence[tuple[str, str]]
-
-
-def renamed(state: AdapterState, paths_in_net: Iterable[str], table: Table | None = None) -> AdapterState:
-    """Return the adapter with the net's paths, for its layers and for the owners of base parameters that trained.
-
-    Args:
-        state: as it was read.
-        paths_in_net: of all layers of the net.
-        table: as `map_names`.
-
-    Raises:
-        ValueError: as `map_names`.
-    """
-    owners = {name: name.rpartition(".")[::2] for name in state.trained}
-    paths = map_names([*state.layers, *(owner for owner, _ in owners.values() if owner)], paths_in_net, table)
-    trained = {f"{paths[owner]}.{last}" if owner else last: state.trained[name]
-               for name, (owner, last) in owners.items()}
-    return AdapterState(state.method, {paths[path]: layer for path, layer in state.layers.items()}, trained,
-                        state.config)
 
 
 def map_names(paths_in_file: Iterable[str], paths_in_net: Iterable[str], table: Table | None = None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What PEFT's files mean otherwise than they say, in nets whose layers are shared or tied."""
+"""What an adapter of PEFT means in a net whose layers are shared or tied."""
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
@@ -6,19 +6,19 @@ from typing import Any
 
 from mindspore import nn
 
+from mindpet_lite.formats.base_hash import FIELD
 from mindpet_lite.formats.peft_config import unknown_fields
 from mindpet_lite.formats.state import AdapterState
-from mindpet_lite.graph.fingerprint import FIELD
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters
 
 
-def remarks(config: Mapping[str, Any], cells: Mapping[str, nn.Cell], places: Collection[str]) -> list[str]:
+def remarks(config: Mapping[str, Any], cells: Mapping[str, nn.Cell], adapted: Collection[str]) -> list[str]:
     """Return, a sentence each, what a user must know of an adapter that loads.
 
     Args:
         config: the file's.
         cells: of the net, by path.
-        places: the paths of the layers that it adapts.
+        adapted: the paths of the layers that it adapts.
     """
     unknown = unknown_fields({name: value for name, value in config.items() if name != FIELD})
     found = [f"its config has {', '.join(unknown)}, which no version of PEFT known here has: nothing is done with it, "
@@ -28,10 +28,10 @@ def remarks(config: Mapping[str, Any], cells: Mapping[str, nn.Cell], places: Col
     paths: dict[int, list[str]] = {}
     for path, cell in cells.items():
         paths.setdefault(id(cell), []).append(path)
-    for place in places:
-        others = [path for path in paths.get(id(cells[place]), []) if path != place]
+    for one in adapted:
+        others = [path for path in paths.get(id(cells[one]), []) if path != one]
         if others:
-            found.append(f"{place} is one layer with {', '.join(others)} in this net, so that both are adapted; PEFT "
+            found.append(f"{one} is one layer with {', '.join(others)} in this net, so that both are adapted; PEFT "
                          f"adapts a shared module under the name in the file only.")
     return found
 

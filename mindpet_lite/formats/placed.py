@@ -1,0 +1,31 @@
+"""An adapter under the names of a net or a base."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+from mindpet_lite.formats.base_hash import FIELD
+from mindpet_lite.formats.state import AdapterState
+from mindpet_lite.names.placing import Table, map_names
+
+
+def placed(state: AdapterState, paths_in_net: Iterable[str], table: Table | None = None) -> AdapterState:
+    """Return the adapter with the net's paths: of its layers, its base parameters and its hashes.
+
+    Args:
+        state: as it was read.
+        paths_in_net: of all layers of the net or the base.
+        table: the user's own names, see `names.placing.map_names`.
+
+    Raises:
+        ValueError: as `map_names`.
+    """
+    owners = {name: name.rpartition(".")[::2] for name in state.trained}
+    paths = map_names([*state.layers, *(owner for owner, _ in owners.values() if owner)], paths_in_net, table)
+    trained = {f"{paths[owner]}.{last}" if owner else last: state.trained[name]
+               for name, (owner, last) in owners.items()}
+    config, hashes = state.config, state.config.get(FIELD)
+    if isinstance(hashes, Mapping):
+        config = {**config, FIELD: {paths.get(path, path): value for path, value in hashes.items()}}
+    return dataclasses.replace(state, layers={paths[path]: layer for path, layer in state.layers.items()},
+                               trained=trained, config=config)

@@ -1,0 +1,253 @@
+"""Load an adapter from a file: read it, find its layers in the net, put it in and fill it."""
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from mindspore import Tensor, nn
+from mindspore import dtype as mstype
+
+from mindpet_lite.arguments import did_you_mean, warn_user
+from mindpet_lite.delta import METHODS
+from mindpet_lite.delta.base import Delta, DeltaConfig
+from mindpet_lite.delta.parts import put
+from mindpet_lite.formats.adapters import read_adapter
+from mindpet_lite.formats.base_hash import differing
+from mindpet_lite.formats.placed import placed
+from mindpet_lite.formats.state import AdapterState, LayerState
+from mindpet_lite.formats.values import in_float32
+from mindpet_lite.graph.adapters import Adapter, SavedParameter, deltas_in
+from mindpet_lite.graph.base_hash import layer_hash
+from mindpet_lite.graph.modules_to_save import Found, find_trained, of_the_base, ties, value_problems
+from mindpet_lite.graph.parameters import apply_trains, parameters_with, what_trains
+from mindpet_lite.graph.peft_semantics import remarks, tied_tokens
+from mindpet_lite.graph.put_in import adapt, put_in
+from mindpet_lite.graph.tree import cells_by_path, without_inner
+from mindpet_lite.names.placing import Table, check_table
+
+# Sizes up to this one need not show in the tensors: a folded prefix has lost some of its own.
+_ANY_SIZE = 4096
+TRAINABLE = ("adapter", "keep")
+
+
+def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None = None,
+                 name_map: Table | None = None, strict_base: bool = False, trainable: str = "adapter") -> nn.Cell:
+    """Load an adapter into `net`, all of it or nothing, in place.
+
+    Layers that the file names and that are still plain are adapted first, with the file's settings. Where the net has
+    another alpha than the file, the file's is taken. Afterwards the adapter trains and the base is frozen, as after
+    :func:`mindpet_lite.get_pet_model`. New factors are float32; in a float16 layer those of a float16 file are float16.
+
+    The layers of a file are those of the net with the same path; else the one whose path ends so; else the layer that
+    another library calls so (Hugging Face's Llama and BERT, diffusers' U-Net, Stable Diffusion's own names).
+
+    Args:
+        net: the base, adapted or not.
+        path: a directory or file, as `save_adapter`, PEFT, diffusers, kohya's scripts, MindPet or MindFormers wrote
+            it. MindPet's checkpoints hold no rank and alpha, so they fit a net that is adapted already.
+        format: "peft", "diffusers", "kohya", "mindpet" or "mindformers"; told by keys and files without it.
+        name_map: for layers that are called otherwise: ``{path in the file: path in the net}``, or pairs of a regular
+            expression and what to put in its place.
+        strict_base: refuse an adapter that was trained on another base, instead of a warning.
+        trainable: "adapter", or "keep": Parameters that were trainable or frozen stay so, and new ones train.
+
+    Returns:
+        `net`.
+
+    Raises:
+        TypeError: `net` is no Cell.
+        FileNotFoundError: the directory or a file in it is missing.
+        ValueError: a file is damaged, or does not fit the net: missing, unexpected and misshapen keys stand in one
+            message. The net is unchanged.
+    """
+    cells = cells_by_path(net)
+    check_table(name_map)
+    if trainable not in TRAINABLE:
+        raise ValueError(f"trainable must be one of {', '.join(map(repr, TRAINABLE))}, but got {trainable!r}.")
+    source = read_adapter(Path(path), format, METHODS, list(without_inner(cells)))
+    state = source.state
+    problems: list[str] = []
+    state = _under_paths(state, source.kind, cells, name_map, problems)
+    values = in_float32(state, str(path))
+    adapted = _adapted(values, cells, problems)
+    trained = find_trained(values, net, problems)
+    if not problems:
+        problems += _other_base(state, cells, str(path), strict_base)
+    problems += tied_tokens(net, state) if source.kind == "peft" else []
+    if problems:
+        raise ValueError(f"The adapter in {path} does not fit the net, which is unchanged:\n  "
+                         + "\n  ".join(problems))
+    if source.kind == "peft":
+        for text in remarks(state.config, cells, adapted):
+            warn_user(f"{path}: {text}")
+    tied = ties(net, state, trained)
+    unchanged = of_the_base(state)
+    own = {id(item) for item, _ in tied.values()}
+    saved = [item for name, (_, item) in trained.items() if name not in unchanged and id(item) not in own]
+    new = {place: delta for place, delta in adapted.items() if delta is not cells[place]}
+    parameters = parameters_with(net, new)
+    if trainable == "adapter":
+        apply_trains(net, parameters, what_trains(parameters, cells, adapted.values(), saved))
+    record, untied = put_in(net, cells, adapted, saved, tied)
+    for parameter in untied.values():
+        parameter.requires_grad = trainable == "adapter" or parameter.requires_grad
+    for place, delta in adapted.items():
+        _fill(delta, values.layers[place], state.layers[place])
+    _fill_saved(record, values, state, {name: (place, untied.get(place, item))
+                                        for name, (place, item) in trained.items()}, unchanged)
+    record.config, record.carried = state.config, state.carried
+    return net
+
+
+def _under_paths(state: AdapterState, kind: str, cells: Mapping[str, nn.Cell], name_map: Table | None,
+                 problems: list[str]) -> AdapterState:
+    """Return the adapter under the net's paths; add to `problems` what has no place."""
+    if kind == "mindpet":
+        state = _by_parameter_name(state, cells)
+    paths = [path for path in without_inner(cells) if path]
+    # Nothing to ask where every layer has its own path and holds no other.
+    leaves = set(paths).difference(path.rpartition(".")[0] for path in paths) | {""}
+    if name_map is None and set(state.layers) <= leaves:
+        return state
+    try:
+        return placed(state, paths, name_map)
+    except ValueError as error:
+        problems += [f"unexpected: {line.strip()}" for line in str(error).splitlines()]
+        # What is found is checked all the same, for one message.
+        return dataclasses.replace(state, trained={}, layers={path: layer for path, layer in state.layers.items()
+                                                              if path in cells})
+
+
+def _by_parameter_name(state: AdapterState, cells: Mapping[str, nn.Cell]) -> AdapterState:
+    """Return the adapter with paths: MindPet names layers by `Parameter.name`, which may not be the path."""
+    path_of = {parameter.name.removesuffix(name).removesuffix("."): place
+               for place, delta in deltas_in(cells).items() for name, parameter in delta.delta_parameters().items()}
+    return dataclasses.replace(state, layers={name if name in cells else path_of.get(name, name): layer
+                                              for name, layer in state.layers.items()})
+
+
+def _other_base(state: AdapterState, cells: Mapping[str, nn.Cell], path: str, strict: bool) -> list[str]:
+    """Warn of an adapter that was trained on another base, or return that as a problem."""
+    found = deltas_in(cells)
+    other = differing(state.config, {place: functools.partial(layer_hash, cells[place], found.get(place))
+                                     for place in state.layers if place in cells})
+    if not other:
+        return []
+    text = (f"{path} was trained on another base than this net: the weights of {', '.join(other[:3])}"
+            f"{f' and {len(other) - 3} more layers' if len(other) > 3 else ''} are not those it belongs to.")
+    if strict:
+        return [text]
+    warn_user(text)
+    return []
+
+
+def _adapted(state: AdapterState, cells: Mapping[str, nn.Cell], problems: list[str]) -> dict[str, Delta]:
+    """Return the delta that each layer of the file goes to, new where the net's is plain; add every problem found."""
+    unknown = [name for name in state.method.split("+") if name not in METHODS]
+    if unknown:
+        problems.append(f"the file is of method {unknown[0]!r}, which is none of {', '.join(METHODS)}.")
+        return {}
+    adapted: dict[str, Delta] = {}
+    place_of: dict[int, str] = {}
+    present = deltas_in(cells)
+    for path, layer in state.layers.items():
+        if path not in cells:
+            problems.append(f"unexpected: the net has no layer {path!r}.{did_you_mean(path, cells)}")
+            continue
+        cell = cells[path]
+        if id(cell) in place_of:
+            problems.append(f"unexpected: {path} and {place_of[id(cell)]} are one layer in the net, two in the file.")
+        place_of[id(cell)] = path
+        try:
+            adapted[path] = _delta_for(METHODS[layer.method or state.method], cell, present.get(path), layer)
+        except (TypeError, ValueError) as error:
+            problems.append(f"{path}: {error}")
+            continue
+        problems.extend(_mismatches(path, adapted[path], layer))
+    methods = {layer.method or state.method for layer in state.layers.values()}
+    problems.extend(f"missing: the net's adapted layer {path} is not in the file." for path, delta in present.items()
+                    if delta.method in methods and id(cells[path]) not in place_of)
+    return adapted
+
+
+def _delta_for(kind: type[DeltaConfig], cell: nn.Cell, present: Delta | None, layer: LayerState) -> Delta:
+    """Return the delta that a layer of a file goes to: the one that the net has there, or a new one."""
+    if present is not None:
+        if present.method != kind.pet_type:
+            raise ValueError(f"the file is of method {kind.pet_type!r}, the layer in the net is of "
+                             f"{present.method!r}.")
+        kind(**(layer.settings or {}))
+        return present
+    if layer.settings is None:
+        raise ValueError("the layer is plain and the file does not say rank and alpha or whatever its method needs: "
+                         "adapt the net first, with the values it was trained with.")
+    _refuse_larger_than_file(kind, layer)
+    return adapt(kind(**layer.settings, **_factor_type(kind, cell, layer)), cell)
+
+
+def _factor_type(kind: type[DeltaConfig], cell: nn.Cell, layer: LayerState) -> dict[str, mstype.Type]:
+    """Return the type of new factors: float32, in which they can train, but for a float16 file on a float16 layer."""
+    half = "param_init_type" in {field.name for field in dataclasses.fields(kind)} and all(
+        value.dtype == np.float16 for value in layer.tensors.values()) and all(
+        item.dtype == mstype.float16 for _, item in cell.parameters_and_names(expand=False))
+    return {"param_init_type": mstype.float16} if half else {}
+
+
+def _refuse_larger_than_file(kind: type[DeltaConfig], layer: LayerState) -> None:
+    """Raise ValueError if a size in the settings is beyond what the file holds: no memory is taken for it."""
+    held = sum(value.size for value in layer.tensors.values())
+    sizes = {field.name: (layer.settings or {}).get(field.name) for field in dataclasses.fields(kind)
+             if "int" in str(field.type).split(" | ")}
+    large = [f"{name} = {size}" for name, size in sizes.items()
+             if isinstance(size, int) and size > max(held, _ANY_SIZE)]
+    if large:
+        raise ValueError(f"{' and '.join(large)} cannot be: the file holds {held} values for the layer.")
+
+
+def _mismatches(path: str, delta: Delta, layer: LayerState) -> list[str]:
+    own = delta.delta_parameters()
+    problems = [f"{path}: {text}" for text in delta.unlike(layer.settings or {})]
+    problems += [f"missing: {path}.{name}." for name in own if name not in layer.tensors]
+    # MindPet's checkpoints hold constants as well.
+    problems += [f"unexpected: {path}.{name}." for name in layer.tensors
+                 if name not in own and name not in delta.live_parameters()]
+    problems += [f"misshapen: {path}.{name} is {tuple(own[name].shape)} in the net, {value.shape} in the file."
+                 for name, value in layer.tensors.items() if name in own and tuple(own[name].shape) != value.shape]
+    for name, value in layer.tensors.items():
+        if name in own:
+            problems += value_problems(f"{path}.{name}", own[name], value)
+    return problems
+
+
+def _fill(delta: Delta, layer: LayerState, in_file: LayerState) -> None:
+    """Give a delta the values and settings of a layer of a file, whose own types are those of `in_file`."""
+    for name, parameter in delta.delta_parameters().items():
+        put(parameter, Tensor(layer.tensors[name]).astype(parameter.dtype))
+    delta.file_types = {name: value.dtype for name, value in in_file.tensors.items()}
+    if layer.settings is not None:
+        delta.adopt_settings(layer.settings)
+
+
+def _fill_saved(record: Adapter, values: AdapterState, in_file: AdapterState, found: Found,
+                unchanged: Iterable[str]) -> None:
+    """Give the base Parameters of an adapter the values of its file.
+
+    Args:
+        record: of the adapter.
+        values: as the net takes them.
+        in_file: as the file has them.
+        found: where the net has each.
+        unchanged: names of those that are the base's own.
+    """
+    known = {id(item.parameter): item for item in record.saved}
+    for name, (path, parameter) in found.items():
+        if id(parameter) not in known:
+            known[id(parameter)] = SavedParameter(parameter, None)
+            record.saved.append(known[id(parameter)])
+        item = known[id(parameter)]
+        item.path, item.file_type = path, in_file.trained[name].dtype
+        item.set_trained(Tensor(values.trained[name]).astype(parameter.dtype))

@@ -1,0 +1,71 @@
+"""Put an adapter into a net: what injecting a config and loading a file have in common."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from mindspore import Parameter, nn
+
+from mindpet_lite.delta.base import Delta, DeltaConfig
+from mindpet_lite.graph.adapters import Adapter, deltas_in, record_of, select
+from mindpet_lite.graph.modules_to_save import Ties, untie
+from mindpet_lite.graph.tree import replace
+
+
+def adapt(config: DeltaConfig, cell: nn.Cell) -> Delta:
+    """Return the adapted cell that takes the place of `cell`, which stays as it is.
+
+    Raises:
+        TypeError, ValueError: `cell` cannot be adapted so.
+    """
+    reason = config.refusal(cell)
+    if reason:
+        raise TypeError(reason)
+    delta = config.adapt(cell)
+    if not isinstance(delta, Delta):
+        raise TypeError(f"{type(config).__name__}.adapt() must return a Delta, but got {type(delta).__name__}.")
+    return delta
+
+
+def put_in(net: nn.Cell, cells: Mapping[str, nn.Cell], adapted: Mapping[str, Delta], saved: Iterable[Parameter],
+           ties: Ties) -> tuple[Adapter, dict[str, Parameter]]:
+    """Put the deltas of an adapter into a net, in place; all that can be wrong is known to be right.
+
+    A net has biases that BitFit trains, or another adapter: with both, the biases belong to the other adapter.
+
+    Args:
+        net: to change.
+        cells: of the net, by path.
+        adapted: the adapter's deltas by the path of their layer; those that the net has already stay where they are.
+        saved: the base Parameters that belong to the adapter. Their values now are kept as the base's.
+        ties: the tied weights of which it saves one place alone.
+
+    Returns:
+        The record of the adapter, and the Parameters that tied weights got, by path.
+    """
+    present = deltas_in(cells)
+    selected = {path: delta for path, delta in present.items() if not isinstance(delta, nn.Cell)}
+    layers = [delta for path, delta in present.items() if path not in selected]
+    if layers and any(not isinstance(delta, nn.Cell) for delta in adapted.values()):
+        saved = [*saved, *(item for delta in adapted.values() for item in delta.delta_parameters().values())]
+        adapted = {}
+    method = next((delta.method for delta in [*adapted.values(), *layers]), "")
+    record = record_of([*(delta for delta in present.values() if delta.method == method), *adapted.values()])
+    for path, delta in selected.items():
+        if delta.method != method:
+            record.saved += delta.adapter.saved
+            select(cells[path], None)
+    for delta in adapted.values():
+        for parameter, value in delta.base_values().items():
+            parameter.set_data(value)
+    untied = untie(net, ties)
+    record.save([*saved, *untied.values()])
+    swaps = {}
+    for path, delta in adapted.items():
+        if not isinstance(delta, nn.Cell):
+            select(cells[path], delta)
+            record.save(delta.delta_parameters().values())
+        elif delta is not cells[path]:
+            swaps[cells[path]] = delta
+    if swaps:
+        replace(net, swaps)
+    return record, untied

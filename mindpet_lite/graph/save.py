@@ -1,0 +1,106 @@
+"""Write the adapter of a net to a file: only the deltas, with what is needed to use them."""
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from mindspore import Tensor, nn
+from mindspore import dtype as mstype
+
+from mindpet_lite.delta.base import Delta
+from mindpet_lite.formats.adapters import to_files, write_files
+from mindpet_lite.formats.base_hash import FIELD
+from mindpet_lite.formats.state import AdapterState, LayerState
+from mindpet_lite.formats.values import in_type
+from mindpet_lite.graph.adapters import adapters_of, deltas, saved_of
+from mindpet_lite.graph.base_hash import layer_hash
+from mindpet_lite.graph.parameters import STATISTICS, net_parameters
+from mindpet_lite.graph.tree import cells_by_path, require_cell
+
+
+def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft") -> Path:
+    """Write the deltas of `net` as an adapter, and what trains with them; the frozen base is not in it.
+
+    What is written is written whole or not at all. The strength of :func:`mindpet_lite.set_lora_scale` is a state of
+    the running net and is not written. An adapter that is new says in its config which base it belongs to, by a hash
+    of each adapted layer's weight; one that came from elsewhere keeps its config as it was, and values that did not
+    change keep the type that its file had them in.
+
+    Args:
+        net: a net with adapted layers.
+        path: a directory (made if missing; files of an earlier save are replaced) or, for formats of one file, its
+            name.
+        format: "peft": a directory with ``adapter_config.json`` and ``adapter_model.safetensors``, LoRA with PEFT's
+            keys ``base_model.model.<path>.lora_A.weight``, other methods, and several on one net, under
+            ``<path>.<our parameter name>``; "diffusers" or "kohya": a ``.safetensors`` file for a U-Net or text
+            encoder; "mindpet": a ``.ckpt`` or ``.safetensors`` file; "mindformers": a directory.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: `net` is no Cell.
+        ValueError: the net has no adapted layer, or is itself one (a layer needs a path); the format is unknown, or
+            cannot hold this adapter: the message says which field of which layer.
+        OSError: the place cannot be written, or the disk is full; what was there is unchanged.
+    """
+    state = adapter_state(require_cell(net))
+    if "" in state.layers:
+        raise ValueError("The net itself is the adapted layer, so it has no path to be saved under: put it in a cell.")
+    if not state.config:
+        cells, found = cells_by_path(net), deltas(net)
+        state.config[FIELD] = {place: value for place in state.layers
+                               if (value := layer_hash(cells[place], found[place]))}
+    write_files(to_files(state, format, Path(path)))
+    return Path(path)
+
+
+def adapter_state(net: nn.Cell) -> AdapterState:
+    """Return the deltas of `net` as numpy arrays, by layer path.
+
+    Raises:
+        ValueError: the net has no adapted layer.
+    """
+    found = deltas(net)
+    methods = sorted({delta.method for delta in found.values()})
+    layers = {path: LayerState({name: _as_in_file(_to_numpy(parameter), delta.file_types.get(name))
+                                for name, parameter in delta.delta_parameters().items()},
+                               delta.settings(), delta.method) for path, delta in found.items()}
+    records = adapters_of(found.values())
+    config = next((record.config for record in records if record.config), {})
+    carried = next((record.carried for record in records if record.carried), {})
+    return AdapterState("+".join(methods), layers, _trained(net, found), dict(config), dict(carried))
+
+
+def _trained(net: nn.Cell, found: Mapping[str, Delta]) -> dict[str, np.ndarray]:
+    """Return the base Parameters that belong to the net's adapters, or train with them.
+
+    Where nothing was frozen, those that train say nothing.
+    """
+    own = {id(item) for delta in found.values() for item in delta.delta_parameters().values()}
+    base = [(parameter, names) for parameter, names in net_parameters(net) if id(parameter) not in own]
+    saved = saved_of(found.values())
+    frozen = any(not parameter.requires_grad for parameter, names in base if not names[0].endswith(STATISTICS))
+    trained = {}
+    for parameter, names in base:
+        item = saved.get(id(parameter))
+        if item is not None:
+            trained[item.path if item.path in names else names[0]] = _as_in_file(_to_numpy(item.trained()),
+                                                                                 item.file_type)
+        elif frozen and parameter.requires_grad:
+            trained[names[0]] = _to_numpy(parameter)
+    return trained
+
+
+def _as_in_file(value: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
+    """Return the value in the type that a file had it in, where that changes no number."""
+    return value if dtype is None else in_type(value, dtype)
+
+
+def _to_numpy(parameter: Tensor) -> np.ndarray:
+    """Return the value as numpy; bfloat16, which numpy lacks, as float32 (the same numbers)."""
+    if parameter.dtype == mstype.bfloat16:
+        return parameter.astype(mstype.float32).asnumpy()
+    return parameter.asnumpy().copy()

@@ -1,0 +1,1 @@
+"""Which layer, module or parameter a name means, for nets and files alike; no MindSpore."""

@@ -9,7 +9,7 @@ import mindspore as ms
 import mindspore.dataset as ds
 import numpy as np
 import pytest
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, mint, nn, ops
 from nets import LINEAR_PATHS, Attention, config, inputs, numbers, randomise, unchanged
 
 import mindpet_lite as mp
@@ -451,7 +451,70 @@ def test_second_injection_on_the_same_layer_is_refused():
     assert adapted_paths(net) == {"to_q", "to_k"} and len(net.trainable_params()) == 4
     mp.get_pet_model(net, config("all-linear"))
     assert adapted_paths(net) == set(LINEAR_PATHS)
-    assert "not adapted yet" in refusal(net, "all-linear")
+    assert "no linear layer that is not adapted yet" in refusal(net, "all-linear")
+
+
+class Foreign(nn.Cell):
+    """Another library's linear layer, its weight (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = Parameter(Tensor(np.ones((6, 6), np.float32)))
+
+    def construct(self, x):
+        return ops.matmul(x, self.weight)
+
+
+class Head(nn.Cell):
+    """A language model whose head is tied, or told by its class."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.embed, self.q, self.lm_head = nn.Embedding(8, 6), nn.Dense(6, 6), nn.Dense(6, 8, has_bias=False)
+        self.tied = tied
+        if tied:
+            self.lm_head.weight = self.embed.embedding_table
+
+    def get_output_embeddings(self):
+        if self.tied:
+            raise NotImplementedError
+        return self.lm_head
+
+    def construct(self, ids):
+        return self.lm_head(self.q(self.embed(ids)))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_linear_leaves_out_the_output_head(tied):
+    for net, path in ((Head(tied), "q"), (nn.SequentialCell(Head(tied)), "0.q")):
+        mp.get_pet_model(net, config("all-linear"))
+        assert adapted_paths(net) == {path}
+        # The head can be named.
+        mp.get_pet_model(net, config(["lm_head"]))
+
+
+def test_all_linear_names_the_linear_layers_that_it_cannot_adapt():
+    net = nn.SequentialCell(nn.Dense(6, 6), Foreign(), nn.Embedding(6, 6), mint.nn.Embedding(6, 6), nn.LayerNorm((6,)))
+    message = refusal(net, "all-linear")
+    assert "1: LoRA adapts nn.Dense, not Foreign" in message and len(message.splitlines()) == 2
+    mp.get_pet_model(net, config("all-linear", exclude_modules=["1"]))
+    assert adapted_paths(net) == {"0"}
+    net = nn.SequentialCell(nn.Dense(6, 6), mint.nn.Linear(6, 6))
+    with unchanged(net), pytest.raises(ValueError, match="1: an adapter adapts nn.Dense, not Linear"):
+        mp.get_pet_model(net, mp.AdapterConfig(bottleneck_size=2, target_modules="all-linear"))
+    message = refusal(nn.SequentialCell(nn.ReLU()), "all-linear")
+    assert "no linear layer but its output head" in message and "not adapted yet" not in message
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"rank_pattern": {"wv": 3, "vv": 2}}, "rank_pattern 'vv' hits no adapted layer.*such as 'layers.0.attention.wq'"),
+    ({"alpha_pattern": {"w_q": 3}}, "alpha_pattern 'w_q' hits no adapted layer.*Did you mean 'wq'"),
+    ({"rank_pattern": {"wo": 3}}, "rank_pattern 'wo' hits no adapted layer"),
+    ({"layers_to_transform": [1, 7]}, "layers_to_transform has 7, but no layer of target_modules is in such a block"),
+    ({"layers_to_transform": [1], "layers_pattern": ["layers", "blokcs"]}, "layers_pattern 'blokcs' hits no list"),
+])
+def test_what_hits_nothing_is_an_error(fields, message):
+    assert re.search(message, refusal(Llama(), ["wq", "wv"], **fields))
 
 
 @pytest.mark.parametrize("targets, expected", [

@@ -21,7 +21,7 @@ METHOD_NAMES = {"LoRADense", "LoraConfig", "LoRAConv1d", "LoRAConv2d", "LoRAConv
 TRAIN_NAMES = {"DeltaEMA", "GradientAccumulation", "HealthCallback", "clip_global_norm", "lora_plus_groups"}
 PUBLIC = METHOD_NAMES | TRAIN_NAMES | {
     "install_as_mindpet", "get_pet_model", "merge", "unmerge", "net_recompute", "undo_recompute", "summary",
-    "save_adapter", "load_adapter", "set_lora_scale", "adapters_disabled", "fold_prefixes",
+    "save_adapter", "load_adapter", "set_lora_scale", "adapters_disabled", "check_adapters", "fold_prefixes",
     "TrainableParamsCheckPoint", "freeze_delta",
     "freeze_modules", "freeze_from_config"}
 

@@ -234,7 +234,7 @@ def test_a_renamed_adapter_keeps_what_its_config_says_besides(pynative_mode):
 
 
 @pytest.mark.parametrize("settings, expected", [
-    ({"target_modules": ["fc"], "layers_to_transform": [0], "layers_pattern": ["inner", "h"]}, {"h.0.mid.1.fc"}),
+    ({"target_modules": ["fc"], "layers_to_transform": [0], "layers_pattern": ["h", "mid"]}, {"h.0.mid.1.fc"}),
     ({"target_modules": ["fc"], "layers_to_transform": [1], "layers_pattern": "mid"}, {"h.0.mid.1.fc", "h.1.mid.1.fc"}),
     ({"target_modules": "all-linear", "modules_to_save": ["h.1"]}, {"h.0.mid.0.fc", "h.0.mid.1.fc"})])
 def test_which_blocks(settings, expected, pynative_mode):

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -162,6 +162,14 @@ class DeltaConfig:
     def more_targets(self, cells: Mapping[str, nn.Cell]) -> dict[str, nn.Cell]:
         """Return the layers that are adapted besides those that `target_modules` names; raise ValueError for none."""
         return {}
+
+    def unhit(self, adapted: Iterable[str]) -> list[str]:
+        """Return a sentence for each part of the settings that means none of the layers at these paths, one at least.
+
+        Args:
+            adapted: the paths.
+        """
+        return []
 
     def for_layer(self, path: str) -> DeltaConfig:
         """Return the settings for the layer at `path`, where they are not the same for all layers."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from mindpet_lite.formats.lora import PEFT_FIELDS
@@ -75,6 +75,12 @@ def unknown_fields(config: Mapping[str, Any]) -> list[str]:
     """Return the fields that say something and that PEFT's LoraConfig does not have."""
     return sorted(name for name, value in config.items()
                   if name not in PEFT_FIELDS and value not in (None, False, "", [], {}))
+
+
+def unhit_patterns(config: Mapping[str, Any], paths: Collection[str]) -> list[tuple[str, str]]:
+    """Return the fields and patterns of ranks and alphas that fit none of the layers at these paths."""
+    return [(field, pattern) for field in ("rank_pattern", "alpha_pattern") for pattern in config.get(field) or {}
+            if not any(compile_end(pattern).match(path) for path in paths)]
 
 
 def _list_problems(config: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """What is done to a whole net: adapt, freeze, merge, save, load. Knows no method by name."""
 from mindpet_lite.graph.callback import TrainableParamsCheckPoint
+from mindpet_lite.graph.check import check_adapters
 from mindpet_lite.graph.fold import fold_prefixes
 from mindpet_lite.graph.freeze import TrainableReport, freeze_delta, freeze_from_config, freeze_modules
 from mindpet_lite.graph.inject import get_pet_model
@@ -10,6 +11,6 @@ from mindpet_lite.graph.save import save_adapter
 from mindpet_lite.graph.strength import adapters_disabled, set_lora_scale
 from mindpet_lite.graph.summary import Summary, summary
 
-__all__ = ["Summary", "TrainableParamsCheckPoint", "TrainableReport", "adapters_disabled", "fold_prefixes",
-           "freeze_delta", "freeze_from_config", "freeze_modules", "get_pet_model", "load_adapter", "merge",
-           "net_recompute", "save_adapter", "set_lora_scale", "summary", "undo_recompute", "unmerge"]
+__all__ = ["Summary", "TrainableParamsCheckPoint", "TrainableReport", "adapters_disabled", "check_adapters",
+           "fold_prefixes", "freeze_delta", "freeze_from_config", "freeze_modules", "get_pet_model", "load_adapter",
+           "merge", "net_recompute", "save_adapter", "set_lora_scale", "summary", "undo_recompute", "unmerge"]

@@ -82,7 +82,7 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
         raise ValueError(f"The adapter in {path} does not fit the net, which is unchanged:\n  "
                          + "\n  ".join(problems))
     if source.kind == "peft":
-        for text in remarks(state.config, cells, adapted):
+        for text in remarks(state.config, source.state.layers, cells, adapted):
             warn_user(f"{path}: {text}")
     tied = ties(net, state, trained)
     unchanged = of_the_base(state)

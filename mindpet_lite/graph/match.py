@@ -8,6 +8,8 @@ from mindspore import nn
 
 from mindpet_lite.arguments import did_you_mean
 from mindpet_lite.delta.base import Delta, DeltaConfig
+from mindpet_lite.graph.linear import linear_layers
+from mindpet_lite.graph.parents import never_called
 from mindpet_lite.graph.tree import without_inner
 
 ALL_LINEAR = "all-linear"
@@ -43,12 +45,14 @@ def targets(cells: Mapping[str, nn.Cell], config: DeltaConfig) -> tuple[dict[str
         if id(cell) in excluded or id(cell) in seen:
             continue
         seen.add(id(cell))
-        reason = config.refusal(cell)
+        reason = config.refusal(cell) or (None if config.adds_nothing else never_called(path, cells))
         if reason is None:
             chosen[path] = cell
         elif _owns_parameters(cell):
             problems.append(f"{path or 'the net itself'}: {reason}")
-    if not chosen and not problems:
+    if chosen:
+        problems += [*_unhit_blocks(config, chosen), *config.unhit(chosen)]
+    elif not problems:
         problems.append(f"target_modules {wanted!r} leaves no layer to adapt: " + (
             "the net has none." if not hits else
             "all of its hits are excluded, or in modules_to_save."
@@ -65,9 +69,11 @@ def _hits(field: str, wanted: str | Sequence[str] | None, cells: Mapping[str, nn
         return []
     if wanted == ALL_LINEAR:
         # Below an adapted layer there is nothing to adapt.
-        found = [path for path, cell in cells.items() if config.is_linear(cell)]
+        found = linear_layers(cells, config)
         if not found:
-            problems.append(f"{field} 'all-linear' hits nothing: the net has no linear layer that is not adapted yet.")
+            is_adapted = any(isinstance(cell, Delta) and isinstance(cell, nn.Dense) for cell in cells.values())
+            problems.append(f"{field} 'all-linear' hits nothing: the net has no linear layer"
+                            f"{' that is not adapted yet' if is_adapted else ' but its output head, if it has one'}.")
         return found
     if isinstance(wanted, str):
         return by_expression(field, wanted, cells, _example(cells, config), problems)
@@ -116,15 +122,35 @@ def by_name(field: str, entry: str, cells: Iterable[str], example: str, problems
 
 def _is_chosen_block(path: str, config: DeltaConfig) -> bool:
     """Tell whether the block number in `path` is one of `layers_to_transform`, where that is given."""
-    if config.layers_to_transform is None:
-        return True
-    # The first number after such a name counts, as for PEFT; which sees no name in a path that begins with one.
-    patterns = [rf"(?:^|.*?\.)(?:{name})\.(\d+)\." for name in config.layers_pattern or ()]
+    return config.layers_to_transform is None or _block(path, config.layers_pattern) in config.layers_to_transform
+
+
+def _block(path: str, lists: Sequence[str] | None) -> int | None:
+    """Return the number of the block that a layer is in, None where it is in none.
+
+    Args:
+        path: of the layer.
+        lists: names of the lists of blocks; the first number after one counts. Without them the first number after a
+            name, as for PEFT; which sees no name in a path that begins with one.
+    """
+    patterns = [rf"(?:^|.*?\.)(?:{name})\.(\d+)\." for name in lists or ()]
     for pattern in patterns or (r".*?\.[^.]*\.(\d+)\.", r"[^.]*\.(\d+)\."):
         found = re.match(pattern, path)
         if found:
-            return int(found[1]) in config.layers_to_transform
-    return False
+            return int(found[1])
+    return None
+
+
+def _unhit_blocks(config: DeltaConfig, chosen: Iterable[str]) -> list[str]:
+    """Return a sentence for each block or list of blocks that a config names and no chosen layer is in."""
+    if config.layers_to_transform is None:
+        return []
+    chosen = list(chosen)
+    there = {_block(path, config.layers_pattern) for path in chosen}
+    problems = [f"layers_to_transform has {number}, but no layer of target_modules is in such a block."
+                for number in config.layers_to_transform if number not in there]
+    return problems + [f"layers_pattern {name!r} hits no list of blocks that holds a layer of target_modules."
+                       for name in config.layers_pattern or () if all(_block(path, [name]) is None for path in chosen)]
 
 
 def _owns_parameters(cell: nn.Cell) -> bool:

@@ -7,22 +7,25 @@ from typing import Any
 from mindspore import nn
 
 from mindpet_lite.formats.base_hash import FIELD
-from mindpet_lite.formats.peft_config import unknown_fields
+from mindpet_lite.formats.peft_config import unhit_patterns, unknown_fields
 from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters
 
 
-def remarks(config: Mapping[str, Any], cells: Mapping[str, nn.Cell], adapted: Collection[str]) -> list[str]:
+def remarks(config: Mapping[str, Any], in_file: Collection[str], cells: Mapping[str, nn.Cell],
+            adapted: Collection[str]) -> list[str]:
     """Return, a sentence each, what a user must know of an adapter that loads.
 
     Args:
         config: the file's.
+        in_file: the paths of its layers.
         cells: of the net, by path.
         adapted: the paths of the layers that it adapts.
     """
     unknown = unknown_fields({name: value for name, value in config.items() if name != FIELD})
     found = [f"its config has {', '.join(unknown)}, which no version of PEFT known here has: nothing is done with it, "
              f"and it is written again when the adapter is saved."] if unknown else []
+    found += [f"its {field} {pattern!r} fits none of its layers." for field, pattern in unhit_patterns(config, in_file)]
     if FIELD in config:
         return found
     paths: dict[int, list[str]] = {}

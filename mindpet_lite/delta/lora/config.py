@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from mindspore import mint, nn
@@ -89,6 +89,15 @@ class LoraConfig(DeltaConfig, LoraSettings):
                 changed[field] = fitting[0]
         tokens = next((tokens for name, tokens in self._tokens().items() if _ends(path, name)), None)
         return dataclasses.replace(self, **changed, token_indices=tokens) if changed or tokens else self
+
+    def unhit(self, adapted: Iterable[str]) -> list[str]:
+        """Return a sentence for each pattern of a rank or an alpha that fits the end of no adapted layer's path."""
+        paths = list(adapted)
+        names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+        return [f"{field} {pattern!r} hits no adapted layer; a pattern must fit the end of a layer's path, such as "
+                f"{paths[0]!r}.{did_you_mean(pattern.strip('.*^$'), names)}"
+                for field in ("rank_pattern", "alpha_pattern") for pattern in getattr(self, field)
+                if not any(_compiled(field, pattern).fullmatch(path) for path in paths)]
 
     def trains_base(self, name: str, of_adapted_layer: bool) -> bool:
         """Tell whether a base Parameter is a bias that `bias` says to train."""

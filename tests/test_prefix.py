@@ -405,6 +405,82 @@ def test_a_masked_attention_takes_the_extended_mask(mode):
     np.testing.assert_allclose(numbers(net(x)), reference.attention(*rows, HEADS, hidden), **TOLERANCE[ms.float32])
 
 
+class Grouped(nn.Cell):
+    """An attention with one head of keys and values for two of queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        half = WIDTH // HEADS
+        self.to_q, self.to_k, self.to_v = nn.Dense(WIDTH, WIDTH), nn.Dense(WIDTH, half), nn.Dense(WIDTH, half)
+
+    def construct(self, x):
+        return attend(self.to_q(x), ops.tile(self.to_k(x), (1, 1, HEADS)), ops.tile(self.to_v(x), (1, 1, HEADS)))
+
+
+@pytest.mark.parametrize("settings", [PrefixTuningConfig(target_modules=["to_k", "to_v"], **DENSE), mp.Ptuning2Config(
+    target_modules=["to_k", "to_v"], pre_seq_len=ROWS, dropout_prob=0)], ids=["prefixtuning", "ptuning2"])
+def test_fewer_heads_of_keys_than_of_queries(settings, mode):
+    net = mp.get_pet_model(Grouped(), settings)
+    randomise(net)
+    x = inputs(2, 3, WIDTH)
+    query, key, value = (numbers(item(x)) for item in (net.to_q, net.to_k, net.to_v))
+    assert key.shape == (2, ROWS + 3, WIDTH // HEADS)
+    wanted = reference.attention(query, *(np.tile(item, HEADS) for item in (key, value)), HEADS)
+    np.testing.assert_allclose(numbers(net(x)), wanted, **TOLERANCE[ms.float32])
+
+
+class RotaryEmbedding(nn.Cell):
+    def construct(self, x):
+        return x
+
+
+class Turned(Attention):
+    """An attention that turns queries and keys by their places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = RotaryEmbedding()
+
+    def construct(self, x):
+        return attend(self.turn(self.to_q(x)), self.turn(self.to_k(x)), self.to_v(x))
+
+
+def apply_rotary(x, freqs_cis):
+    return x * freqs_cis
+
+
+class TurnedByFunction(Attention):
+    def construct(self, x):
+        return attend(apply_rotary(self.to_q(x), 1), apply_rotary(self.to_k(x), 1), self.to_v(x))
+
+
+class Relative(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.relative_attention_bias = nn.Embedding(8, HEADS)
+
+
+class Fused(Attention):
+    def construct(self, x):
+        return ops.flash_attention_score(self.to_q(x), self.to_k(x), self.to_v(x), HEADS)
+
+
+@pytest.mark.parametrize("attention, message", [
+    (Turned, r"blocks.0 takes positions from the place of each key \(RotaryEmbedding\)"),
+    (TurnedByFunction, r"takes positions from the place of each key \(apply_rotary\)"),
+    (Relative, "relative_attention_bias"), (Fused, "is a fused one .flash_attention_score")])
+@pytest.mark.parametrize("settings", [PrefixTuningConfig(target_modules=["to_k", "to_v"], **DENSE), mp.Ptuning2Config(
+    target_modules=["to_k", "to_v"], pre_seq_len=ROWS)], ids=["prefixtuning", "ptuning2"])
+def test_an_attention_that_a_prefix_would_shift_is_refused(attention, message, settings, tmp_path):
+    net = Net(attention)
+    with unchanged(net), pytest.raises(ValueError, match=message):
+        mp.get_pet_model(net, settings)
+    mp.save_adapter(mp.get_pet_model(Net(Attention), settings), "adapter")
+    with unchanged(net), pytest.raises(ValueError, match=message):
+        mp.load_adapter(net, "adapter")
+    mp.get_pet_model(net, mp.LoraConfig(target_modules=["to_k", "to_v"], lora_rank=2))
+
+
 def test_names_of_injected_prefixes_stand_beside_the_weight():
     net = mp.get_pet_model(Net(Attention), PrefixTuningConfig(target_modules=["to_v"], **DENSE))
     assert [item.name for item in net.blocks[1].to_v.trainable_params()] == [

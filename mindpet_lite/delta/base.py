@@ -185,6 +185,11 @@ class DeltaConfig:
         """Return why `cell` cannot be adapted by this method, or None if it can."""
         raise NotImplementedError(f"{cls.__name__} adapts no layer.")
 
+    @classmethod
+    def refusal_in(cls, path: str, cells: Mapping[str, nn.Cell]) -> str | None:
+        """Return why the layer at `path` cannot be adapted in a net of these cells, or None if it can."""
+        return None
+
     def adapt(self, cell: nn.Cell) -> Delta:
         """Return the adapted cell built on the Parameter objects of `cell`, which stays as it is."""
         raise NotImplementedError(f"{type(self).__name__} adapts no layer.")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -22,7 +23,14 @@ from mindpet_lite.arguments import check_bool, check_int, check_probability, war
 from mindpet_lite.delta.base import DeltaConfig, check_float_type
 from mindpet_lite.delta.dense import dense_refusal
 from mindpet_lite.delta.parts import initial, prefix_of
-from mindpet_lite.delta.prefix_dense import PrefixDelta, PrefixedDense, check_targets, folded_parameter, place_names
+from mindpet_lite.delta.prefix_dense import (
+    PrefixDelta,
+    PrefixedDense,
+    attention_refusal,
+    check_targets,
+    folded_parameter,
+    place_names,
+)
 
 WTE, TRANS = "mindpet_delta_prefixtuning_wte", "mindpet_delta_prefixtuning_control_trans"
 TABLE = f"{WTE}.embedding_table"
@@ -328,6 +336,11 @@ class PrefixTuningConfig(DeltaConfig, PrefixSettings):
     def refusal(cls, cell: nn.Cell) -> str | None:
         """Return why `cell` cannot carry a prefix, or None."""
         return dense_refusal(cell, "Prefix-Tuning")
+
+    @classmethod
+    def refusal_in(cls, path: str, cells: Mapping[str, nn.Cell]) -> str | None:
+        """Return why the attention around the layer cannot take rows before its keys, or None."""
+        return attention_refusal(path, cells)
 
     def adapt(self, cell: nn.Cell) -> PrefixDense:
         """Return the cell with a prefix on the Parameter objects of `cell`."""

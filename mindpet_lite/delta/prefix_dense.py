@@ -1,11 +1,12 @@
 """What Prefix-Tuning and P-Tuning v2 share: rows put before a sequence, the mask for them, a Dense that adds them."""
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import mindspore
-from mindspore import Parameter, Tensor, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from mindpet_lite.delta.base import Delta
 from mindpet_lite.delta.dense import AdaptedDense
@@ -115,6 +116,41 @@ class PrefixedDense(PrefixDelta, AdaptedDense):
         if len(shape) != 2:
             y = self.reshape(y, shape[:-1] + (self.out_channels,))
         return prepend_prefix(self.prefix_rows(), as_type(y, input_type))
+
+
+# What tells such an attention: names of its class and its parts, and names in the code of its `construct`.
+_POSITIONS = re.compile(r"rotary|(^|_)rope(_|$)|RoPE|freqs?_cis|alibi|relative_(attention|position)|position_bias",
+                        re.I)
+_FUSED = re.compile(r"flash|scaled_dot_product|fused_attention|is_causal", re.I)
+
+
+def attention_refusal(path: str, cells: Mapping[str, nn.Cell]) -> str | None:
+    """Return why rows before the keys would be wrong in the attention around a layer, or None if nothing tells so.
+
+    They are right where the attention reads the lengths of queries and keys from the tensors, positions are in its
+    input, and its mask has the prefix's columns (:func:`prefix_mask`). Fewer heads of keys than of queries are right
+    too: a row is as wide as the layer's output.
+
+    Args:
+        path: of the key or value layer.
+        cells: of the net, by path.
+    """
+    around = path.rpartition(".")[0]
+    names = {name for place, cell in cells.items() if f".{place}.".startswith(f".{around}." if around else ".")
+             for name in _names_in(cell)}
+    for pattern, reason in ((_POSITIONS, "takes positions from the place of each key ({}), which a prefix moves"),
+                            (_FUSED, "is a fused one ({}), whose mask has no columns for a prefix")):
+        found = sorted(filter(pattern.search, names))
+        if found:
+            return (f"the attention at {around or 'the net itself'} {reason.format(', '.join(found[:3]))}. Use LoRA there, or build the "
+                    f"attention by hand with prepend_prefix() where the positions are in already.")
+    return None
+
+
+def _names_in(cell: nn.Cell) -> set[str]:
+    code = getattr(type(cell).construct, "__code__", None)
+    return {type(cell).__name__, *(name for name in vars(cell) if not name.startswith("_")), *cell.name_cells(),
+            *((*code.co_names, *code.co_varnames) if code else ())}
 
 
 def check_targets(target_modules: str | tuple[str, ...] | None) -> None:

@@ -9,7 +9,7 @@ P is a Parameter, or comes from an embedding through an MLP (section 3.3, "repar
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import mindspore
@@ -20,7 +20,14 @@ from mindpet_lite.arguments import check_bool, check_int, check_probability
 from mindpet_lite.delta.base import DeltaConfig, check_float_type
 from mindpet_lite.delta.dense import dense_refusal
 from mindpet_lite.delta.parts import check_init, initial, prefix_of
-from mindpet_lite.delta.prefix_dense import PrefixDelta, PrefixedDense, check_targets, place_names, settle_table
+from mindpet_lite.delta.prefix_dense import (
+    PrefixDelta,
+    PrefixedDense,
+    attention_refusal,
+    check_targets,
+    place_names,
+    settle_table,
+)
 
 _EMBEDDING = "mindpet_delta_ptuning2_embedding"
 _DENSE_IN, _DENSE_OUT = "mindpet_delta_ptuning2_dense_in", "mindpet_delta_ptuning2_dense_out"
@@ -356,6 +363,11 @@ class Ptuning2Config(DeltaConfig, Ptuning2Settings):
     def refusal(cls, cell: nn.Cell) -> str | None:
         """Return why `cell` cannot carry a prefix, or None."""
         return dense_refusal(cell, "P-Tuning v2")
+
+    @classmethod
+    def refusal_in(cls, path: str, cells: Mapping[str, nn.Cell]) -> str | None:
+        """Return why the attention around the layer cannot take rows before its keys, or None."""
+        return attention_refusal(path, cells)
 
     def adapt(self, cell: nn.Cell) -> Ptuning2Dense:
         """Return the cell with a prefix on the Parameter objects of `cell`."""

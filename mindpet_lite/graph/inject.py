@@ -60,9 +60,9 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
     chosen, problems = _targets(cells, config)
     adapted: dict[str, Delta] = {}
     with _uncollected():
-        for path, cell in chosen.items():
+        for path in chosen:
             try:
-                adapted[path] = adapt(config.for_layer(path), cell)
+                adapted[path] = adapt(config.for_layer(path), path, cells)
             except (TypeError, ValueError) as error:
                 problems.append(f"{path}: {error}")
     if isinstance(adapted.get(""), nn.Cell):

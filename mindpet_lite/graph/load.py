@@ -163,7 +163,7 @@ def _adapted(state: AdapterState, cells: Mapping[str, nn.Cell], problems: list[s
             problems.append(f"unexpected: {path} and {place_of[id(cell)]} are one layer in the net, two in the file.")
         place_of[id(cell)] = path
         try:
-            adapted[path] = _delta_for(METHODS[layer.method or state.method], cell, present.get(path), layer)
+            adapted[path] = _delta_for(METHODS[layer.method or state.method], path, cells, present.get(path), layer)
         except (TypeError, ValueError) as error:
             problems.append(f"{path}: {error}")
             continue
@@ -174,7 +174,8 @@ def _adapted(state: AdapterState, cells: Mapping[str, nn.Cell], problems: list[s
     return adapted
 
 
-def _delta_for(kind: type[DeltaConfig], cell: nn.Cell, present: Delta | None, layer: LayerState) -> Delta:
+def _delta_for(kind: type[DeltaConfig], path: str, cells: Mapping[str, nn.Cell], present: Delta | None,
+               layer: LayerState) -> Delta:
     """Return the delta that a layer of a file goes to: the one that the net has there, or a new one."""
     if present is not None:
         if present.method != kind.pet_type:
@@ -186,7 +187,7 @@ def _delta_for(kind: type[DeltaConfig], cell: nn.Cell, present: Delta | None, la
         raise ValueError("the layer is plain and the file does not say rank and alpha or whatever its method needs: "
                          "adapt the net first, with the values it was trained with.")
     _refuse_larger_than_file(kind, layer)
-    return adapt(kind(**layer.settings, **_factor_type(kind, cell, layer)), cell)
+    return adapt(kind(**layer.settings, **_factor_type(kind, cells[path], layer)), path, cells)
 
 
 def _factor_type(kind: type[DeltaConfig], cell: nn.Cell, layer: LayerState) -> dict[str, mstype.Type]:

@@ -9,7 +9,7 @@ from mindspore import nn
 from mindpet_lite.arguments import did_you_mean
 from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.graph.linear import linear_layers
-from mindpet_lite.graph.parents import never_called
+from mindpet_lite.graph.parents import refusal_at
 from mindpet_lite.graph.tree import without_inner
 
 ALL_LINEAR = "all-linear"
@@ -45,7 +45,7 @@ def targets(cells: Mapping[str, nn.Cell], config: DeltaConfig) -> tuple[dict[str
         if id(cell) in excluded or id(cell) in seen:
             continue
         seen.add(id(cell))
-        reason = config.refusal(cell) or (None if config.adds_nothing else never_called(path, cells))
+        reason = refusal_at(config, path, cells)
         if reason is None:
             chosen[path] = cell
         elif _owns_parameters(cell):

@@ -1,16 +1,25 @@
-"""Layers that are never called, because the cell around them reads their weight itself."""
+"""Why a layer cannot be adapted where it stands: the cell around it may never call it, but read its weight."""
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from mindspore import nn
 
+from mindpet_lite.delta.base import DeltaConfig
+
 # By the class of the cell around them, the names of such layers. nn.TransformerEncoderLayer and its kin hold one.
 _READ_BY_PARENT: dict[type[nn.Cell], tuple[str, ...]] = {nn.MultiheadAttention: ("out_proj",)}
 
 
-def never_called(path: str, cells: Mapping[str, nn.Cell]) -> str | None:
-    """Return why the layer at `path` cannot be adapted, where the cell around it is known not to call it."""
+def refusal_at(config: DeltaConfig, path: str, cells: Mapping[str, nn.Cell]) -> str | None:
+    """Return why a method cannot adapt the layer at `path`, for what the layer is or what stands around it, or None."""
+    reason = config.refusal(cells[path])
+    if reason is None and not config.adds_nothing:
+        reason = _never_called(path, cells)
+    return reason or config.refusal_in(path, cells)
+
+
+def _never_called(path: str, cells: Mapping[str, nn.Cell]) -> str | None:
     around, _, name = path.rpartition(".")
     parent = cells.get(around)
     for kind, names in _READ_BY_PARENT.items():

@@ -8,19 +8,20 @@ from mindspore import Parameter, nn
 from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.graph.adapters import Adapter, deltas_in, record_of, select
 from mindpet_lite.graph.modules_to_save import Ties, untie
+from mindpet_lite.graph.parents import refusal_at
 from mindpet_lite.graph.tree import replace
 
 
-def adapt(config: DeltaConfig, cell: nn.Cell) -> Delta:
-    """Return the adapted cell that takes the place of `cell`, which stays as it is.
+def adapt(config: DeltaConfig, path: str, cells: Mapping[str, nn.Cell]) -> Delta:
+    """Return the adapted cell that takes the place of the one at `path`, which stays as it is.
 
     Raises:
-        TypeError, ValueError: `cell` cannot be adapted so.
+        TypeError, ValueError: it cannot be adapted so.
     """
-    reason = config.refusal(cell)
+    reason = refusal_at(config, path, cells)
     if reason:
         raise TypeError(reason)
-    delta = config.adapt(cell)
+    delta = config.adapt(cells[path])
     if not isinstance(delta, Delta):
         raise TypeError(f"{type(config).__name__}.adapt() must return a Delta, but got {type(delta).__name__}.")
     return delta

@@ -142,8 +142,8 @@ def attention_refusal(path: str, cells: Mapping[str, nn.Cell]) -> str | None:
                             (_FUSED, "is a fused one ({}), whose mask has no columns for a prefix")):
         found = sorted(filter(pattern.search, names))
         if found:
-            return (f"the attention at {around or 'the net itself'} {reason.format(', '.join(found[:3]))}. Use LoRA there, or build the "
-                    f"attention by hand with prepend_prefix() where the positions are in already.")
+            return (f"the attention at {around or 'the net itself'} {reason.format(', '.join(found[:3]))}. Use LoRA "
+                    f"there, or build the attention by hand with prepend_prefix() where the positions are in already.")
     return None
 
 

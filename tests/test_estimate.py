@@ -16,11 +16,11 @@ import mindpet_lite as mp
 from mindpet_lite import estimate as room
 from mindpet_lite.cli import main
 from mindpet_lite.estimate import estimate
+from mindpet_lite.estimate.cpu_operators import CpuOperators
 from mindpet_lite.estimate.kernels import UNIT, Kernel, Memory, as_run, highest, tables_of
 from mindpet_lite.estimate.layers import Lora
 from mindpet_lite.estimate.plan import plan
 from mindpet_lite.estimate.report import net_of
-from mindpet_lite.estimate.written_out import WrittenOut
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples" / "wukong"), str(ROOT / "benchmarks")]
@@ -56,7 +56,7 @@ def config(tmp_path, monkeypatch) -> str:
       "vocab_size": 128256, "head_dim": 64, "tie_word_embeddings": True}, 1_235_814_400)],
     ids=["2-70B", "3-8B", "Mistral-7B", "3.2-1B"])
 def test_parameters_of_published_models(changes, parameters):
-    tape = WrittenOut(1, lambda path: False, {})
+    tape = CpuOperators(1, lambda path: False, {})
     net_of({**LLAMA_2, **changes}).forward(tape, 1, 16, False)
     assert tape.bytes_of(False) == parameters
 
@@ -125,7 +125,7 @@ def test_activations_of_a_chain_by_hand():
         return tape.reduce("ReduceMean", x, 1)
 
     size, weight = 128 * 256 * 4, 256 * 256 * 4
-    tape = WrittenOut(4, lambda path: path == "0.weight", {})
+    tape = CpuOperators(4, lambda path: path == "0.weight", {})
     kernels = tape.backward(forward(tape))
     assert [kernel.kind for kernel in kernels] == [
         "MatMul", "Exp", "MatMul", "Exp", "MatMul", "Exp", "Fill", "BroadcastTo", "ExpGrad", "MatMul", "ExpGrad",
@@ -152,7 +152,7 @@ def test_what_a_recomputed_block_keeps(own_bprop):
         return tape.reduce("ReduceMean", x, 1)
 
     size = 128 * 256 * 4
-    tape = WrittenOut(4, lambda path: True, {})
+    tape = CpuOperators(4, lambda path: True, {})
     kernels = tape.backward(forward(tape))
     # With a gradient of its own an operator's first result is read; nothing reads what is computed again.
     assert sum(kernel.copied for kernel in kernels) == (0 if own_bprop else 12)

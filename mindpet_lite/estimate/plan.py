@@ -4,10 +4,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+from mindpet_lite.estimate.cpu_operators import CpuOperators
 from mindpet_lite.estimate.kernels import Kernel, as_run, highest
 from mindpet_lite.estimate.layers import Lora
 from mindpet_lite.estimate.tape import Value
-from mindpet_lite.estimate.written_out import WrittenOut
 
 # Bytes of an element of weights and activations.
 ITEMS = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -51,7 +51,7 @@ class Plan:
         return self.device + self.tables + self.compiler
 
 
-def plan(forward: Callable[[WrittenOut], Value], lora: Mapping[str, Lora] | None, dtype: str = "float32",
+def plan(forward: Callable[[CpuOperators], Value], lora: Mapping[str, Lora] | None, dtype: str = "float32",
          optimizer: str = "adamw") -> Plan:
     """Return the plan of a step with LoRA, or of full fine-tuning.
 
@@ -61,7 +61,7 @@ def plan(forward: Callable[[WrittenOut], Value], lora: Mapping[str, Lora] | None
         dtype: of weights and activations, a key of `ITEMS`; what trains is float32.
         optimizer: a key of `OPTIMIZERS`.
     """
-    tape = WrittenOut(ITEMS[dtype], (lambda path: lora is None or ".mindpet_delta_lora_" in path),
+    tape = CpuOperators(ITEMS[dtype], (lambda path: lora is None or ".mindpet_delta_lora_" in path),
                       lora or {})
     kernels = tape.backward(forward(tape))
     deltas = tape.bytes_of(True)

@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mindpet_lite.estimate.cpu_operators import CpuOperators
 from mindpet_lite.estimate.layers import Lora
 from mindpet_lite.estimate.llama import Llama
 from mindpet_lite.estimate.plan import ITEMS, OPTIMIZERS, Plan, plan
 from mindpet_lite.estimate.unet import UNet
-from mindpet_lite.estimate.written_out import WrittenOut
 
 # Columns by their names: with LoRA or not, recomputed or not.
 COLUMNS = {"LoRA": (True, False), "LoRA, recompute": (True, True), "full": (False, False),
@@ -68,7 +68,7 @@ def estimate(config: Mapping[str, Any], batch: int, seq: int | None = None, lora
     for name, value, known in (("dtype", dtype, ITEMS), ("optimizer", optimizer, OPTIMIZERS)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, but got {value!r}.")
-    plain = WrittenOut(1, lambda path: False, {})
+    plain = CpuOperators(1, lambda path: False, {})
     net.forward(plain, batch, seq, False)
     layers = tuple(chosen(targets, plain.linear))
     lora = dict.fromkeys(layers, Lora(lora_rank, lora_dropout))

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from mindpet_lite.estimate.cpu_operators import CpuOperators
 from mindpet_lite.estimate.sizes import number, numbers
 from mindpet_lite.estimate.tape import Value
-from mindpet_lite.estimate.written_out import WrittenOut
 
 # Threads of oneDNN's convolutions, each with a buffer of its own.
 THREADS = 2
@@ -66,7 +66,7 @@ class UNet:
         """Channels of each level."""
         return [self.model_channels * factor for factor in self.channel_mult]
 
-    def forward(self, tape: WrittenOut, batch: int, words: int | None, recompute: bool) -> Value:
+    def forward(self, tape: CpuOperators, batch: int, words: int | None, recompute: bool) -> Value:
         """Record the prediction of the noise in `batch` latents, given so many words, and its mean square."""
         side, words = self.image_size, words or self.words
         steps = UNetTape(tape, self, tape.input(batch, words, self.context_dim))
@@ -110,7 +110,7 @@ class UNet:
 class UNetTape:
     """Records the parts of a U-Net; each method is a cell of the example."""
 
-    tape: WrittenOut
+    tape: CpuOperators
     net: UNet
     context: Value
 

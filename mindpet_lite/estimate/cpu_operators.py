@@ -5,7 +5,7 @@ from mindpet_lite.estimate.layers import Gradients, Layers, Values
 from mindpet_lite.estimate.tape import Value
 
 
-class WrittenOut(Layers):
+class CpuOperators(Layers):
     """A tape with norms and a softmax in plain operators; what stands for a row or column is spelled out first.
 
     Forward and gradient both compute what they need of the input; the compiler makes one of two that are equal, and so

@@ -10,6 +10,9 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+# To look for close names takes long.
+_MOST_CANDIDATES = 20_000
+
 
 class UnknownNameError(KeyError, ValueError):
     """A name that is not in a table: the KeyError that MindPet and MindSpore raise, and the ValueError that it is."""
@@ -23,9 +26,16 @@ class WrongArgumentError(TypeError, ValueError):
     """An argument of the wrong kind where MindPet documents the other of the two errors than Python's habit is."""
 
 
+def some_of(names: Iterable[object], shown: int = 10) -> str:
+    """Return the first names, and how many more there are."""
+    known = [f"{name!s:.100}" for name in names]
+    more = f" and {len(known) - shown} more" if len(known) > shown else ""
+    return f"{', '.join(known[:shown])}{more}" if known else "(none)"
+
+
 def did_you_mean(name: object, candidates: Iterable[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the candidates close to `name`, or an empty string."""
-    known = list(dict.fromkeys(candidates))
+    """Return `` Did you mean 'x'?`` for the candidates close to `name` and not equal to it, or an empty string."""
+    known = [item for item in dict.fromkeys(map(str, candidates)) if item != name][:_MOST_CANDIDATES]
     folded = {item.lower(): item for item in known}
     near = difflib.get_close_matches(str(name).lower(), list(folded), n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(repr(folded[item]) for item in near)}?" if near else ""

@@ -8,7 +8,7 @@ from typing import Any
 
 import mindspore
 
-from mindpet_lite.arguments import did_you_mean
+from mindpet_lite.arguments import did_you_mean, some_of
 from mindpet_lite.delta import METHODS
 from mindpet_lite.delta.base import FLOAT_TYPES, DeltaConfig
 from mindpet_lite.yaml_files import read_yaml
@@ -45,7 +45,7 @@ def as_config(config: DeltaConfig | Mapping[str, Any] | str | os.PathLike[str]) 
         place = _place_of("pet_config", document)
         if place is None:
             raise ValueError(f"{config}: expected a 'pet_config' block, but the file has the keys "
-                             f"{', '.join(map(str, document)) or '(none)'}.{did_you_mean('pet_config', document)}")
+                             f"{some_of(document)}.{did_you_mean('pet_config', document)}")
         try:
             return from_mapping(place["pet_config"])
         except (TypeError, ValueError) as error:
@@ -59,13 +59,13 @@ def as_config(config: DeltaConfig | Mapping[str, Any] | str | os.PathLike[str]) 
 def from_mapping(block: object) -> DeltaConfig:
     """Build the config that a mapping with `pet_type` and that method's fields describes."""
     if not isinstance(block, Mapping):
-        raise TypeError(f"pet_config must be a mapping with 'pet_type', but got {block!r}.")
+        raise TypeError(f"pet_config must be a mapping with 'pet_type', but got {block!r:.100}.")
     values = dict(block)
     if set(values) == {"pet_config"}:
         return from_mapping(values["pet_config"])
     name = values.pop("pet_type", None)
     if not isinstance(name, str) or name.lower() not in METHODS:
-        raise ValueError(f"pet_type must be one of {', '.join(METHODS)}, but got {name!r}."
+        raise ValueError(f"pet_type must be one of {', '.join(METHODS)}, but got {name!r:.100}."
                          f"{did_you_mean(name, METHODS)}")
     kind = METHODS[name.lower()]
     known = [field.name for field in dataclasses.fields(kind)]
@@ -96,6 +96,6 @@ def _type_of(field: str, value: Any) -> mindspore.dtype | None:
     if not isinstance(value, str):
         return value
     if value.lower() not in _TYPE_NAMES:
-        raise TypeError(f"{field} must be one of {', '.join(_TYPE_NAMES)}, but got {value!r}."
+        raise TypeError(f"{field} must be one of {', '.join(_TYPE_NAMES)}, but got {value!r:.100}."
                         f"{did_you_mean(value, _TYPE_NAMES)}")
     return _TYPE_NAMES[value.lower()]

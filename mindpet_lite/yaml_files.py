@@ -8,7 +8,10 @@ from typing import Any
 
 import yaml
 
-from mindpet_lite.arguments import did_you_mean
+from mindpet_lite.arguments import did_you_mean, some_of
+
+# A settings file has a few kB, and a few hundred values.
+_MAX_BYTES, _MAX_VALUES = 10_000_000, 100_000
 
 
 def read_freeze(path: str | os.PathLike[str]) -> tuple[Sequence[str] | None, Sequence[str] | None]:
@@ -16,8 +19,8 @@ def read_freeze(path: str | os.PathLike[str]) -> tuple[Sequence[str] | None, Seq
     document = read_yaml(path)
     block = document.get("freeze")
     if not isinstance(block, Mapping) or not block:
-        raise ValueError(f"{path}: expected a 'freeze' block with 'include', 'exclude' or both, but got {block!r}; "
-                         f"the file has the keys {', '.join(map(str, document)) or '(none)'}."
+        raise ValueError(f"{path}: expected a 'freeze' block with 'include', 'exclude' or both, but got "
+                         f"{block!r:.100}; the file has the keys {some_of(document)}."
                          f"{did_you_mean('freeze', map(str, document))}")
     for key in block:
         if key not in ("include", "exclude"):
@@ -31,16 +34,68 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no YAML, no text, or its top is no mapping.
+        ValueError: it is no YAML, no text, or its top is no mapping; a key stands twice in a mapping; or it is larger
+            than a settings file is, by itself or by what its aliases stand for.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no YAML file at {path}: check the path.")
+    if Path(path).stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{path} is larger than {_MAX_BYTES} bytes, which no file of settings is.")
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        document = _document(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is no YAML for us: it is nested too deeply.") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if document is None:
         document = {}
     if not isinstance(document, dict):
         raise ValueError(f"{path}: expected keys and values at the top, but got a {type(document).__name__}.")
     return document
+
+
+def _document(text: str) -> Any:
+    """Return what a YAML text holds, having looked at its parts before anything is made of them."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check(node, {}, set())
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _check(node: yaml.Node, sizes: dict[int, int], around: set[int]) -> int:
+    """Return how many values a node stands for, its aliases spelt out.
+
+    Args:
+        node: of the parsed text; an alias is the very node that it names.
+        sizes: of the nodes that were looked at, by id.
+        around: the ids of the nodes that hold this one.
+
+    Raises:
+        ValueError: a node holds itself, stands for too many values, or is a mapping with a key twice.
+    """
+    if id(node) in around:
+        raise ValueError(f"the alias in line {node.start_mark.line + 1} holds itself.")
+    if id(node) not in sizes:
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else \
+            node.value if isinstance(node, yaml.SequenceNode) else []
+        if isinstance(node, yaml.MappingNode):
+            _refuse_twice(node)
+        sizes[id(node)] = 1 + sum(_check(part, sizes, around | {id(node)}) for part in parts)
+    if sizes[id(node)] > _MAX_VALUES:
+        raise ValueError(f"its aliases stand for more than {_MAX_VALUES} values, which no file of settings holds.")
+    return sizes[id(node)]
+
+
+def _refuse_twice(mapping: yaml.MappingNode) -> None:
+    lines: dict[tuple[str, str], int] = {}
+    for key in (key for key, _ in mapping.value if isinstance(key, yaml.ScalarNode)):
+        line = key.start_mark.line + 1
+        if (key.tag, key.value) in lines:
+            raise ValueError(f"the key {key.value!r:.100} stands twice, in lines {lines[key.tag, key.value]} and "
+                             f"{line}: keep one of the two.")
+        lines[key.tag, key.value] = line

@@ -61,6 +61,7 @@ def test_what_a_killed_save_left_is_gone_after_the_next_and_a_living_ones_is_not
     dead, living = (parent / f".{'adapter' if parent == Path('.') else 'save'}.saving-{name}" for name in ("a", "b"))
     for folder in (dead, living):
         shutil.copytree("adapter", folder / "adapter")
+        (folder / atomic._MARK).touch()
     handle = os.open(living, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     write_together(adapter, NEW)
@@ -68,6 +69,51 @@ def test_what_a_killed_save_left_is_gone_after_the_next_and_a_living_ones_is_not
     os.close(handle)
     write_together(adapter, NEW)
     assert everything() - {"adapter/below"} == {"adapter", "adapter/one", "adapter/two"}
+
+
+@pytest.mark.parametrize("make", [
+    lambda path: (path.mkdir(), (path / "mine").write_bytes(b"mine")), os.mkfifo,
+    lambda path: path.symlink_to("elsewhere"), lambda path: path.write_bytes(b"mine")],
+    ids=["folder", "fifo", "link", "file"])
+def test_what_is_not_ours_stays_whatever_it_is_called(make):
+    for name in (".adapter.saving-notes", ".adapter.saving-abcdefgh", ".one.saving-notes"):
+        make(Path(name))
+    before = everything()
+    write_together(Path("adapter"), OLD)
+    write_together(Path("adapter"), NEW)
+    with atomic_file(Path("one")) as path:
+        path.write_bytes(b"1")
+    assert everything() == before | {"adapter", "adapter/one", "adapter/two", "one"}
+
+
+_WRITER = """
+import sys, time
+from pathlib import Path
+import bare
+from mindpet_lite.formats.atomic import atomic_file, open_together, write_together
+number, rounds = int(sys.argv[1]), int(sys.argv[2])
+for turn in range(rounds):
+    text = b"%d %d" % (number, turn)
+    write_together(Path("adapter"), {"one": text, "two": text * 50})
+    with atomic_file(Path("single")) as path:
+        path.write_bytes(text)
+    with open_together(Path("adapter"), ("one", "two")) as files:
+        one, two = files["one"].read(), files["two"].read()
+    assert two == one * 50, (one, two[:20])
+"""
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_several_processes_save_to_one_place_at_once(is_new):
+    if not is_new:
+        write_together(Path("adapter"), OLD)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SAVING.parent), str(SAVING.parents[1])])}
+    running = [subprocess.Popen([sys.executable, "-c", _WRITER, str(number), "100"], env=environment,
+                                stderr=subprocess.PIPE, text=True) for number in range(4)]
+    for process in running:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert everything() == {"adapter", "adapter/one", "adapter/two", "single"}
 
 
 # Failing

@@ -16,6 +16,8 @@ from mindpet_lite.formats.files import open_regular
 # Where two folders cannot change places: the folder, inside the one written to, that holds the files of a save from
 # the moment it counts until each of them has taken its place.
 _COMMITTED = ".saved"
+# The file by which a work folder is known for ours; a folder of the user's may have any name.
+_MARK = "mindpet_lite-saving"
 _TRIES = 100
 _HERE, _EXCHANGE = -100, 2
 
@@ -47,6 +49,8 @@ def write_together(directory: Path, files: Mapping[str, bytes]) -> None:
     working directory, and without directories in it. Elsewhere the new files are put into a folder ``.saved`` inside,
     whole, and then take their places one after the other; `open_together` reads them from ``.saved`` until they have.
 
+    Several processes may write to one directory at a time: each waits until the one before it is done.
+
     Args:
         directory: made if missing; a link to a directory is followed.
         files: contents by name.
@@ -61,8 +65,9 @@ def write_together(directory: Path, files: Mapping[str, bytes]) -> None:
         for name in files:
             _refuse_directory(target / name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if not _change_places(target, files):
-            _replace_one_by_one(target, files)
+        with _one_at_a_time(target.parent):
+            if not _change_places(target, files):
+                _replace_one_by_one(target, files)
 
 
 @contextlib.contextmanager
@@ -196,6 +201,19 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 @contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Keep other processes out of this block for the same folder; the lock ends with the process."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        # Not every network file system has locks.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
 def _work_folder(parent: Path, name: str) -> Iterator[Path]:
     """Give a new folder in `parent` that is gone after the block, and remove those that killed processes left.
 
@@ -203,7 +221,7 @@ def _work_folder(parent: Path, name: str) -> Iterator[Path]:
     """
     prefix = f".{name}.saving-"
     for entry in os.scandir(parent):
-        if entry.name.startswith(prefix):
+        if entry.name.startswith(prefix) and entry.is_dir(follow_symlinks=False):
             _remove_left_over(Path(entry.path))
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
@@ -212,6 +230,7 @@ def _work_folder(parent: Path, name: str) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_EX)
             if folder.exists():
+                (folder / _MARK).touch()
                 break
             os.close(handle)
         # Another process took it for left over before it was locked.
@@ -223,12 +242,15 @@ def _work_folder(parent: Path, name: str) -> Iterator[Path]:
 
 
 def _remove_left_over(folder: Path) -> None:
-    """Remove the folder if no process has it locked."""
+    """Remove a folder that carries our mark, or is empty, if no process has it locked."""
     with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
+            if (folder / _MARK).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                folder.rmdir()
         finally:
             os.close(handle)
 

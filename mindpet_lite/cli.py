@@ -4,7 +4,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from mindpet_lite.offline.problems import first_of
+from mindpet_lite.formats.problems import first_of
 
 USER_ERROR, TIMED_OUT, INTERRUPTED = 2, 124, 130
 # Of an error: room for a sentence, the problems that the tools list, and how many more there are.

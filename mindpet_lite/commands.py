@@ -72,7 +72,19 @@ run.add_command(_task_command(tasks.evaluate, "Run your evaluation script; print
 run.add_command(_task_command(tasks.infer, "Run your inference script; print its result."))
 
 
-_PATH = click.Path(path_type=Path)
+
+
+class _Place(click.Path):
+    """A path that names something: an empty one would mean the working directory."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        """Return the path, having refused an empty one."""
+        if value == "":
+            self.fail("an empty path names nothing.", parameter, context)
+        return super().convert(value, parameter, context)
+
+
+_PATH = _Place(path_type=Path)
 _FROM = click.option("--from", "kind", type=click.Choice(FORMATS), help="The adapter's format; detected without it.")
 _NAMES = click.option("--names", type=_PATH, help="YAML or JSON file: names of layers in the result by those in the "
                                                   "adapter, or 'patterns'.")

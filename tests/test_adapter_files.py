@@ -623,3 +623,31 @@ def test_an_unknown_format_lists_those_there_are():
         mp.save_adapter(adapted(), "adapter", format="kohia")
     with pytest.raises(ValueError, match="format"):
         mp.load_adapter(adapted(), "adapter", format="kohia")
+
+
+def test_messages_list_ten_lines_at_most():
+    class Many(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.CellList([nn.Dense(6, 6) for _ in range(40)])
+
+    net = mp.get_pet_model(Many(), config("all-linear"))
+    mp.save_adapter(net, "adapter")
+    with pytest.raises(ValueError) as caught:
+        mp.load_adapter(Attention(), "adapter")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 12 and lines[-1] == "  and 30 more." and max(map(len, lines)) < 600
+    with pytest.raises(ValueError) as caught:
+        mp.get_pet_model(net, config([f"layer_{number}" for number in range(40)]))
+    assert str(caught.value).splitlines()[-1] == "  and 30 more."
+    with pytest.raises(ValueError) as caught:
+        mp.save_adapter(mp.get_pet_model(Many(), config("all-linear", lora_bias=True)), "a.safetensors", "kohya")
+    assert str(caught.value).splitlines()[-1] == "  and 70 more."
+
+
+def test_an_empty_path_is_refused():
+    net = adapted()
+    before = sorted(Path().iterdir())
+    with pytest.raises(ValueError, match="path must name a directory or a file"):
+        mp.save_adapter(net, "")
+    assert sorted(Path().iterdir()) == before

@@ -68,7 +68,7 @@ def test_many_problems_are_the_first_of_them(folders, capfd):
     write_adapter(Path("adapter"), lora(shapes))
     assert main(MERGE) == 2
     errors = capfd.readouterr().err
-    assert "and 30 more." in errors and ".self_attn.q_proj is no layer" in errors and len(errors) < 2000
+    assert "and 28 more." in errors and ".self_attn.q_proj is no layer" in errors and len(errors) < 2500
 
 
 def test_without_traceback_in_a_process_of_its_own(folders):

@@ -17,6 +17,7 @@ from mindpet_lite.formats.checkpoint_file import open_checkpoint, to_parts
 from mindpet_lite.formats.detect import FORMATS, detect
 from mindpet_lite.formats.directory import CONFIG_FILE, TENSOR_FILE, read_config
 from mindpet_lite.formats.files import TensorFile, as_float, open_tensors, tensors_in, to_bytes, type_name
+from mindpet_lite.formats.problems import first_of
 from mindpet_lite.formats.state import AdapterState
 
 TARGETS = ("peft", "diffusers", "kohya", "mindpet", "mindformers")
@@ -69,7 +70,7 @@ def read_adapter(path: Path, kind: str | None = None, methods: Iterable[str] = (
         state = _decode(found, tensors, file.metadata, config, methods, paths)
         _check_types(state)
     except ValueError as error:
-        raise ValueError(f"The adapter in {path} cannot be used:\n  {error}") from error
+        raise ValueError(f"The adapter in {path} cannot be used:\n  {first_of(error)}") from error
     return Adapter(state, found, tuple(filter(None, (config_file, tensor_file))))
 
 

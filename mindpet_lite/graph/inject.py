@@ -11,6 +11,7 @@ from mindspore import nn
 
 from mindpet_lite.config import as_config
 from mindpet_lite.delta.base import Delta, DeltaConfig
+from mindpet_lite.formats.problems import listed
 from mindpet_lite.graph.adapters import deltas_in
 from mindpet_lite.graph.freeze import with_lists
 from mindpet_lite.graph.match import targets
@@ -81,7 +82,7 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
         problems.append(str(error))
     if problems:
         raise ValueError(f"{type(config).__name__} does not fit the net, which is unchanged:\n  "
-                         + "\n  ".join(problems))
+                         + listed(problems))
     of_deltas = {id(item) for delta in [*deltas_in(cells).values(), *adapted.values()]
                  for item in delta.delta_parameters().values()}
     # What freeze_exclude names belongs to the adapter too.

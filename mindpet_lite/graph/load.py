@@ -18,6 +18,7 @@ from mindpet_lite.delta.parts import put
 from mindpet_lite.formats.adapters import read_adapter
 from mindpet_lite.formats.base_hash import differing
 from mindpet_lite.formats.placed import placed
+from mindpet_lite.formats.problems import listed
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.values import in_float32
 from mindpet_lite.graph.adapters import Adapter, SavedParameter, deltas_in
@@ -79,8 +80,7 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
         problems += _other_base(state, cells, str(path), strict_base)
     problems += tied_tokens(net, state) if source.kind == "peft" else []
     if problems:
-        raise ValueError(f"The adapter in {path} does not fit the net, which is unchanged:\n  "
-                         + "\n  ".join(problems))
+        raise ValueError(f"The adapter in {path} does not fit the net, which is unchanged:\n  {listed(problems)}")
     if source.kind == "peft":
         for text in remarks(state.config, source.state.layers, cells, adapted):
             warn_user(f"{path}: {text}")

@@ -8,6 +8,7 @@ from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
 
 from mindpet_lite.delta.base import Delta
+from mindpet_lite.formats.problems import listed
 from mindpet_lite.graph.adapters import copy_of, deltas, select
 from mindpet_lite.graph.strength import adapters_are_disabled
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, replace
@@ -52,7 +53,7 @@ def merge(net: nn.Cell) -> nn.Cell:
     fixed = [f"{path or type(delta).__name__}: {delta.unmergeable}" for path, delta in found.items()
              if delta.unmergeable]
     if fixed:
-        raise ValueError("This adapter cannot be merged. The net is unchanged:\n  " + "\n  ".join(fixed))
+        raise ValueError("This adapter cannot be merged. The net is unchanged:\n  " + listed(fixed))
     if adapters_are_disabled(net):
         raise ValueError("merge() inside adapters_disabled() would merge nothing: leave the block first.")
     merged = {path: delta.merged_value() for path, delta in found.items()}
@@ -66,7 +67,7 @@ def merge(net: nn.Cell) -> nn.Cell:
             for parameter in values for place, cell in owners[id(parameter)] if cell is not found[path]]
     if tied:
         raise ValueError("Merging would change other layers that use the same weight. The net is unchanged: use it "
-                         "unmerged, or give each layer a weight of its own first.\n  " + "\n  ".join(tied))
+                         "unmerged, or give each layer a weight of its own first.\n  " + listed(tied))
     cells = cells_by_path(net)
     swaps = {}
     for path, delta in found.items():

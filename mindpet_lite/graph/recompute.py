@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from mindspore import nn
 
+from mindpet_lite.formats.problems import listed
 from mindpet_lite.graph.match import by_expression, by_name
 from mindpet_lite.graph.tree import (
     cells_by_path,
@@ -55,7 +56,7 @@ def net_recompute(net: nn.Cell, pattern: str | Sequence[str]) -> list[str]:
         if reason:
             problems.append(f"{path or 'the net itself'}: {reason}")
     if problems:
-        raise ValueError("pattern does not fit the net, which is unchanged:\n  " + "\n  ".join(problems))
+        raise ValueError("pattern does not fit the net, which is unchanged:\n  " + listed(problems))
     for path in chosen.values():
         cells[path].recompute()
     drop_compiled_graphs(net)

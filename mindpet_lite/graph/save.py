@@ -12,6 +12,7 @@ from mindspore import dtype as mstype
 from mindpet_lite.delta.base import Delta
 from mindpet_lite.formats.adapters import to_files, write_files
 from mindpet_lite.formats.base_hash import FIELD
+from mindpet_lite.formats.problems import first_of
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.values import in_type
 from mindpet_lite.graph.adapters import adapters_of, deltas, saved_of
@@ -42,10 +43,12 @@ def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft
 
     Raises:
         TypeError: `net` is no Cell.
-        ValueError: the net has no adapted layer, or is itself one (a layer needs a path); the format is unknown, or
-            cannot hold this adapter: the message says which field of which layer.
+        ValueError: `path` is empty; the net has no adapted layer, or is itself one (a layer needs a path); the format
+            is unknown, or cannot hold this adapter: the message says which field of which layer.
         OSError: the place cannot be written, or the disk is full; what was there is unchanged.
     """
+    if not os.fspath(path):
+        raise ValueError("path must name a directory or a file to write, but got an empty string.")
     state = adapter_state(require_cell(net))
     if "" in state.layers:
         raise ValueError("The net itself is the adapted layer, so it has no path to be saved under: put it in a cell.")
@@ -53,7 +56,11 @@ def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft
         cells, found = cells_by_path(net), deltas(net)
         state.config[FIELD] = {place: value for place in state.layers
                                if (value := layer_hash(cells[place], found[place]))}
-    write_files(to_files(state, format, Path(path)))
+    try:
+        files = to_files(state, format, Path(path))
+    except ValueError as error:
+        raise ValueError(f"The adapter was not written to {path}:\n  {first_of(error)}") from error
+    write_files(files)
     return Path(path)
 
 

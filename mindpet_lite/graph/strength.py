@@ -11,6 +11,7 @@ from mindspore import nn
 
 from mindpet_lite.arguments import check_number
 from mindpet_lite.delta.base import Delta
+from mindpet_lite.formats.problems import listed
 from mindpet_lite.graph.adapters import deltas, saved_of
 from mindpet_lite.graph.tree import cells_by_path
 
@@ -86,7 +87,7 @@ def _switch(cells: list[Delta], enabled: bool) -> None:
 def _require_steerable(found: Mapping[str, Delta]) -> None:
     fixed = [f"{path or type(delta).__name__}: {delta.fixed}" for path, delta in found.items() if delta.fixed]
     if fixed:
-        raise ValueError("The strength of this adapter cannot change while the net runs:\n  " + "\n  ".join(fixed))
+        raise ValueError("The strength of this adapter cannot change while the net runs:\n  " + listed(fixed))
 
 
 def _require_finite(found: dict[str, Delta]) -> None:

@@ -15,9 +15,9 @@ import numpy as np
 from mindpet_lite.formats.adapters import open_file
 from mindpet_lite.formats.base_hash import sample_places, weight_hash
 from mindpet_lite.formats.files import Entry, TensorFile
+from mindpet_lite.formats.problems import listed
 from mindpet_lite.formats.strict_json import parse_object
 from mindpet_lite.offline.numbers import widened
-from mindpet_lite.offline.problems import listed
 
 # What a layer's weight is called: by PyTorch and most of MindSpore, by nn.Embedding, by MindSpore's norms.
 WEIGHTS = ("weight", "embedding_table", "gamma")

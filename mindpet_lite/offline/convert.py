@@ -12,10 +12,10 @@ import numpy as np
 from mindpet_lite.formats.adapters import Adapter, read_adapter, to_files, write_files
 from mindpet_lite.formats.files import as_float
 from mindpet_lite.formats.placed import placed
+from mindpet_lite.formats.problems import first_of, listed
 from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.names.placing import Table, check_table
 from mindpet_lite.offline.base import open_base
-from mindpet_lite.offline.problems import first_of, listed
 
 
 @dataclasses.dataclass(frozen=True)

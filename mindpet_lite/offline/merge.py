@@ -11,13 +11,13 @@ from pathlib import Path
 from mindpet_lite.formats.adapters import read_adapter
 from mindpet_lite.formats.base_hash import differing
 from mindpet_lite.formats.placed import placed
+from mindpet_lite.formats.problems import first_of
 from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.names.placing import Table
 from mindpet_lite.offline.base import Base, open_base
 from mindpet_lite.offline.changes import Change
 from mindpet_lite.offline.folder import new_directory, refuse_filled
 from mindpet_lite.offline.plan import plan
-from mindpet_lite.offline.problems import first_of
 from mindpet_lite.offline.progress import Progress
 from mindpet_lite.offline.rewrite import rewrite
 

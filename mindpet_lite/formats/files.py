@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from mindpet_lite.formats.float8 import F8_E4M3, F8_E5M2, F8_E8M0, FLOAT8, float8_values
 from mindpet_lite.formats.strict_json import parse_object
 
 # bfloat16, which numpy lacks: a type of its own that holds the bits, so that a file can be written again as it was.
@@ -21,7 +22,8 @@ BF16 = np.dtype([("bf16", "<u2")])
 _TYPES: dict[str, np.dtype] = {
     "U64": np.dtype("<u8"), "I64": np.dtype("<i8"), "F64": np.dtype("<f8"), "C64": np.dtype("<c8"),
     "F32": np.dtype("<f4"), "U32": np.dtype("<u4"), "I32": np.dtype("<i4"), "BF16": BF16, "F16": np.dtype("<f2"),
-    "U16": np.dtype("<u2"), "I16": np.dtype("<i2"), "I8": np.dtype("i1"), "U8": np.dtype("u1"), "BOOL": np.dtype("?")}
+    "U16": np.dtype("<u2"), "I16": np.dtype("<i2"), "F8_E8M0": F8_E8M0, "F8_E4M3": F8_E4M3,
+    "F8_E5M2": F8_E5M2, "I8": np.dtype("i1"), "U8": np.dtype("u1"), "BOOL": np.dtype("?")}
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 # A tensor takes about 100 bytes of a header, and reading a header takes up to 25 times its size in memory. (The
 # safetensors library reads headers up to 100 MB.)
@@ -67,7 +69,7 @@ class TensorFile:
         return self._entries[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        """Return the type of a tensor as numpy has it; `BF16` for bfloat16."""
+        """Return the type of a tensor as numpy has it; `BF16` for bfloat16, one of `FLOAT8` for 8 bit floats."""
         return self._entries[name].dtype
 
     def read(self, name: str) -> np.ndarray:
@@ -141,7 +143,12 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def as_float(value: np.ndarray) -> np.ndarray:
-    """Return bfloat16 values as float32, the same numbers; other arrays as they are."""
+    """Return bfloat16 and 8 bit floats as float32, the same numbers; other arrays as they are.
+
+    An 8 bit weight is these numbers times a scale, which its file holds in a tensor of its own.
+    """
+    if value.dtype in FLOAT8:
+        return float8_values(value.dtype)[value.view("u1")]
     if value.dtype != BF16:
         return value
     # bfloat16 is the upper half of a float32.

@@ -51,7 +51,8 @@ def test_every_code_of_e8m0_is_a_power_of_two():
 
 def test_files_are_those_of_the_safetensors_library_and_read_again():
     tensors = {"a": CODES.view(F8_E5M2).reshape(16, 16), "b": CODES[:6].view(F8_E4M3).reshape(2, 3),
-               "c": CODES[:2].view(F8_E8M0), "i8": np.arange(3, dtype=np.int8), "u8": CODES, "h": np.ones(2, np.float16)}
+               "c": CODES[:2].view(F8_E8M0), "i8": np.arange(3, dtype=np.int8), "u8": CODES,
+               "h": np.ones(2, np.float16)}
     specs = {name: TensorSpec(dtype=NAMES.get(value.dtype, value.dtype.name), shape=value.shape,
                               data_ptr=value.ctypes.data, data_len=value.nbytes) for name, value in tensors.items()}
     assert to_bytes(tensors) == bytes(serialize(specs, {"format": "pt"}))

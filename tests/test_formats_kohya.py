@@ -1,4 +1,4 @@
-"""Names and tensors of kohya's trainer and of its followers: which layer a name is, what stands beside LoRA's tensors."""
+"""Names and tensors of kohya's trainer and of its followers: which layer a name is, what stands beside LoRA."""
 from __future__ import annotations
 
 import json
@@ -16,13 +16,18 @@ from mindpet_lite.formats import diffusers, kohya
 from mindpet_lite.formats.adapters import read_adapter, to_files, write_files
 from mindpet_lite.formats.detect import detect
 from mindpet_lite.formats.files import to_bytes
+from mindpet_lite.formats.layouts import NETWORKS, expanded
+from mindpet_lite.offline.convert import convert
+from mindpet_lite.offline.inspect import inspect
 
 DOWN, UP = tensor((2, 3)), tensor((5, 2), seed=1)
 # By name in kohya's file, the layer that it is, as each trainer names it.
 TRAINERS = {
     # sd-scripts and ComfyUI, FLUX's own code
-    "double_blocks_7_img_mlp_0": "double_blocks.7.img_mlp.0", "double_blocks_7_txt_mod_lin": "double_blocks.7.txt_mod.lin",
-    "single_blocks_12_linear2": "single_blocks.12.linear2", "single_blocks_1_modulation_lin": "single_blocks.1.modulation.lin",
+    "double_blocks_7_img_mlp_0": "double_blocks.7.img_mlp.0",
+    "double_blocks_7_txt_mod_lin": "double_blocks.7.txt_mod.lin",
+    "single_blocks_12_linear2": "single_blocks.12.linear2",
+    "single_blocks_1_modulation_lin": "single_blocks.1.modulation.lin",
     "final_layer_adaLN_modulation_1": "final_layer.adaLN_modulation.1", "guidance_in_in_layer": "guidance_in.in_layer",
     # sd-scripts, Stable Diffusion 3's own code
     "joint_blocks_3_context_block_attn_qkv": "joint_blocks.3.context_block.attn.qkv",
@@ -42,7 +47,8 @@ TRAINERS = {
     "transformer_blocks_5_txt_mlp_net_0_proj": "transformer_blocks.5.txt_mlp.net.0.proj",
     # OneTrainer, diffusers' names
     "transformer_blocks_0_norm1_context_linear": "transformer_blocks.0.norm1_context.linear",
-    "norm_out_linear": "norm_out.linear", "single_transformer_blocks_1_proj_mlp": "single_transformer_blocks.1.proj_mlp",
+    "norm_out_linear": "norm_out.linear",
+    "single_transformer_blocks_1_proj_mlp": "single_transformer_blocks.1.proj_mlp",
     "time_text_embed_timestep_embedder_linear_1": "time_text_embed.timestep_embedder.linear_1",
     "context_embedder_token_refiner_refiner_blocks_0_norm_out_linear":
         "context_embedder.token_refiner.refiner_blocks.0.norm_out.linear",
@@ -92,12 +98,34 @@ def test_a_transformer_keeps_kohyas_prefix_and_gets_its_component():
     with pytest.raises(ValueError, match="img_mlp.0 has its name in the network's own code, .*--names"):
         diffusers.encode(state)
     ours = file_of("transformer_blocks_0_attn_to_q", "single_transformer_blocks_0_proj_mlp", prefix="lora_transformer_")
-    assert set(diffusers.encode(kohya.decode(ours, {}))[0]) >= {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight"}
+    assert "transformer.transformer_blocks.0.attn.to_q.lora_A.weight" in diffusers.encode(kohya.decode(ours, {}))[0]
     unet = kohya.decode(file_of("down_blocks_0_resnets_0_conv1"), {})
     assert list(unet.layers) == ["down_blocks.0.resnets.0.conv1"]
 
 
-PREFIXES = ["unet.", "transformer.", "diffusion_model.", "model.diffusion_model.", "lora_unet.", "lora_transformer.", ""]
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_net_with_a_networks_names_gets_each_layer(network):
+    paths = sorted({path.replace("#", "3") for row in NETWORKS[network] for path in expanded(row)})
+    tensors = file_of(*(path.replace(".", "_") for path in paths))
+    assert set(kohya.decode(tensors, {}, paths).layers) == set(paths)
+    dotted = {key: value for path in paths for key, value in file_of("", prefix=f"diffusion_model.{path}").items()}
+    assert {path.removeprefix("transformer.") for path in diffusers.decode(dotted, {}).layers} == set(paths)
+
+
+def test_a_base_settles_a_name_and_inspect_shows_it_as_it_stands():
+    name = "double_blocks_0_img_attn_qkv"
+    Path("base.safetensors").write_bytes(to_bytes({"double_blocks.0.img_attn_qkv.weight": tensor((5, 3))}))
+    for prefix in ("lora_unet_", "lycoris_"):
+        Path("a.safetensors").write_bytes(to_bytes(file_of(name, prefix=prefix)))
+        assert [layer["path"] for layer in inspect(Path("a.safetensors"))["layers"]] == [name]
+        with pytest.raises(ValueError, match="the underscores do not say"):
+            convert(Path("a.safetensors"), Path("adapter"), "peft")
+        convert(Path("a.safetensors"), Path("adapter"), "peft", base=Path("base.safetensors"))
+        assert list(read_adapter(Path("adapter")).state.layers) == ["double_blocks.0.img_attn_qkv"]
+
+
+PREFIXES = ["unet.", "transformer.", "diffusion_model.", "model.diffusion_model.", "lora_unet.", "lora_transformer.",
+            ""]
 
 
 class Net(nn.Cell):
@@ -129,8 +157,9 @@ def test_dotted_names(prefix, alpha, spelling, pynative_mode):
 
 def test_dotted_names_of_several_components():
     path = "text_model.encoder.layers.0.mlp.fc1"
-    tensors = {key: value for prefix in ("diffusion_model.double_blocks.0.img_mlp.0", f"text_encoders.clip_l.transformer.{path}",
-                                         f"lora_te2.{path}") for key, value in file_of("", prefix=prefix).items()}
+    prefixes = ("diffusion_model.double_blocks.0.img_mlp.0", f"text_encoders.clip_l.transformer.{path}",
+                f"lora_te2.{path}")
+    tensors = {key: value for prefix in prefixes for key, value in file_of("", prefix=prefix).items()}
     assert set(diffusers.decode(tensors, {}).layers) == {
         "transformer.double_blocks.0.img_mlp.0", f"text_encoder.{path}", f"text_encoder_2.{path}"}
     unet = file_of("", prefix="diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q")
@@ -188,8 +217,9 @@ def alphas(tensors, metadata):
     return [layer.settings["lora_alpha"] for layer in read_adapter(Path("a.safetensors")).state.layers.values()]
 
 
-@pytest.mark.parametrize("metadata", [{"alpha": "2", "rank": "4"}, {"lora_alpha": "2.0"}, {"network_alpha": "2", "r": "2"},
-                                      {"transformer.lora_alpha": "2", "transformer.r": "4"}, {"alpha": "2", "lora_alpha": "2"}])
+@pytest.mark.parametrize("metadata", [
+    {"alpha": "2", "rank": "4"}, {"lora_alpha": "2.0"}, {"network_alpha": "2", "r": "2"},
+    {"transformer.lora_alpha": "2", "transformer.r": "4"}, {"alpha": "2", "lora_alpha": "2"}])
 def test_diffusers_layout_reads_the_alpha_of_its_metadata(metadata):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -211,11 +241,12 @@ def test_an_alpha_that_cannot_be_right_is_refused(metadata, message):
 
 @pytest.mark.parametrize("name", ["ss_network_alpha", "alpha", "lora_alpha"])
 def test_kohyas_layout_has_its_alpha_in_tensors_alone(name):
-    with pytest.warns(UserWarning, match=f"say {name}='2', which is not used: .*, 4 for conv_in and its own for 1 more"):
+    with pytest.warns(UserWarning, match=f"say {name}='2', which is not used: .*, 4 for conv_in and its own for 1"):
         assert alphas(KOHYA, {name: "2"}) == [4, 2]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert alphas(KOHYA | {f"lora_unet_conv_{way}.alpha": np.float32(1) for way in ("in", "out")}, {name: "2"}) == [1, 1]
+        own = {f"lora_unet_conv_{way}.alpha": np.float32(1) for way in ("in", "out")}
+        assert alphas(KOHYA | own, {name: "2"}) == [1, 1]
 
 
 def test_what_kohya_tells_of_the_training_is_not_used_in_diffusers_layout():
@@ -226,8 +257,8 @@ def test_what_kohya_tells_of_the_training_is_not_used_in_diffusers_layout():
 def test_an_alpha_beside_a_config_is_named_where_no_layer_has_it():
     files = to_files(lora({"q": dense(2, 4)}), "peft", Path("adapter"))
     write_files(files)
-    tensors = {name: value for name, value in
-               (("base_model.model.q.lora_A.weight", dense(2).tensors[A]), ("base_model.model.q.lora_B.weight", dense(2).tensors[B]))}
+    tensors = {"base_model.model.q.lora_A.weight": dense(2).tensors[A],
+               "base_model.model.q.lora_B.weight": dense(2).tensors[B]}
     Path("adapter/adapter_model.safetensors").write_bytes(to_bytes(tensors, {"lora_alpha": "8"}))
     with pytest.warns(UserWarning, match="say lora_alpha='8', which is not used: the config counts, 4 for q"):
         assert read_adapter(Path("adapter")).state.layers["q"].settings["lora_alpha"] == 4

@@ -119,6 +119,12 @@ def decode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
     return AdapterState("lora", layers, config=kept | config)
 
 
+def without_prefix(key: str) -> str | None:
+    """Return what kohya's key calls the layer, without its component; None for a key of another kind."""
+    match = _NAME.fullmatch(key.partition(".")[0])
+    return match[2] if match is not None else None
+
+
 def _names(state: AdapterState, problems: list[str]) -> dict[str, str]:
     """Return kohya's name of each layer by path."""
     places = components.split(state.layers)

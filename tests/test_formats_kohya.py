@@ -174,13 +174,15 @@ def test_what_stands_beside_loras_tensors(key, decode):
     # LyCORIS' scalar multiplies the update.
     scaled = decode(pair | {f"{key}.alpha": np.float32(1), f"{key}.scalar": np.float32(0.25)}, {}).layers["conv_in"]
     assert scaled.settings == {**plain.settings, "lora_alpha": 0.25}
-    for wrong in (0.0, -1.0, np.inf, np.nan):
+    for wrong in (np.float32(0), np.float32(-1), np.float32(np.inf), np.float32(np.nan), np.complex64(1), np.ones(2)):
         with pytest.raises(ValueError, match="conv_in: LyCORIS' scalar must be one positive number"):
-            decode(pair | {f"{key}.scalar": np.float32(wrong)}, {})
+            decode(pair | {f"{key}.scalar": np.asarray(wrong)}, {})
     dora = decode(pair | {f"{key}.dora_scale": np.arange(1, 6, dtype=np.float32).reshape(5, 1)}, {}).layers["conv_in"]
     assert dora.settings["use_dora"] and dora.tensors[MAGNITUDE].tolist() == [1, 2, 3, 4, 5]
     with pytest.raises(ValueError, match="dora_scale of shape .1, 3. .*wd_on_out=False"):
         decode(pair | {f"{key}.dora_scale": np.ones((1, 3), np.float32)}, {})
+    with pytest.raises(ValueError, match="dora_scale of shape|do not belong together"):
+        decode(pair | {f"{key}.dora_scale": np.ones(5), f"{key}.lora_up.weight": np.float32(1)}, {})
     for last, what in {"diff": "a full difference of weights", "diff_b": "a difference of a bias",
                        "w_norm": "a difference of a norm's weight", "b_norm": "a difference of a norm's bias"}.items():
         assert_same(decode(pair | {f"{key}.{last}": np.zeros(5, np.float32)}, {}), decode(pair, {}))

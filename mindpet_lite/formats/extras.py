@@ -61,7 +61,7 @@ def scaled(path: str, alpha: float, scalar: np.ndarray) -> float:
         ValueError: `scalar` is not one positive number.
     """
     scalar = as_float(scalar)
-    if scalar.size != 1 or not 0 < (value := float(scalar.reshape(()))) < np.inf:
+    if scalar.size != 1 or scalar.dtype.kind not in "fiu" or not 0 < (value := float(scalar.reshape(()))) < np.inf:
         raise ValueError(f"{path}: LyCORIS' scalar must be one positive number, but is {scalar!r:.60}: the update "
                          f"cannot be expressed.")
     return alpha * value
@@ -78,7 +78,7 @@ def magnitude(path: str, scale: np.ndarray, up: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: it is not one number for each output.
     """
-    out, ones = up.shape[0], [1] * (up.ndim - 2)
+    out, ones = up.shape[0] if up.ndim > 1 else 0, [1] * (up.ndim - 2)
     if scale.shape not in ((out,), (out, 1, *ones)):
         raise ValueError(f"{path}: dora_scale of shape {scale.shape} is not one number for each of the {out} outputs; "
                          f"LyCORIS' magnitude along the inputs (wd_on_out=False) cannot be expressed.")

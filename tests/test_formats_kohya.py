@@ -16,7 +16,7 @@ from mindpet_lite.formats import diffusers, kohya
 from mindpet_lite.formats.adapters import read_adapter, to_files, write_files
 from mindpet_lite.formats.detect import detect
 from mindpet_lite.formats.files import to_bytes
-from mindpet_lite.formats.layouts import NETWORKS, expanded
+from mindpet_lite.names.layouts import NETWORKS, expanded
 from mindpet_lite.offline.convert import convert
 from mindpet_lite.offline.inspect import inspect
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from adapters import MAGNITUDE, A, B, same_tensors, tensor
+from mindspore import nn
 
+import mindpet_lite as mp
 from mindpet_lite.formats import peft
 from mindpet_lite.formats.adapters import read_adapter
 from mindpet_lite.formats.files import read_tensors, to_bytes
@@ -123,6 +125,27 @@ def test_a_module_of_the_base_that_peft_would_have_saved(module):
     assert peft.unsaved_modules(state, ["q", "classifier", "scores", "score_head"]) == []
     assert peft.unsaved_modules(peft.decode(PAIR, {**CONFIG, **SAVED}), ["a.classifier"]) == [
         "modules_to_save names 'classifier', which a.classifier is, but the file holds nothing of it."]
+
+
+class Net(nn.Cell):
+    """A layer `q`, and a head of this name."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.q = nn.Dense(4, 4, has_bias=False)
+        self.insert_child_to_cell(head, nn.Dense(4, 3))
+
+
+def test_a_net_gets_the_head_that_it_has_and_refuses_one_that_is_missing():
+    source = written({**PAIR, **HEAD}, **SAVED)
+    net = mp.load_adapter(Net("classifier"), source)
+    assert np.array_equal(net.classifier.weight.asnumpy(), HEAD[f"{PREFIX}classifier.weight"])
+    mp.save_adapter(net, "again")
+    assert json.loads(Path("again/adapter_config.json").read_text())["modules_to_save"] == SAVED["modules_to_save"]
+    net = Net("score")
+    with pytest.raises(ValueError, match="modules_to_save names 'score', which score is, but the file"):
+        mp.load_adapter(net, written(PAIR, **SAVED))
+    assert type(net.q) is nn.Dense
 
 
 # Embeddings that PEFT saves along when a vocabulary grew

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mindpet_lite.formats import peft
-from mindpet_lite.formats.extras import NOTHING, magnitude, scaled, what_it_is, without_extras
+from mindpet_lite.formats.extras import NOTHING, kind_of_part, magnitude, scaled, without_extras
 from mindpet_lite.formats.lora import (
     B_BIAS,
     EMBEDDING_A,
@@ -207,7 +207,7 @@ def _by_component(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
 def _what(key: str) -> str:
     """Return what a key is by the part behind the layer's path."""
     parts = key.split(".")
-    return next((what for start in range(len(parts)) if (what := what_it_is(".".join(parts[start:]))) != NOTHING),
+    return next((what for start in range(len(parts)) if (what := kind_of_part(".".join(parts[start:]))) != NOTHING),
                 f"{NOTHING} in any of diffusers' layouts")
 
 

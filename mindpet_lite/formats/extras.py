@@ -49,7 +49,7 @@ def without_extras(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return found
 
 
-def what_it_is(part: str) -> str:
+def kind_of_part(part: str) -> str:
     """Return what the part of a key behind a layer's name is, in a sentence."""
     return next((what for start, what in _OTHERS.items() if part.startswith(start)), NOTHING)
 

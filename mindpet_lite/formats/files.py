@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from mindpet_lite.formats.float8 import F8_E4M3, F8_E5M2, F8_E8M0, FLOAT8, float8_values
+from mindpet_lite.formats.other_files import what_it_is
 from mindpet_lite.formats.strict_json import parse_object
 
 # bfloat16, which numpy lacks: a type of its own that holds the bits, so that a file can be written again as it was.
@@ -252,16 +253,6 @@ def check_shape(name: str, shape: Any, itemsize: int) -> int:
     if len(shape) > _MAX_AXES or math.prod(length or 1 for length in shape) * itemsize >= 2 ** 62:
         raise ValueError(f"the shape {shape!r:.100} of {name} is beyond what an array can have.")
     return math.prod(shape) * itemsize
-
-
-def what_it_is(start: bytes) -> str:
-    """Return in a sentence what a file of another kind is, by its first bytes, and what to do."""
-    if start.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", start):
-        return ("it is a pickle (torch.save's), which can run code when it is read, and is never read; save it as "
-                "safetensors where it came from.")
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`."
-    return "it was cut short, damaged, or is a file of another kind; copy or save it again."
 
 
 def _metadata(found: Any) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mindpet_lite.formats.extras import magnitude, scaled, what_it_is, without_extras
+from mindpet_lite.formats.extras import kind_of_part, magnitude, scaled, without_extras
 from mindpet_lite.formats.lora import (
     MAGNITUDE,
     OWN_ENTRY,
@@ -155,7 +155,7 @@ def _by_layer(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, dict[str, np
         if not _NAME.fullmatch(name):
             problems.append(f"{key} is no key of kohya's: they start with {', '.join(_COMPONENTS)}.")
         elif part not in _PARTS:
-            problems.append(f"{key} is {what_it_is(part)}, which cannot be read here: known are {', '.join(_PARTS)}.")
+            problems.append(f"{key} is {kind_of_part(part)}, which cannot be read here: known are {', '.join(_PARTS)}.")
         else:
             parts.setdefault(name, {})[part] = value
     return parts, problems

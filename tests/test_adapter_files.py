@@ -333,7 +333,7 @@ CONFIG_DAMAGE = [
     ({"use_rslora": 3}, "use_rslora must be true or false"), ({"bias": "some"}, "bias must be"),
     ({"lora_bias": True}, "lacks lora_B.bias"), ({"use_qalora": True}, "use_qalora = True is not supported"),
     ({"init_lora_weights": "corda"}, "init_lora_weights = 'corda' is not supported"),
-    ({"modules_to_save": ["head"]}, "modules_to_save"), ({"rank_pattern": [1]}, "rank_pattern must be an object"),
+    ({"rank_pattern": [1]}, "rank_pattern must be an object"),
     ({"rank_pattern": {"(": 2}}, "no regular expression"), ({"alpha_pattern": {"to_q": "x"}}, "alpha_pattern"),
     ({"alpha_pattern": {"to_q": 0}}, "alpha_pattern"), ({"lora_dropout": 2}, "lora_dropout"),
     ({"lora_dropout": "x"}, "lora_dropout"), ({"rank_pattern": {"to_q": 2.5}}, "rank_pattern"),

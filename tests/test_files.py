@@ -111,7 +111,7 @@ BAD_HEADERS = [
     ('{"x": {"dtype": "F32", "dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', bytes(8), "'dtype' stands twice"),
     ({"x": 3}, b"", "x must have dtype, shape and data_offsets, but has 3"),
     ({"x": entry(more=1)}, bytes(8), "x must have dtype"), ({"x": {"dtype": "F32"}}, b"", "x must have dtype"),
-    ({"x": entry("F8_E4M3", [8])}, bytes(8), "x is of type 'F8_E4M3', which cannot be read; save it as F32"),
+    ({"x": entry("F4", [16])}, bytes(8), "x is of type 'F4', which cannot be read; save it as F32"),
     ({"x": entry("f32")}, bytes(8), "x is of type 'f32'"), ({"x": entry(["F32"])}, bytes(8), "x is of type"),
     ({"x": entry(shape=[-2])}, bytes(8), "the shape of x must be a list of lengths"),
     ({"x": entry(shape=[2.0])}, bytes(8), "the shape of x"), ({"x": entry(shape=[True, 2])}, bytes(8), "of x"),

@@ -9,30 +9,38 @@ from adapters import DTYPES, dense, lora, tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindpet_lite.formats import diffusers, kohya, mindformers, mindpet
+from mindpet_lite.formats import diffusers, kohya, mindformers, mindpet, mlx, peft
 from mindpet_lite.formats.detect import FORMATS, detect
+from mindpet_lite.formats.float8 import FLOAT8
 from mindpet_lite.names.placing import map_names
 
 PARTS = st.sampled_from("""
     x 0 unet text_encoder lora_unet_x lora_te1_text_model lora_unet_ base_model model lora_A lora_B lora_down lora_up
     lora down up weight bias alpha dora_scale default lora_magnitude_vector lora_embedding_A lora_mid processor
     to_q_lora to_out_lora lora_a lora_b mindpet_delta_lora_a mindpet_delta_lora_B mindpet_delta_ hada_w1_a é a/../b
+    scalar diff diff_b bundle_emb diffusion_model lycoris_x module _orig_mod modules_to_save original_module m lm_head
+    lora_unet_double_blocks_0_img_attn_qkv embed_tokens text_encoders clip_l transformer
     """.split() + [""])
 FIELDS = st.sampled_from("""
     r lora_alpha lora_dropout peft_type rank_pattern alpha_pattern unet.r unet.peft_type unet.lora_alpha layers config
     trained path settings method parameters component_in_paths lora_config lora_rank mindpet_lite x a.*( more
+    fine_tune_type lora_parameters rank scale dropout modules_to_save use_dora
     """.split())
 KEYS = st.lists(PARTS, min_size=1, max_size=5).map(".".join)
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 3]), max_size=4).map(tuple)
-ARRAYS = st.builds(tensor, SHAPES, st.sampled_from([*DTYPES, np.dtype(bool), np.dtype(np.int64)]), st.integers(0, 3))
+ARRAYS = st.builds(tensor, SHAPES, st.sampled_from([*DTYPES, *FLOAT8, np.dtype(bool), np.dtype(np.int64),
+                                                    np.dtype(np.complex64)]), st.integers(0, 3))
 TENSORS = st.dictionaries(KEYS, ARRAYS, max_size=5)
 VALUES = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(-2, 10 ** 12), st.floats(), st.text(max_size=4)),
                       lambda inner: st.one_of(st.lists(inner, max_size=2), st.dictionaries(FIELDS, inner, max_size=4)),
                       max_leaves=8)
 OBJECTS = st.dictionaries(FIELDS, VALUES, max_size=6)
 TEXTS = st.one_of(OBJECTS.map(json.dumps), st.text(max_size=6))
-METADATA = st.dictionaries(st.sampled_from(["mindpet_lite", "lora_adapter_metadata", "format"]), TEXTS)
-CODECS = ["diffusers", "kohya", "kohya with a net", "mindpet", "mindformers", "detect", "names"]
+METADATA = st.dictionaries(st.sampled_from(["mindpet_lite", "lora_adapter_metadata", "format", "alpha", "rank",
+                                            "ss_network_alpha"]), TEXTS)
+CODECS = ["diffusers", "kohya", "kohya with a net", "mindpet", "mindformers", "peft", "mlx", "detect", "names"]
+GOOD = {"peft": {"peft_type": "LORA", "r": 2, "lora_alpha": 4},
+        "mlx": {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 3.0}}}
 many = settings(max_examples=100, deadline=None)
 
 
@@ -78,8 +86,9 @@ def read(codec, tensors, metadata, config):
             kohya.decode(tensors, metadata, ["x", "a.b"] if codec != "kohya" else None)
         elif codec == "mindpet":
             mindpet.decode(tensors, metadata.get("mindpet_lite"), ["lora", "adapter"])
-        elif codec == "mindformers":
-            mindformers.decode(tensors, config)
+        elif codec in ("mindformers", "peft", "mlx"):
+            codecs = {"mindformers": mindformers, "peft": peft, "mlx": mlx}
+            codecs[codec].decode(tensors, {**GOOD.get(codec, {}), **config})
         elif codec == "detect":
             assert detect(tensors, metadata, config) in FORMATS
         else:

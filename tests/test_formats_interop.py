@@ -15,6 +15,7 @@ from adapters import MAGNITUDE, A, B, conv, dense, lora, read
 
 from mindpet_lite.formats import diffusers, directory, kohya
 from mindpet_lite.formats.files import to_bytes
+from mindpet_lite.offline.merge import merge as merge_files
 
 MISSING = [name for name in ("torch", "peft", "diffusers", "transformers") if importlib.util.find_spec(name) is None]
 pytestmark = [pytest.mark.interop, pytest.mark.skipif(
@@ -146,3 +147,44 @@ def test_peft_reads_ours(outputs, name):
 def test_every_kind_of_layer_with_a_rank_and_an_alpha_of_its_own(outputs, name):
     _, found = outputs
     assert_close(found[name], found[f"{name}_merged"])
+
+
+GROWN = {
+    "Llama": ("LlamaForCausalLM", {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
+                                   "num_attention_heads": 2, "num_key_value_heads": 1}, "q_proj"),
+    "GPTNeoX": ("GPTNeoXForCausalLM", {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
+                                       "num_attention_heads": 2}, "query_key_value"),
+    "GPT2": ("GPT2LMHeadModel", {"n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}, "c_attn"),
+    "T5": ("T5ForConditionalGeneration", {"d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}, "q"),
+    "Bert": ("BertForMaskedLM", {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
+                                 "num_attention_heads": 2}, "query"),
+    "Mamba": ("MambaForCausalLM", {"hidden_size": 8, "num_hidden_layers": 1, "state_size": 4}, "in_proj"),
+    "Whisper": ("WhisperForConditionalGeneration", {
+        "d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "max_target_positions": 8,
+        "max_source_positions": 8, "pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 2,
+        "decoder_start_token_id": 3}, "q_proj")}
+
+
+@pytest.mark.parametrize("model", GROWN)
+def test_grown_vocabularies_of_transformers_merge_as_peft_merges(model):
+    import peft as peft_library
+    import torch
+    import transformers
+    kind, sizes, target = GROWN[model]
+    torch.manual_seed(0)
+    net = getattr(transformers, kind)(getattr(transformers, f"{model}Config")(vocab_size=20, **sizes))
+    net.resize_token_embeddings(24)
+    net.save_pretrained("base")
+    tuned = peft_library.get_peft_model(net, peft_library.LoraConfig(r=2, lora_alpha=4, target_modules=[target]))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) / 3)
+    tuned.save_pretrained("adapter", save_embedding_layers=True)
+    merge_files(Path("base"), Path("adapter"), Path("out"), quiet=True)
+    wanted = tuned.merge_and_unload().state_dict()
+    found = getattr(transformers, kind).from_pretrained("out").state_dict()
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.allclose(found[name], value, rtol=1e-6, atol=1e-6), name

@@ -56,7 +56,7 @@ DOWN, UP = (value for value in dense(2, 4).tensors.values())
 LAYER = {"lora_unet_x.lora_down.weight": DOWN, "lora_unet_x.lora_up.weight": UP}
 BAD_KOHYA = [
     ({}, "it holds no tensor"),
-    ({"lora_down.weight": DOWN}, "lora_down.weight is no key of kohya's: they start with lora_unet, lora_te"),
+    ({"lora_down.weight": DOWN}, "lora_down.weight is no key of kohya's: they start with lora_unet, lycoris, lora_te"),
     ({"lora_control_x.lora_down.weight": DOWN}, "is no key of kohya's"),
     ({**LAYER, "lora_unet_x.lora_mid.weight": DOWN}, "lora_mid.weight is LoCon with a third factor"),
     ({"lora_unet_x.hada_w1_a": DOWN}, "hada_w1_a is LoHa, which cannot be read here"),

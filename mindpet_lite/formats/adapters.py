@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mindpet_lite.formats import diffusers, kohya, mindformers, mindpet, native, peft
+from mindpet_lite.formats import diffusers, kohya, mindformers, mindpet, mlx, native, peft
 from mindpet_lite.formats.atomic import atomic_file, open_together, write_together
 from mindpet_lite.formats.checkpoint_file import open_checkpoint, to_parts
 from mindpet_lite.formats.detect import FORMATS, detect
@@ -19,10 +19,13 @@ from mindpet_lite.formats.directory import CONFIG_FILE, TENSOR_FILE, read_config
 from mindpet_lite.formats.files import TensorFile, as_float, open_tensors, tensors_in, to_bytes, type_name
 from mindpet_lite.formats.problems import first_of
 from mindpet_lite.formats.state import AdapterState
+from mindpet_lite.formats.stated_alpha import warn_of_contrary
 
 TARGETS = ("peft", "diffusers", "kohya", "mindpet", "mindformers")
 # The name by which diffusers finds the file in a directory.
 _DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+# The names, without their ending, of the tensors that a config beside them belongs to: PEFT's, mlx-lm's.
+_WITH_CONFIG = (Path(TENSOR_FILE).stem, "adapters")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +66,11 @@ def read_adapter(path: Path, kind: str | None = None, methods: Iterable[str] = (
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         tensors = {name: file.read(name) for name in file.keys()}
-    if found in ("peft", native.FORMAT) and config is None:
+    if found in ("peft", "mlx", native.FORMAT) and config is None:
         raise FileNotFoundError(f"There is no {CONFIG_FILE} beside {tensor_file}, which holds the adapter's settings: "
                                 f"give the directory with both.")
     try:
+        _check_sizes(tensors)
         state = _decode(found, tensors, file.metadata, config, methods, paths)
         _check_types(state)
     except ValueError as error:
@@ -121,8 +125,11 @@ def open_file(path: Path) -> TensorFile:
 
 def _decode(kind: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], config: dict[str, Any] | None,
             methods: Iterable[str], paths: Iterable[str] | None) -> AdapterState:
-    if kind == "peft":
-        return peft.decode(tensors, config or {})
+    if kind in ("peft", "mlx"):
+        state = (peft if kind == "peft" else mlx).decode(tensors, config or {})
+        warn_of_contrary(metadata, {path: layer.settings["lora_alpha"] for path, layer in state.layers.items()
+                                    if layer.settings and "lora_alpha" in layer.settings})
+        return state
     if kind == native.FORMAT:
         return native.decode(tensors, config or {})
     if kind == "diffusers":
@@ -134,8 +141,20 @@ def _decode(kind: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str,
     return mindformers.decode(tensors, config)
 
 
+def _check_sizes(tensors: Mapping[str, np.ndarray]) -> None:
+    """Refuse tensors without a value."""
+    empty = [f"{name} has the shape {value.shape}, which holds no value: DeepSpeed's ZeRO-3 leaves such tensors where "
+             f"the shards were not gathered before saving (stage3_gather_16bit_weights_on_model_save, or "
+             f"zero_to_fp32.py); save the adapter again." for name, value in tensors.items() if not value.size]
+    if empty:
+        raise ValueError("\n  ".join(empty))
+
+
 def _check_types(state: AdapterState) -> None:
-    """Refuse factors of LoRA that are no numbers with a fraction."""
+    """Refuse factors of LoRA that are no numbers with a fraction.
+
+    8 bit floats are read, so that they can be copied; `eight_bit_problems` refuses them where they would be used.
+    """
     wrong = [f"{path}.{name} is of type {type_name(value.dtype)}, but LoRA's tensors are F32, F16, BF16 or F64."
              for path, layer in state.layers.items() for name, value in layer.tensors.items()
              if as_float(value).dtype.kind != "f"]
@@ -152,8 +171,10 @@ def _files(path: Path) -> tuple[Path | None, Path]:
     found = sorted(item for item in folder.iterdir() if item.suffix in (".safetensors", ".ckpt"))
     if not path.is_dir():
         # A config beside several files of tensors may be another's.
-        return (config if path.stem == Path(TENSOR_FILE).stem or found == [path] else None), path
-    named = [item for item in found if item.stem == Path(TENSOR_FILE).stem] or found
+        # mlx-lm calls what it saves in between 0000100_adapters.
+        mine = path.stem in _WITH_CONFIG or path.stem.endswith("_adapters") or found == [path]
+        return (config if mine else None), path
+    named = next(filter(None, ([item for item in found if item.stem == stem] for stem in _WITH_CONFIG)), found)
     if len(named) != 1:
         pickled = " Its adapter_model.bin is a pickle, which can run code when it is read and is never read: save it " \
                   "with safe_serialization=True." if (folder / "adapter_model.bin").exists() else ""

@@ -15,7 +15,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mindpet_lite.formats.files import BF16, Entry, TensorFile, check_name, check_shape, open_regular, what_it_is
+from mindpet_lite.formats.files import BF16, Entry, TensorFile, check_name, check_shape, open_regular
+from mindpet_lite.formats.other_files import what_it_is
 
 _TYPES: dict[str, np.dtype] = {
     "Float32": np.dtype("<f4"), "Float16": np.dtype("<f2"), "BFloat16": BF16, "Float64": np.dtype("<f8"),

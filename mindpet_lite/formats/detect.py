@@ -5,18 +5,20 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from mindpet_lite.formats.extras import BUNDLED
 from mindpet_lite.formats.lora import OWN_ENTRY
 from mindpet_lite.formats.native import FORMAT as NATIVE
 
-FORMATS = ("peft", "diffusers", "kohya", "mindpet", "mindformers", NATIVE)
+FORMATS = ("peft", "diffusers", "kohya", "mindpet", "mindformers", "mlx", NATIVE)
 # What every key of a file of the format matches.
 _KEYS = {
-    "kohya": re.compile(r"lora_(unet|te[123]?|transformer)_[^.]+\..+"),
+    "kohya": re.compile(r"(lora_(unet|te[123]?|transformer)|lycoris)_[^.]+\..+"),
     "mindpet": re.compile(r"(.*\.)?mindpet_delta_.+"),
-    "mindformers": re.compile(r".+\.lora_[ab]"),
-    "peft": re.compile(r"base_model\.model\..+"),
-    "diffusers": re.compile(r".+\.(lora_[AB]\..+|lora_embedding_[AB].*|lora_magnitude_vector.*|alpha"
-                            r"|lora(_linear_layer)?\.(down|up)\.weight|to_(q|k|v|out)_lora\.(down|up)\.weight)"),
+    "mindformers": re.compile(r".+\.lora_[ab](\.weight)?"),
+    "peft": re.compile(r"((module|_orig_mod)\.)*base_model\.model\..+"),
+    "diffusers": re.compile(r".+\.(lora_[AB]\..+|lora_embedding_[AB].*|lora_magnitude_vector.*|alpha|dora_scale|scalar"
+                            r"|lora(_linear_layer)?[._](down|up)\.weight|to_(q|k|v|out)_lora\.(down|up)\.weight"
+                            r"|lora_mid\..+|(hada|lokr|oft|boft)_.+|diff(_b)?|[wb]_norm|set_weight|reshape_weight)"),
 }
 
 
@@ -33,6 +35,9 @@ def detect(names: Collection[str], metadata: Mapping[str, str], config: Mapping[
     """
     if config is not None and config.get("format") == NATIVE:
         return NATIVE
+    if config is not None and "fine_tune_type" in config:
+        return "mlx"
+    names = [name for name in names if not name.startswith(BUNDLED)]
     kinds = [kind for kind, pattern in _KEYS.items() if names and all(map(pattern.fullmatch, names))]
     if config is not None and kinds and kinds[0] in ("mindpet", "mindformers"):
         return "mindformers"

@@ -3,13 +3,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from mindpet_lite.formats import peft
+from mindpet_lite.formats.extras import NOTHING, kind_of_part, magnitude, scaled, without_extras
 from mindpet_lite.formats.lora import (
     B_BIAS,
     EMBEDDING_A,
@@ -24,8 +25,10 @@ from mindpet_lite.formats.lora import (
     without_settings,
 )
 from mindpet_lite.formats.state import AdapterState, LayerState
+from mindpet_lite.formats.stated_alpha import stated_alpha, warn_of_unused
 from mindpet_lite.formats.strict_json import parse_object
 from mindpet_lite.names import components
+from mindpet_lite.names.underscores import in_own_names, is_transformer
 
 # The metadata that holds the config: PEFT's fields, each behind its component's name.
 CONFIG_ENTRY = "lora_adapter_metadata"
@@ -39,9 +42,18 @@ _LAYOUTS = [re.compile(pattern) for pattern in (
     r"(?P<path>.+)\.(?P<factor>lora_embedding_[AB])(?:\.(?P<adapter>[^.]+))?",
     r"(?P<path>.+)\.(?P<factor>lora_magnitude_vector)(?:\.(?!weight$)(?P<adapter>[^.]+))?(?:\.weight)?",
     r"(?P<path>.+)\.lora(?:_linear_layer)?\.(?P<factor>down|up)\.(?P<kind>weight)",
+    r"(?P<path>.+)\.lora_(?P<factor>down|up)\.(?P<kind>weight)",
     r"(?P<path>.+)\.(?P<old>to_q|to_k|to_v|to_out)_lora\.(?P<factor>down|up)\.(?P<kind>weight)",
-    r"(?P<path>.+)\.(?P<factor>alpha)")]
+    r"(?P<path>.+)\.(?P<aside>alpha|dora_scale|scalar)")]
 _FACTORS = {"A": "lora_A", "B": "lora_B", "down": "lora_A", "up": "lora_B"}
+# What others put before a component's layers: kohya's prefixes with a dot, and ComfyUI's names. What it calls the
+# diffusion model is the U-Net or the transformer, as the layers' names say.
+_DENOISER = ("model.diffusion_model.", "diffusion_model.")
+_HEADS = {"lora_unet.": components.UNET, "lora_transformer.": "transformer", "lora_te.": "text_encoder",
+          "lora_te1.": "text_encoder", "lora_te2.": "text_encoder_2", "lora_te3.": "text_encoder_3",
+          "text_encoders.clip_l.transformer.": "text_encoder", "text_encoders.clip_g.transformer.": "text_encoder_2",
+          "clip_l.": "text_encoder", "clip_g.": "text_encoder_2",
+          **{f"{name}.": name for name in components.COMPONENTS}}
 # The attention processors of old files name the layers of text encoders as those of the U-Net.
 _OLD_UNET = {"to_out": "to_out.0"}
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -58,6 +70,12 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise ValueError("\n  ".join(problems))
     places = components.split(state.layers)
     names = sorted({component for component, _ in places.values()})
+    problems = [f"{path} has its name in the network's own code, and diffusers has another name for it or several "
+                f"layers in its place: give the layers diffusers' names with a table (--names)."
+                for path, (component, below) in places.items()
+                if component in ("transformer", "transformer_2") and in_own_names(below)]
+    if problems:
+        raise ValueError("\n  ".join(problems))
     tensors: dict[str, np.ndarray] = {}
     config: dict[str, Any] = {}
     for component in names:
@@ -97,30 +115,33 @@ def _changes(component: str, layers: Mapping[str, LayerState], read: AdapterStat
 
 
 def decode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> AdapterState:
-    """Return the adapter of a file in any of diffusers' layouts.
+    """Return the adapter of a file in any of diffusers' layouts, or with kohya's names of tensors behind dotted paths.
 
-    A file without config has alpha = rank, as diffusers reads it, unless it holds an alpha for each layer.
+    The alpha of a file without config is that of its tensors, else the one that its metadata state (`stated_alpha`),
+    else the rank, as diffusers reads it.
 
     Args:
         tensors: by the file's keys: new (``unet.<path>.lora_A.weight``, with or without component and adapter name),
-            ``<path>.lora.down.weight``, or that of attention processors (``<path>.processor.to_q_lora.down.weight``).
+            ``<path>.lora.down.weight``, that of attention processors (``<path>.processor.to_q_lora.down.weight``), or
+            ``<path>.lora_down.weight`` with or without ``<path>.alpha``, ``.dora_scale`` and ``.scalar`` (OneTrainer,
+            LyCORIS). ``diffusion_model.`` (ComfyUI) may stand for the component.
         metadata: of the safetensors file.
 
     Raises:
-        ValueError: keys of no LoRA layer, of several adapters, or twice; a damaged config; or what `peft.decode`
-            refuses. All problems of a kind stand in one message.
+        ValueError: keys of no LoRA layer, of several adapters, or twice; a damaged config; a part that LoRA has no
+            place for; or what `peft.decode` refuses. All problems of a kind stand in one message.
     """
-    parts, alphas = _sorted_out(tensors)
+    parts, asides = _sorted_out(without_extras(tensors))
     own, config = _own(metadata), _config(metadata)
     layers, kept, problems = {}, {}, []
     for component, part in parts.items():
-        if config is None:
-            fields = _inferred(part, alphas.get(component, {}))
-        elif alphas:
+        aside = asides[component]
+        if config is not None and (aside["alpha"] or aside["scalar"]):
             raise ValueError(f"the file has a config ({CONFIG_ENTRY}) and keys of alpha: which counts is not said.")
-        else:
-            fields = _fields_of(config, component, list(parts))
         try:
+            part |= _magnitudes(part, aside["dora_scale"])
+            fields = _inferred(part, aside, metadata, component) if config is None else \
+                _fields_of(config, component, list(parts))
             state = peft.decode(part, fields)
         except ValueError as error:
             problems.append(f"{component}: {error}")
@@ -133,54 +154,93 @@ def decode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> Ad
     return AdapterState("lora", layers, config=own.get("config", {} if config is None else kept))
 
 
-def _sorted_out(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, dict[str, np.ndarray]],
-                                                            dict[str, dict[str, np.ndarray]]]:
-    """Return by component the tensors by PEFT's keys, and the alphas by path."""
-    parts: dict[str, dict[str, np.ndarray]] = {}
-    alphas: dict[str, dict[str, np.ndarray]] = {}
+# The tensors of a component by PEFT's keys, and beside them by kind (`alpha`, `dora_scale`, `scalar`) those by path.
+_Parts = dict[str, np.ndarray]
+_Asides = dict[str, dict[str, np.ndarray]]
+
+
+def _sorted_out(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, _Parts], dict[str, _Asides]]:
+    """Return by component the tensors by PEFT's keys, and those beside them."""
+    parts: dict[str, _Parts] = defaultdict(dict)
+    asides: dict[str, _Asides] = defaultdict(lambda: defaultdict(dict))
     problems, adapters = [], set()
-    for key, value in tensors.items():
-        head, _, rest = key.partition(".")
-        component, below = (head, rest) if head in components.COMPONENTS else (components.UNET, key)
+    for key, (component, below) in _by_component(tensors).items():
         match = next(filter(None, (layout.fullmatch(below.replace(".processor.", ".")) for layout in _LAYOUTS)), None)
         if match is None:
-            problems.append(f"{key} is no tensor of a LoRA layer in any of diffusers' layouts.")
+            problems.append(f"{key} is {_what(key)}, which cannot be read here.")
             continue
         found = match.groupdict()
         adapters |= {found["adapter"]} if "adapter" in found else set()
         path = found["path"] + (f".{_old_name(found['old'], component)}" if found.get("old") else "")
-        if found["factor"] == "alpha":
-            place, name = alphas, path
+        if found.get("aside"):
+            place, name = asides[component][found["aside"]], path
         else:
             tail = f".{found['kind']}" if found.get("kind") else ""
-            place, name = parts, f"{_PEFT}{path}.{_FACTORS.get(found['factor'], found['factor'])}{tail}"
-        if name in place.setdefault(component, {}):
+            place, name = parts[component], f"{_PEFT}{path}.{_FACTORS.get(found['factor'], found['factor'])}{tail}"
+        if name in place:
             problems.append(f"{key} stands twice in the file, in two layouts.")
-        place[component][name] = value
+        place[name] = tensors[key]
     if len(adapters) > 1:
         problems.append(f"it holds several adapters: {', '.join(sorted(map(str, adapters)))}.")
+    problems += [f"{path}.{kind} belongs to no layer of the file." for component in asides.keys() - parts.keys()
+                 for kind, found in asides[component].items() for path in found]
     if not parts and not problems:
         problems.append("it holds no tensor.")
     if problems:
         raise ValueError("\n  ".join(problems))
-    return parts, alphas
+    return parts, asides
+
+
+def _by_component(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return the component of each key and the key below it."""
+    found = {}
+    for key in keys:
+        head = next((head for head in (*_DENOISER, *_HEADS) if key.startswith(head)), "")
+        found[key] = _HEADS.get(head, components.UNET), key.removeprefix(head)
+    inner = [below for key, (_, below) in found.items() if key.startswith(_DENOISER)]
+    paths = {re.sub(r"\.(lora_(A|B|down|up)\..*|alpha|dora_scale|scalar)$", "", below) for below in inner}
+    if is_transformer(paths):
+        found |= {key: ("transformer", below) for key, (_, below) in found.items() if key.startswith(_DENOISER)}
+    return found
+
+
+def _what(key: str) -> str:
+    """Return what a key is by the part behind the layer's path."""
+    parts = key.split(".")
+    return next((what for start in range(len(parts)) if (what := kind_of_part(".".join(parts[start:]))) != NOTHING),
+                f"{NOTHING} in any of diffusers' layouts")
+
+
+def _magnitudes(part: _Parts, scales: Mapping[str, np.ndarray]) -> _Parts:
+    """Return DoRA's magnitudes by PEFT's keys."""
+    without = [path for path in scales if f"{_PEFT}{path}.lora_B.weight" not in part]
+    if without:
+        raise ValueError(f"dora_scale without a layer: {', '.join(without)}.")
+    return {f"{_PEFT}{path}.lora_magnitude_vector": magnitude(path, value, part[f"{_PEFT}{path}.lora_B.weight"])
+            for path, value in scales.items()}
 
 
 def _old_name(name: str, component: str) -> str:
     return _OLD_TEXT[name] if component.startswith("text_encoder") else _OLD_UNET.get(name, name)
 
 
-def _inferred(part: Mapping[str, np.ndarray], alphas: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _inferred(part: _Parts, aside: _Asides, metadata: Mapping[str, str], component: str) -> dict[str, Any]:
     """Return the config of a file without one: ranks by the shapes, alpha as given or the rank."""
     ranks = {key.removeprefix(_PEFT).removesuffix(".lora_A.weight"): int(value.shape[0]) for key, value in part.items()
              if key.endswith(".lora_A.weight") and value.ndim}
     if not ranks:
         raise ValueError("it has no config and no factor A to tell the rank by.")
-    unknown = [path for path in alphas if path not in ranks]
-    if unknown:
-        raise ValueError(f"alpha without a layer: {', '.join(unknown)}.")
-    settings = {path: (rank, read_alpha(path, alphas[path], rank) if path in alphas else rank)
+    alphas, scalars = aside["alpha"], aside["scalar"]
+    for kind, found in (("alpha", alphas), ("scalar", scalars)):
+        unknown = [path for path in found if path not in ranks]
+        if unknown:
+            raise ValueError(f"{kind} without a layer: {', '.join(unknown)}.")
+    stated = None if alphas else stated_alpha(metadata, component, ranks.values())
+    default = {path: rank if stated is None else stated for path, rank in ranks.items() if path not in alphas}
+    warn_of_unused(metadata, default)
+    settings = {path: (rank, read_alpha(path, alphas[path], rank) if path in alphas else default[path])
                 for path, rank in ranks.items()}
+    settings |= {path: (ranks[path], scaled(path, settings[path][1], value)) for path, value in scalars.items()}
     rank, alpha = Counter(settings.values()).most_common(1)[0][0]
     return {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0,
             "rank_pattern": {f"^{re.escape(path)}$": own for path, (own, _) in settings.items() if own != rank},

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from mindpet_lite.formats.float8 import F8_E4M3, F8_E5M2, F8_E8M0, FLOAT8, float8_values
+from mindpet_lite.formats.other_files import what_it_is
 from mindpet_lite.formats.strict_json import parse_object
 
 # bfloat16, which numpy lacks: a type of its own that holds the bits, so that a file can be written again as it was.
@@ -21,7 +23,8 @@ BF16 = np.dtype([("bf16", "<u2")])
 _TYPES: dict[str, np.dtype] = {
     "U64": np.dtype("<u8"), "I64": np.dtype("<i8"), "F64": np.dtype("<f8"), "C64": np.dtype("<c8"),
     "F32": np.dtype("<f4"), "U32": np.dtype("<u4"), "I32": np.dtype("<i4"), "BF16": BF16, "F16": np.dtype("<f2"),
-    "U16": np.dtype("<u2"), "I16": np.dtype("<i2"), "I8": np.dtype("i1"), "U8": np.dtype("u1"), "BOOL": np.dtype("?")}
+    "U16": np.dtype("<u2"), "I16": np.dtype("<i2"), "F8_E8M0": F8_E8M0, "F8_E4M3": F8_E4M3,
+    "F8_E5M2": F8_E5M2, "I8": np.dtype("i1"), "U8": np.dtype("u1"), "BOOL": np.dtype("?")}
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 # A tensor takes about 100 bytes of a header, and reading a header takes up to 25 times its size in memory. (The
 # safetensors library reads headers up to 100 MB.)
@@ -67,7 +70,7 @@ class TensorFile:
         return self._entries[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        """Return the type of a tensor as numpy has it; `BF16` for bfloat16."""
+        """Return the type of a tensor as numpy has it; `BF16` for bfloat16, one of `FLOAT8` for 8 bit floats."""
         return self._entries[name].dtype
 
     def read(self, name: str) -> np.ndarray:
@@ -141,7 +144,12 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def as_float(value: np.ndarray) -> np.ndarray:
-    """Return bfloat16 values as float32, the same numbers; other arrays as they are."""
+    """Return bfloat16 and 8 bit floats as float32, the same numbers; other arrays as they are.
+
+    An 8 bit weight is these numbers times a scale, which its file holds in a tensor of its own.
+    """
+    if value.dtype in FLOAT8:
+        return float8_values(value.dtype)[value.view("u1")]
     if value.dtype != BF16:
         return value
     # bfloat16 is the upper half of a float32.
@@ -245,16 +253,6 @@ def check_shape(name: str, shape: Any, itemsize: int) -> int:
     if len(shape) > _MAX_AXES or math.prod(length or 1 for length in shape) * itemsize >= 2 ** 62:
         raise ValueError(f"the shape {shape!r:.100} of {name} is beyond what an array can have.")
     return math.prod(shape) * itemsize
-
-
-def what_it_is(start: bytes) -> str:
-    """Return in a sentence what a file of another kind is, by its first bytes, and what to do."""
-    if start.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", start):
-        return ("it is a pickle (torch.save's), which can run code when it is read, and is never read; save it as "
-                "safetensors where it came from.")
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`."
-    return "it was cut short, damaged, or is a file of another kind; copy or save it again."
 
 
 def _metadata(found: Any) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mindpet_lite.formats.extras import kind_of_part, magnitude, scaled, without_extras
 from mindpet_lite.formats.lora import (
     MAGNITUDE,
     OWN_ENTRY,
@@ -28,18 +29,17 @@ from mindpet_lite.formats.lora import (
     without_settings,
 )
 from mindpet_lite.formats.state import AdapterState, LayerState
+from mindpet_lite.formats.stated_alpha import warn_of_unused
 from mindpet_lite.names import components
-from mindpet_lite.names.underscores import Paths, cut
+from mindpet_lite.names.underscores import Paths, cut_together, in_own_names, is_transformer
 
-_COMPONENTS = {"lora_unet": components.UNET, "lora_te": "text_encoder", "lora_te1": "text_encoder",
-               "lora_te2": "text_encoder_2", "lora_te3": "text_encoder_3", "lora_transformer": "transformer"}
+# By prefix, that which is written first: LyCORIS trains what it is given, of diffusers most of the time.
+_COMPONENTS = {"lora_unet": components.UNET, "lycoris": components.UNET, "lora_te": "text_encoder",
+               "lora_te1": "text_encoder", "lora_te2": "text_encoder_2", "lora_te3": "text_encoder_3",
+               "lora_transformer": "transformer"}
 _NAME = re.compile(rf"({'|'.join(_COMPONENTS)})_(.+)")
-_DOWN, _UP, _ALPHA, _DORA = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale"
-_PARTS = (_DOWN, _UP, _ALPHA, _DORA)
-# What else stands in such files, by the start of the part's name.
-_OTHERS = {"lora_mid": "LoCon with a third factor (CP decomposition)", "hada_": "LoHa", "lokr_": "LoKr",
-           "oft_": "OFT", "boft_": "BOFT", "a1.": "GLoRA", "diff": "a full difference of weights",
-           "lora_A": "PEFT's spelling of a factor", "lora_B": "PEFT's spelling of a factor"}
+_DOWN, _UP, _ALPHA, _DORA, _SCALAR = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale", "scalar"
+_PARTS = (_DOWN, _UP, _ALPHA, _DORA, _SCALAR)
 # The text encoder of a model with one is `lora_te`, the first of several `lora_te1`; a file with the first alone has
 # its prefix in this field of the config.
 _TEXT_PREFIX = "text_encoder_prefix"
@@ -47,6 +47,7 @@ _TEXT_PREFIX = "text_encoder_prefix"
 _SUMMARY = ("format", "ss_network_dim", "ss_network_alpha")
 _MODULE = "ss_network_module"
 _KEPT = ("ss_", "modelspec.")
+_CURE = "Load the file with the net it belongs to, or give that base (--base)."
 # To look for close names takes long: so many problems get them.
 _HINTS = 20
 
@@ -86,13 +87,13 @@ def decode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
         tensors: by the file's keys.
         metadata: of the safetensors file.
         paths: of the net's layers. With them the layers' paths are exact; otherwise, and for layers that the net
-            lacks, they go by the words of diffusers, SGM and CLIP, see `underscores`.
+            lacks, they are those of the networks that are known, see `underscores`.
 
     Raises:
         ValueError: keys of no LoRA layer, half a layer, a name that cannot be turned into a path, or an alpha that is
             no positive number. All problems stand in one message.
     """
-    parts, problems = _by_layer(tensors)
+    parts, problems = _by_layer(without_extras(tensors))
     own, config = read_own_entry(metadata.get(OWN_ENTRY))
     places = _places(parts, {name: layer["path"] for name, layer in own.items()}, paths, problems)
     layers: dict[str, LayerState] = {}
@@ -109,6 +110,8 @@ def decode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
         problems.append("it holds no tensor.")
     if problems:
         raise ValueError("\n  ".join(problems))
+    warn_of_unused(metadata, {path: int(parts[name][_DOWN].shape[0]) for name, path in places.items()
+                              if _ALPHA not in parts[name]})
     kept = {key: value for key, value in metadata.items() if key not in (*_SUMMARY, OWN_ENTRY)
             and (key, value) != (_MODULE, _module(layers))}
     if any(name.startswith("lora_te1_") for name in parts) and not any(name.startswith("lora_te2_") for name in parts):
@@ -116,19 +119,26 @@ def decode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
     return AdapterState("lora", layers, config=kept | config)
 
 
+def without_prefix(key: str) -> str | None:
+    """Return what kohya's key calls the layer, without its component; None for a key of another kind."""
+    match = _NAME.fullmatch(key.partition(".")[0])
+    return match[2] if match is not None else None
+
+
 def _names(state: AdapterState, problems: list[str]) -> dict[str, str]:
     """Return kohya's name of each layer by path."""
     places = components.split(state.layers)
     several = any(component == "text_encoder_2" for component, _ in places.values())
     first = "lora_te1" if several or state.config.get(_TEXT_PREFIX) == "lora_te1" else "lora_te"
-    prefixes = {component: prefix for prefix, component in _COMPONENTS.items()} | {"text_encoder": first}
+    prefixes = {component: prefix for prefix, component in reversed(_COMPONENTS.items())} | {"text_encoder": first}
     names: dict[str, str] = {}
     path_of: dict[str, str] = {}
     for path, (component, below) in places.items():
         if component not in prefixes or not below:
             problems.append(f"{path!r}: kohya's files have no name for {component if below else 'the net itself'}.")
             continue
-        names[path] = f"{prefixes[component]}_{below.replace('.', '_')}"
+        prefix = "lora_unet" if component == "transformer" and in_own_names(below) else prefixes[component]
+        names[path] = f"{prefix}_{below.replace('.', '_')}"
         if names[path] in path_of:
             problems.append(f"{path} and {path_of[names[path]]} would have one name, {names[path]}: kohya's files do "
                             f"not tell dots from underscores.")
@@ -145,8 +155,7 @@ def _by_layer(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, dict[str, np
         if not _NAME.fullmatch(name):
             problems.append(f"{key} is no key of kohya's: they start with {', '.join(_COMPONENTS)}.")
         elif part not in _PARTS:
-            other = next((what for start, what in _OTHERS.items() if part.startswith(start)), "no tensor of LoRA")
-            problems.append(f"{key} is {other}, which cannot be read here: known are {', '.join(_PARTS)}.")
+            problems.append(f"{key} is {kind_of_part(part)}, which cannot be read here: known are {', '.join(_PARTS)}.")
         else:
             parts.setdefault(name, {})[part] = value
     return parts, problems
@@ -154,27 +163,34 @@ def _by_layer(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, dict[str, np
 
 def _places(names: Iterable[str], own: Mapping[str, str], paths: Iterable[str] | None,
             problems: list[str]) -> dict[str, str]:
-    """Return the path of each layer by kohya's name: as we wrote it, as the net has it, or by the table of words."""
+    """Return the path of each layer by kohya's name: as we wrote it, as the net has it, or as known networks do."""
     net = Paths(paths)
     split = {name: _NAME.fullmatch(name).groups() for name in names}  # type: ignore[union-attr]
-    present = {_COMPONENTS[prefix] for prefix, _ in split.values()}
+    cuts = {prefix: cut_together(below for own_prefix, below in split.values() if own_prefix == prefix)
+            for prefix in {prefix for prefix, _ in split.values()}}
+    # kohya's trainers call a transformer of diffusion the U-Net, too.
+    kinds = {prefix: "transformer" if _COMPONENTS[prefix] == components.UNET
+             and is_transformer(path for paths in those.values() for path in paths) else _COMPONENTS[prefix]
+             for prefix, those in cuts.items()}
+    present = set(kinds.values())
     found: dict[str, str] = {}
     for name, (prefix, below) in split.items():
-        component = _COMPONENTS[prefix]
+        component = kinds[prefix]
         try:
             path = own.get(name) or net.known(below, f"{component}_{below}")
         except ValueError as error:
             problems.append(str(error))
             continue
-        dotted = None if path else cut(below)
-        if dotted is not None:
-            path = components.join(component, dotted, present)
+        cut = [] if path else cuts[prefix][below]
+        if len(cut) == 1:
+            path = components.join(component, cut[0], present)
         if path:
             found[name] = path
+        elif cut:
+            problems.append(f"{name} may be {' or '.join(cut)}: the underscores do not say. {_CURE}")
         else:
-            problems.append(f"{name}: the underscores do not say which are dots, and the words are not those of "
-                            f"diffusers, Stable Diffusion or CLIP; load it with the net it belongs to."
-                            f"{net.near(below) if len(problems) < _HINTS else ''}")
+            problems.append(f"{name}: the underscores do not say which are dots, and it is no layer of a network that "
+                            f"is known here. {_CURE}{net.near(below) if len(problems) < _HINTS else ''}")
     return found
 
 
@@ -190,19 +206,12 @@ def _layer(path: str, parts: Mapping[str, np.ndarray]) -> LayerState:
     settings: dict[str, Any] = {
         "lora_rank": rank, "lora_alpha": read_alpha(path, parts[_ALPHA], rank) if _ALPHA in parts else rank,
         "lora_dropout": 0.0}
+    if _SCALAR in parts:
+        settings["lora_alpha"] = scaled(path, settings["lora_alpha"], parts[_SCALAR])
     if _DORA in parts:
-        tensors[MAGNITUDE] = _magnitude(path, parts[_DORA], parts[_UP])
+        tensors[MAGNITUDE] = magnitude(path, parts[_DORA], parts[_UP])
         settings["use_dora"] = True
     return LayerState(tensors, settings)
-
-
-def _magnitude(path: str, scale: np.ndarray, up: np.ndarray) -> np.ndarray:
-    """Return DoRA's magnitude in PEFT's shape: (out,) for a Dense, (1, out, 1, ...) for a convolution."""
-    out, ones = up.shape[0], [1] * (up.ndim - 2)
-    if scale.shape not in ((out,), (out, 1, *ones)):
-        raise ValueError(f"{path}: {_DORA} of shape {scale.shape} is not one number for each of the {out} outputs; "
-                         f"LyCORIS' magnitude along the inputs (wd_on_out=False) cannot be expressed.")
-    return scale.reshape(out) if up.ndim == 2 else scale.reshape(1, out, *ones)
 
 
 def _as_tensor(alpha: float) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 The config is what its serving of several adapters reads: one `r`, `lora_alpha` and `lora_dropout` for all layers, the
 scale is lora_alpha / r, and `target_modules` holds the layers' last names. Files of its training have no config; they
-are MindPet's, but for the names ``.lora_a`` and ``.lora_b`` in newer versions.
+are MindPet's, but for the names ``.lora_a`` and ``.lora_b`` in newer versions. torchtune's ``.lora_a.weight`` is read
+likewise: A and B of the same shapes, and no alpha in the file.
 """
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from mindpet_lite.formats.lora import (
 )
 from mindpet_lite.formats.state import AdapterState, LayerState
 
-_KEY = re.compile(r"(?P<path>.+)\.(?:mindpet_delta_)?lora_(?P<factor>[abAB])")
+_KEY = re.compile(r"(?P<path>.+)\.(?:mindpet_delta_)?lora_(?P<factor>[abAB])(?:\.weight)?")
 _OURS = {"a": A, "b": B}
 # Its config's spelling of rank, alpha and dropout, the one we write last: the manifest of its training has the others.
 _FIELDS = {"lora_rank": ("lora_rank", "r"), "lora_alpha": ("lora_alpha",), "lora_dropout": ("lora_dropout",)}
@@ -88,6 +89,9 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | None) 
     settings = None if config is None else _settings(config, problems)
     for path, parts in layers.items():
         problems += pair_problems(path, parts)
+        if config is None and _is_transposed(parts):
+            problems.append(f"{path}: lora_a of shape {parts[A].shape} looks like mlx-lm's, (in, rank): give the "
+                            f"directory with its adapter_config.json.")
         rank = parts[A].shape[0] if A in parts and parts[A].ndim else None
         if settings is not None and rank is not None and settings["lora_rank"] not in (None, rank):
             problems.append(f"{path} has rank {rank}, but the config says {settings['lora_rank']}.")
@@ -101,6 +105,12 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any] | None) 
     ours = {"peft_type", "target_modules", OWN_ENTRY, *(name for names in _FIELDS.values() for name in names)}
     return AdapterState("lora", found, config=kept if own else {
         key: value for key, value in (config or {}).items() if key not in ours})
+
+
+def _is_transposed(parts: Mapping[str, np.ndarray]) -> bool:
+    """Tell whether factors fit both ways, and have a rank above the layer's sizes as they stand."""
+    a, b = parts.get(A), parts.get(B)
+    return a is not None and b is not None and a.ndim == 2 and a.shape == b.shape[::-1] and a.shape[0] > a.shape[1]
 
 
 def _differences(state: AdapterState) -> list[str]:

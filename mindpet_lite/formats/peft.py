@@ -1,18 +1,19 @@
 """Hugging Face PEFT's adapters: the tensors by PEFT's keys, and its config."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from mindpet_lite.formats.lora import without_settings
 from mindpet_lite.formats.peft_config import RESTATED, config_of, problems_of, settings_of, targets, tokens_of
+from mindpet_lite.formats.peft_keys import PREFIX, plain_keys
 from mindpet_lite.formats.state import AdapterState, LayerState
+from mindpet_lite.names.parameter_names import is_embedding, is_head, pytorch_name
 
 # The methods that this format can hold.
 METHODS = ("lora",)
-_PREFIX = "base_model.model."
 # PEFT's name of each tensor of a layer, by ours.
 _KEYS = {"mindpet_delta_lora_a": "lora_A.weight", "mindpet_delta_lora_b": "lora_B.weight",
          "mindpet_delta_lora_embedding_a": "lora_embedding_A", "mindpet_delta_lora_embedding_b": "lora_embedding_B",
@@ -23,11 +24,6 @@ _OURS = {**{key: name for name, key in _KEYS.items()}, "lora_magnitude_vector.we
 # The names of A and B: of every other layer, of an embedding; and what trained tokens are.
 _LAYER, _TABLE, _TOKENS = tuple(_KEYS)[:2], tuple(_KEYS)[2:4], tuple(_KEYS)[6:]
 _BASE = ".base_layer."
-# What embeddings and output layers are called.
-_EMBEDDINGS = tuple(f"{name}.weight" for name in ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared"))
-# MindSpore's names of the Parameters that PyTorch calls otherwise.
-_ELSEWHERE = {"gamma": "weight", "beta": "bias", "embedding_table": "weight", "moving_mean": "running_mean",
-              "moving_variance": "running_var"}
 # What else PEFT writes of a module that is saved whole: with bias "all" the biases of the two modules that its wrapper
 # holds, the base's and the one that trained, which stands in the file already; and the batches a BatchNorm has seen.
 _COPY = ".modules_to_save."
@@ -47,13 +43,13 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     unknown = without_settings(state)
     if unknown:
         raise ValueError("\n  ".join(unknown))
-    tensors = {f"{_PREFIX}{path}.{_KEYS[name]}": value
+    tensors = {f"{PREFIX}{path}.{_KEYS[name]}": value
                for path, layer in state.layers.items() for name, value in layer.tensors.items()}
     modules, biased = _homes_of_trained(state)
     for name, value in state.trained.items():
         path, _, last = name.rpartition(".")
         inner = _BASE if path in state.layers else "."
-        tensors[f"{_PREFIX}{path}{inner}{_ELSEWHERE.get(last, last)}"] = value
+        tensors[f"{PREFIX}{path}{inner}{pytorch_name(last)}"] = value
     tensors.update({key: tensors.get(key.replace(_COPY, "."), value) if _COPY in key else value
                     for key, value in state.carried.items()})
     bias = "none" if not biased else "lora_only" if biased <= set(state.layers) else "all"
@@ -67,8 +63,7 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 def _homes_of_trained(state: AdapterState) -> tuple[set[str], set[str]]:
     """Return the modules that are saved whole, and the modules with a trained bias."""
-    ends = [(path, _ELSEWHERE.get(last, last)) for path, _, last in
-            (name.rpartition(".") for name in state.trained)]
+    ends = [(path, last) for path, _, last in (pytorch_name(name).rpartition(".") for name in state.trained)]
     modules = {path for path, last in ends if not last.endswith("bias") and path not in state.layers}
     return modules, {path for path, last in ends if last.endswith("bias") and path not in modules}
 
@@ -81,22 +76,20 @@ def _still_true(config: Mapping[str, Any], state: AdapterState, tensors: Mapping
         return False
     return ({path: layer.settings for path, layer in found.layers.items()}
             == {path: layer.settings for path, layer in state.layers.items()}
-            and set(found.trained) == {_elsewhere(name) for name in state.trained}
+            and set(found.trained) == {pytorch_name(name) for name in state.trained}
             and all(targets(path, config) for path, layer in state.layers.items()
                     if "token_indices" not in (layer.settings or {})))
-
-
-def _elsewhere(name: str) -> str:
-    head, dot, last = name.rpartition(".")
-    return f"{head}{dot}{_ELSEWHERE.get(last, last)}"
 
 
 def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> AdapterState:
     """Return the adapter that PEFT's tensors and config describe.
 
+    An entry of modules_to_save of which the file holds nothing is passed over, as PEFT does: it writes "classifier" and
+    "score" for tasks of classification, whatever the net has. `unsaved_modules` tells where the net has it.
+
     Raises:
-        ValueError: the config is of another method or uses a field we cannot honour; a key is not LoRA's; a layer
-            lacks a factor; shapes and rank disagree. All problems stand in one message.
+        ValueError: the config is of another method or uses a field we cannot honour; a key is not LoRA's; the file
+            holds several adapters; a layer lacks a factor; shapes and rank disagree. All problems stand in one message.
     """
     problems = problems_of(config)
     if problems:
@@ -104,7 +97,7 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Adap
     layers: dict[str, dict[str, np.ndarray]] = {}
     others: dict[str, np.ndarray] = {}
     carried: dict[str, np.ndarray] = {}
-    for key, value in tensors.items():
+    for key, value in plain_keys(tensors).items():
         path, name = _split(key)
         if name is not None:
             layers.setdefault(path, {})[name] = value
@@ -115,19 +108,33 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Adap
     if not layers and not others and not carried:
         problems.append("the file holds no tensor.")
     found = {path: _layer(path, parts, config, problems) for path, parts in layers.items()}
+    tables = _tables(others, layers, config)
     trained = {place: value for key, value in others.items()
-               if (place := _place_of_trained(key, layers, config, problems)) is not None}
-    problems += [f"modules_to_save names {entry!r}, but the file holds nothing of it." for entry in _saved(config)
-                 if not any(_is_in(name, entry) for name in trained)]
+               if (place := _place_of_trained(key, layers, tables, config, problems)) is not None}
     if problems:
         raise ValueError("\n  ".join(problems))
     return AdapterState("lora", found, trained, dict(config), carried)
 
 
+def unsaved_modules(state: AdapterState, paths: Iterable[str]) -> list[str]:
+    """Return a sentence for each module of a net that PEFT would have saved whole, but of which the file holds nothing.
+
+    Args:
+        state: as `decode` gave it, under the net's paths.
+        paths: of the net's modules that have parameters.
+    """
+    parts = (path.split(".") for path in paths)
+    modules = {".".join(names[:end]) for names in parts for end in range(1, len(names) + 1)}
+    # PEFT saves each module whose path ends so, also within a word.
+    return [f"modules_to_save names {entry!r}, which {module} is, but the file holds nothing of it."
+            for entry in _saved(state.config) for module in sorted(modules)
+            if module.endswith(entry) and not any(_is_in(name, entry) for name in state.trained)]
+
+
 def _is_carried(key: str, config: Mapping[str, Any]) -> bool:
     """Tell whether a tensor of a module that is saved whole changes nothing."""
     heads = [f"{key}.".partition(part)[0] for part in _CARRIED if part in f"{key}."]
-    return key.startswith(_PREFIX) and any(_is_in(f"{head}.", entry) for head in heads for entry in _saved(config))
+    return key.startswith(PREFIX) and any(_is_in(f"{head}.", entry) for head in heads for entry in _saved(config))
 
 
 def _saved(config: Mapping[str, Any]) -> list[str]:
@@ -159,20 +166,35 @@ def _layer(path: str, parts: dict[str, np.ndarray], config: Mapping[str, Any], p
     return LayerState(parts, settings)
 
 
-def _place_of_trained(key: str, layers: Mapping[str, Any], config: Mapping[str, Any],
+def _tables(others: Mapping[str, np.ndarray], layers: Collection[str], config: Mapping[str, Any]) -> set[str]:
+    """Return the paths of the embedding and the output layer that PEFT wrote along (save_embedding_layers).
+
+    PEFT writes all parameters of what `get_input_embeddings` and `get_output_embeddings` give. They are known by their
+    names (`parameter_names`); under other names by being two, with matrices of one shape.
+    """
+    shapes = {path: value.shape for key, value in others.items()
+              if (path := key.removeprefix(PREFIX).removesuffix(".weight").removesuffix(_BASE[:-1])) not in layers
+              and key.endswith(".weight") and value.ndim == 2
+              and not any(_is_in(f"{path}.", entry) for entry in _saved(config))}
+    known = {path for path in shapes if is_embedding(path) or is_head(path)}
+    return set(shapes) if len(shapes) == 2 and len(set(shapes.values())) == 1 else known
+
+
+def _place_of_trained(key: str, layers: Collection[str], tables: Collection[str], config: Mapping[str, Any],
                       problems: list[str]) -> str | None:
     """Return the path of a base parameter that came with the deltas; None, and a problem, for what the config lacks."""
-    name = key.removeprefix(_PREFIX)
+    name = key.removeprefix(PREFIX)
     path, is_base, last = name.partition(_BASE)
     place = f"{path}.{last}" if is_base else name
-    if is_base and last == "weight" and path in layers or place.endswith(_EMBEDDINGS):
+    owner, _, last = place.rpartition(".")
+    if is_base and last == "weight" and owner in layers or owner in tables and last in ("weight", "bias"):
         # PEFT writes the weights of adapted embeddings and output layers along, and those of a base whose vocabulary
         # was resized, and takes them over when it reads the file.
         return place
     whole = any(_is_in(place, entry) for entry in _saved(config))
-    if key.startswith(_PREFIX) and (whole or config.get("bias") in ("all", "lora_only") and place.endswith("bias")):
+    if key.startswith(PREFIX) and (whole or config.get("bias") in ("all", "lora_only") and place.endswith("bias")):
         return place
-    problems.append(f"{key} is no tensor of a LoRA layer (expected {_PREFIX}<path>.lora_A.weight or lora_B, or "
+    problems.append(f"{key} is no tensor of a LoRA layer (expected {PREFIX}<path>.lora_A.weight or lora_B, or "
                     f"lora_embedding_A or B), and the config names it neither in modules_to_save nor in bias.")
     return None
 
@@ -193,6 +215,6 @@ def _rank_fits(a: np.ndarray, b: np.ndarray, rank: int) -> bool:
 def _split(key: str) -> tuple[str, str | None]:
     """Return the layer's path and our tensor name for a PEFT key; the name is None for a key of no LoRA layer."""
     for suffix, name in _OURS.items():
-        if key.startswith(_PREFIX) and key.endswith("." + suffix):
-            return key[len(_PREFIX):-len(suffix) - 1], name
+        if key.startswith(PREFIX) and key.endswith("." + suffix):
+            return key[len(PREFIX):-len(suffix) - 1], name
     return key, None

@@ -6,7 +6,8 @@ import warnings
 
 import numpy as np
 
-from mindpet_lite.formats.files import BF16, as_float, to_bfloat16
+from mindpet_lite.formats.files import BF16, as_float, to_bfloat16, type_name
+from mindpet_lite.formats.float8 import FLOAT8
 from mindpet_lite.formats.state import AdapterState
 
 _WIDE = np.dtype(np.float64)
@@ -18,7 +19,13 @@ def in_float32(state: AdapterState, source: str) -> AdapterState:
     Args:
         state: the adapter as it stands in a file.
         source: the file's name in the warning.
+
+    Raises:
+        ValueError: as `eight_bit_problems`.
     """
+    problems = eight_bit_problems(state)
+    if problems:
+        raise ValueError(f"The adapter in {source} cannot be used:\n  " + "\n  ".join(problems))
     held = {value.dtype for values in (state.trained, *(layer.tensors for layer in state.layers.values()))
             for value in values.values()}
     if BF16 in held:
@@ -32,6 +39,15 @@ def in_float32(state: AdapterState, source: str) -> AdapterState:
         layers={path: dataclasses.replace(layer, tensors={name: _in_float32(value)
                                                           for name, value in layer.tensors.items()})
                 for path, layer in state.layers.items()})
+
+
+def eight_bit_problems(state: AdapterState) -> list[str]:
+    """Return a sentence for each tensor of 8 bit floats: they need a scale to be numbers, and adapters hold none."""
+    tensors = {**state.trained, **{f"{path}.{name}": value for path, layer in state.layers.items()
+                                   for name, value in layer.tensors.items()}}
+    return [f"{name} is of type {type_name(value.dtype)}, an 8 bit float, and the scale that such numbers need is "
+            f"missing: save the adapter as F32, F16 or BF16 where it came from."
+            for name, value in tensors.items() if value.dtype in FLOAT8]
 
 
 def _in_float32(value: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.delta.parts import put
 from mindpet_lite.formats.adapters import read_adapter
 from mindpet_lite.formats.base_hash import differing
+from mindpet_lite.formats.peft import unsaved_modules
 from mindpet_lite.formats.placed import placed
 from mindpet_lite.formats.problems import listed
 from mindpet_lite.formats.state import AdapterState, LayerState
@@ -27,7 +28,7 @@ from mindpet_lite.graph.modules_to_save import Found, find_trained, of_the_base,
 from mindpet_lite.graph.parameters import apply_trains, parameters_with, what_trains
 from mindpet_lite.graph.peft_semantics import remarks, tied_tokens
 from mindpet_lite.graph.put_in import adapt, put_in
-from mindpet_lite.graph.tree import cells_by_path, without_inner
+from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, without_inner
 from mindpet_lite.names.placing import Table, check_table
 
 # Sizes up to this one need not show in the tensors: a folded prefix has lost some of its own.
@@ -78,7 +79,9 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     trained = find_trained(values, net, problems)
     if not problems:
         problems += _other_base(state, cells, str(path), strict_base)
-    problems += tied_tokens(net, state) if source.kind == "peft" else []
+    if source.kind == "peft":
+        problems += tied_tokens(net, state) + unsaved_modules(state, [
+            name.rpartition(".")[0] for _, owners in owners_of_parameters(net) for name, _ in owners])
     if problems:
         raise ValueError(f"The adapter in {path} does not fit the net, which is unchanged:\n  {listed(problems)}")
     if source.kind == "peft":

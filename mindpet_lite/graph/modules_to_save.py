@@ -1,7 +1,6 @@
 """Base parameters that an adapter saves whole, such as those of a new head: where the net has them."""
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -14,10 +13,8 @@ from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.graph.adapters import copy_of
 from mindpet_lite.graph.parameters import net_parameters
 from mindpet_lite.graph.tree import drop_compiled_graphs, owners_of_parameters, set_parameter
+from mindpet_lite.names.parameter_names import pytorch_name
 
-# PyTorch's names of the Parameters that MindSpore calls otherwise.
-_ELSEWHERE = {"gamma": "weight", "beta": "bias", "embedding_table": "weight", "moving_mean": "running_mean",
-              "moving_variance": "running_var"}
 # By its name in a file the path of a Parameter in the net, and itself.
 Found = Mapping[str, tuple[str, Parameter]]
 # By the path of a Parameter that other cells use too, itself and the cell that is to have its own.
@@ -100,8 +97,7 @@ def find_trained(state: AdapterState, net: nn.Cell, problems: list[str]) -> Foun
     for parameter, owners in owners_of_parameters(net):
         places.update({path: (path, parameter) for path, _ in owners if path in places})
     # Other frameworks call every layer's parameters weight and bias.
-    other = {f"{head}{_ELSEWHERE[last]}": place for name, place in places.items()
-             for head, last in [re.split(r"(?=[^.]*$)", name, maxsplit=1)] if last in _ELSEWHERE}
+    other = {pytorch_name(name): place for name, place in places.items() if pytorch_name(name) != name}
     places = {**other, **places}
     for name, value in state.trained.items():
         if name not in places:

@@ -1,30 +1,20 @@
 """Paths whose dots became underscores, as kohya's files name layers, and the way back.
 
-``down_blocks_0_attn1_to_q`` may have been ``down_blocks.0.attn1.to_q`` or ``down.blocks.0...``: the file does not say.
-With the net's paths the answer is exact. Without them the name is cut into the words of diffusers' U-Net and
-transformers, of Stable Diffusion's original U-Net ("SGM": ``input_blocks``...) and of CLIP: at each place the longest
-word that lets the rest be cut too. A name with any other word is not guessed at.
+``double_blocks_0_img_attn_qkv`` is ``double_blocks.0.img_attn.qkv`` in FLUX and ``double_blocks.0.img_attn_qkv`` in
+HunyuanVideo: the file does not say. With the net's paths the answer is exact. Without them a name is looked up in the
+networks of `layouts`; a name that may be two layers is refused, and one that is none of theirs is not guessed at.
 """
 from __future__ import annotations
 
 import difflib
+import functools
+import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-_WORDS = frozenset("""
-    down_blocks mid_block up_blocks resnets attentions downsamplers upsamplers motion_modules
-    transformer_blocks single_transformer_blocks attn attn1 attn2 attn_temp to_q to_k to_v to_out to_qkv
-    add_q_proj add_k_proj add_v_proj to_add_out ff ff_context net proj proj_in proj_out proj_mlp
-    norm1 norm2 norm3 norm group_norm conv_norm_out
-    conv conv1 conv2 conv_in conv_out conv_shortcut time_emb_proj time_embedding add_embedding linear_1 linear_2 linear
-    input_blocks middle_block output_blocks in_layers out_layers emb_layers skip_connection op out time_embed label_emb
-    text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection embeddings
-    token_embedding position_embedding layer_norm1 layer_norm2 final_layer_norm
-    x_embedder context_embedder time_text_embed timestep_embedder text_embedder guidance_embedder
-    double_blocks single_blocks img_attn txt_attn img_mlp txt_mlp img_mod txt_mod qkv lin linear1 linear2 modulation
-    img_in txt_in time_in vector_in guidance_in in_layer out_layer final_layer
-    """.split())
-_LONGEST = max(word.count("_") + 1 for word in _WORDS)
+from mindpet_lite.names.layouts import IN_DIFFUSERS, NETWORKS, TEXT_ENCODERS, UNETS, expanded
+
+_NUMBERS = re.compile(r"\d+")
 
 
 class Paths:
@@ -53,15 +43,51 @@ class Paths:
         return f" Close names in the net: {', '.join(self._by_name[item][0] for item in close)}." if close else ""
 
 
-def cut(name: str) -> str | None:
-    """Return the dotted path of `name` by the table of words, None if it holds another word."""
-    parts = name.split("_")
-    # best[i]: the path of parts[i:], None if they cannot be cut.
-    best: list[list[str] | None] = [None] * len(parts) + [[]]
-    for start in reversed(range(len(parts))):
-        for end in range(min(len(parts), start + _LONGEST), start, -1):
-            word, rest = "_".join(parts[start:end]), best[end]
-            if rest is not None and (word in _WORDS or (end == start + 1 and word.isdecimal())):
-                best[start] = [word, *rest]
-                break
-    return None if best[0] is None else ".".join(best[0])
+def cut(name: str) -> dict[str, str]:
+    """Return the dotted path of `name` by each known network that has such a layer."""
+    found = {}
+    for network, pattern, path in _by_form().get(_NUMBERS.sub("#", name), []):
+        match = pattern.fullmatch(name)
+        if match is not None:
+            found[network] = path.replace("#", "{}").format(*match.groups())
+    return found
+
+
+def cut_together(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the paths that each name of one network may be: none where it is no known one's, several where unclear.
+
+    Where a network has layers of all the names, only such networks count: the layers of one file are those of one.
+    """
+    cuts = {name: cut(name) for name in names}
+    common = set.intersection(*map(set, cuts.values())) if cuts else set()
+    return {name: sorted({path for network, path in found.items() if not common or network in common})
+            for name, found in cuts.items()}
+
+
+def networks_of(path: str) -> set[str]:
+    """Return the known networks that have a layer of this path."""
+    return {network for network, found in cut(path.replace(".", "_")).items() if found == path}
+
+
+def is_transformer(paths: Iterable[str]) -> bool:
+    """Tell whether layers are those of a known transformer of diffusion, and of no U-Net."""
+    networks = set().union(*map(networks_of, paths)) - TEXT_ENCODERS
+    return bool(networks) and not networks & UNETS
+
+
+def in_own_names(path: str) -> bool:
+    """Tell whether a layer has the name of a transformer's own code, which diffusers has under another name."""
+    networks = networks_of(path) - TEXT_ENCODERS
+    return bool(networks) and not any(network in IN_DIFFUSERS for network in networks)
+
+
+@functools.cache
+def _by_form() -> Mapping[str, list[tuple[str, re.Pattern[str], str]]]:
+    """Return the networks' paths by their underscored names with # for all numbers, each with its exact expression."""
+    found: dict[str, list[tuple[str, re.Pattern[str], str]]] = defaultdict(list)
+    for network, rows in NETWORKS.items():
+        for path in dict.fromkeys(path for row in rows for path in expanded(row)):
+            name = path.replace(".", "_")
+            pattern = re.compile(re.escape(name).replace(r"\#", r"(\d+)"))
+            found[_NUMBERS.sub("#", name)].append((network, pattern, path))
+    return found

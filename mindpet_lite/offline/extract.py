@@ -15,6 +15,7 @@ from mindpet_lite.formats.base_hash import FIELD
 from mindpet_lite.formats.lora import EMBEDDING_A, EMBEDDING_B, A, B
 from mindpet_lite.formats.problems import listed
 from mindpet_lite.formats.state import AdapterState, LayerState
+from mindpet_lite.names.parameter_names import is_lookup
 from mindpet_lite.offline.base import WEIGHTS, Base, open_base
 from mindpet_lite.offline.folder import refuse_filled
 from mindpet_lite.offline.numbers import FLOATS, widened
@@ -24,7 +25,6 @@ from mindpet_lite.offline.progress import Progress
 _LARGE = 512
 _OVERSAMPLING, _ITERATIONS = 16, 4
 _ROWS = 256
-_TABLES = re.compile(r"(.*\.)?([a-z]+_)*(embed|embedding|embeddings|embed_tokens|wte|wpe|shared)(_table|_in)?")
 # Models of Hugging Face whose linear layers hold their weights as (in, out), and the names of these layers.
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = re.compile(r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)")
@@ -105,7 +105,7 @@ def _extract(base: Base, tuned: Base, rank: int, seed: int, quiet: bool) -> Extr
                 else:
                     left_out.append(name)
                 continue
-            is_table = difference.ndim == 2 and (last == "embedding_table" or bool(_TABLES.fullmatch(path)))
+            is_table = difference.ndim == 2 and (last == "embedding_table" or is_lookup(path))
             turned = is_table or transposed and bool(_CONV1D.fullmatch(path))
             layers[path], squares[path] = _layer(difference, rank, rng, is_table, turned)
     trained.update(_siblings(trained, layers, tuned))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mindpet_lite.formats import kohya
 from mindpet_lite.formats.adapters import Adapter, read_adapter
 from mindpet_lite.formats.base_hash import FIELD
 from mindpet_lite.formats.files import as_float, open_tensors, type_name
@@ -88,7 +89,7 @@ def _read(path: Path, kind: str | None, methods: Iterable[str]) -> Adapter:
         if path.suffix != ".safetensors":
             raise
         with open_tensors(path) as file:
-            names = [name.partition(".")[0].partition("_")[2].partition("_")[2] for name in file.keys()]
+            names = [below for name in file.keys() if (below := kohya.without_prefix(name))]
         return read_adapter(path, kind, methods, names)
 
 

@@ -17,6 +17,7 @@ from mindpet_lite.names.placing import Table
 from mindpet_lite.offline.base import Base, open_base
 from mindpet_lite.offline.changes import Change
 from mindpet_lite.offline.folder import new_directory, refuse_filled
+from mindpet_lite.offline.grown import placed_heads
 from mindpet_lite.offline.plan import plan
 from mindpet_lite.offline.progress import Progress
 from mindpet_lite.offline.rewrite import rewrite
@@ -66,8 +67,11 @@ def merge(base: Path, adapter: Path, out: Path, kind: str | None = None, table: 
     with open_base(base) as tensors:
         found = read_adapter(adapter, kind, paths=tensors.owners)
         try:
-            state = placed(found.state, tensors.owners, table)
-            changes = plan(state, tensors)
+            state, both = placed_heads(found.state, tensors)
+            tied = [state.trained[name] for name in both]
+            state = placed(state, tensors.owners, table)
+            changes = plan(state, tensors, {tensors.parameter(name) or name for name, value in state.trained.items()
+                                            if any(value is item for item in tied)})
             _compare(state, tensors, strict_base)
         except ValueError as error:
             raise ValueError(f"The adapter in {adapter} cannot be merged into {base}:\n  {first_of(error)}") from error

@@ -3,14 +3,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from mindpet_lite.formats.files import as_float, type_name
 from mindpet_lite.formats.lora import B_BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, A, B, pair_problems
+from mindpet_lite.formats.peft import unsaved_modules
 from mindpet_lite.formats.state import AdapterState, LayerState
+from mindpet_lite.formats.values import eight_bit_problems
+from mindpet_lite.names.parameter_names import is_embedding, is_head
 from mindpet_lite.offline.base import Base
 from mindpet_lite.offline.changes import Added, Chain, Change, LowRank, Replaced
 from mindpet_lite.offline.initials import residual_of
@@ -18,19 +21,18 @@ from mindpet_lite.offline.numbers import FLOATS
 
 TOKENS = "mindpet_delta_lora_tokens"
 _KNOWN = {A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, B_BIAS, TOKENS}
-_TABLES = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared|embedding)")
-_HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|output_projection|predictions\.decoder)")
 _WITH_HEAD = re.compile(r"LMHead|ForCausalLM|ForConditionalGeneration|ForMaskedLM|ForPreTraining")
 # What stands beside a quantised weight, or for it, below a layer.
 _QUANTISED = ("qweight", "qzeros", "SCB", "weight_format", "weight_scale", "weight_scale_inv", "weight_packed")
 
 
-def plan(state: AdapterState, base: Base) -> dict[str, Change]:
+def plan(state: AdapterState, base: Base, both: Collection[str] = ()) -> dict[str, Change]:
     """Return what the adapter makes of each tensor that it changes, by the base's names.
 
     Args:
         state: the adapter, under the base's names.
         base: the base it was trained on.
+        both: names of parameters that trained as the embedding and as the output layer tied to it.
 
     Raises:
         ValueError: the adapter does not fit the base or cannot be merged. All problems of a kind stand in one message.
@@ -43,7 +45,9 @@ def plan(state: AdapterState, base: Base) -> dict[str, Change]:
         raise ValueError("the base is quantised (its config.json has a quantization_config): merge onto the base it "
                          "was quantised from, and quantise the result.")
     found: dict[str, list[Change]] = {}
-    problems: list[str] = []
+    problems = eight_bit_problems(state) + unsaved_modules(state, base.owners)
+    if problems:
+        raise ValueError("\n  ".join(problems))
     # Before the deltas: PEFT's file of an adapted embedding holds the table that its delta is on.
     for name, value in state.trained.items():
         try:
@@ -56,7 +60,7 @@ def plan(state: AdapterState, base: Base) -> dict[str, Change]:
                 found.setdefault(name, []).append(change)
         except ValueError as error:
             problems.append(f"{path}: {error}")
-    problems += _tied(found, base, config)
+    problems += _tied({name: own for name, own in found.items() if name not in both or len(own) > 1}, base, config)
     if problems:
         raise ValueError("\n  ".join(problems))
     return {name: own[0] if len(own) == 1 else Chain(tuple(own)) for name, own in found.items()}
@@ -199,11 +203,11 @@ def _trained(name: str, value: np.ndarray, base: Base) -> str:
 
 def _tied(found: Mapping[str, list[Change]], base: Base, config: Mapping[str, Any]) -> list[str]:
     """Return a sentence for each change of an embedding that is the output layer's weight too."""
-    heads = [path for path in base.owners if _HEADS.fullmatch(path)]
+    heads = [path for path in base.owners if is_head(path)]
     kinds = str(config.get("architectures") or "")
     tied = config.get("tie_word_embeddings", not heads and bool(_WITH_HEAD.search(kinds)))
     if not tied or kinds and not _WITH_HEAD.search(kinds):
         return []
     return [f"{name}: the net uses one weight for its embedding and its output layer (tie_word_embeddings), so that "
             f"merging would change both: use the adapter unmerged, or untie the base first."
-            for name in found if _TABLES.fullmatch(name.rpartition(".")[0]) or name.rpartition(".")[0] in heads]
+            for name in found if is_embedding(name.rpartition(".")[0]) or name.rpartition(".")[0] in heads]

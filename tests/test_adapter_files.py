@@ -625,6 +625,35 @@ def test_an_unknown_format_lists_those_there_are():
         mp.load_adapter(adapted(), "adapter", format="kohia")
 
 
+class OwnLora(nn.Cell):
+    """A user's own low-rank cells, under PEFT's names."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.lora_A, self.lora_B = nn.Dense(6, 6), nn.Dense(6, 2), nn.Dense(2, 6)
+
+    def construct(self, x):
+        return self.q(x) + self.lora_B(self.lora_A(x))
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["lora_A", "lora_B"]}, {"freeze_exclude": ["*lora_A*"]}],
+                         ids=str)
+def test_cells_that_a_user_calls_lora_are_saved_and_read(settings, pynative_mode):
+    net = mp.get_pet_model(nn.SequentialCell(OwnLora()), config(["q"], **settings))
+    randomise(net)
+    for item in net.trainable_params():
+        if "mindpet" not in item.name:
+            item.set_data(item + 1)
+    mp.save_adapter(net, "adapter")
+    assert json.loads(Path("adapter", CONFIG).read_text())["pet_type"] == "lora"
+    fresh = nn.SequentialCell(OwnLora())
+    load_values(fresh, net)
+    fresh[0].lora_A.weight.set_data(fresh[0].lora_A.weight - 1)
+    mp.load_adapter(fresh, "adapter")
+    assert np.array_equal(fresh(inputs(5, 6)).asnumpy(), net(inputs(5, 6)).asnumpy())
+    assert {item.name for item in fresh.trainable_params()} == {item.name for item in net.trainable_params()}
+
+
 def test_messages_list_ten_lines_at_most():
     class Many(nn.Cell):
         def __init__(self):

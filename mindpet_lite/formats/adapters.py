@@ -91,8 +91,8 @@ def to_files(state: AdapterState, kind: str, path: Path) -> dict[Path, bytes]:
     if kind in ("peft", "mindformers"):
         if path.suffix in (".safetensors", ".ckpt"):
             raise ValueError(f"{kind}'s adapters are directories, but {path} is a file's name.")
-        # What PEFT has no method for has our own form, in the same two files.
-        of_peft = peft if state.method in peft.METHODS else native
+        # What PEFT's files cannot hold has our own form, in the same two files.
+        of_peft = peft if peft.can_hold(state) else native
         tensors, config = (of_peft if kind == "peft" else mindformers).encode(state)
         return {path / CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
                 path / TENSOR_FILE: to_bytes(tensors)}

@@ -46,6 +46,11 @@ def plain_keys(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return found
 
 
+def reads_as_lora(key: str) -> bool:
+    """Tell whether a key is that of a tensor of LoRA, by any spelling."""
+    return _LORA.fullmatch(key) is not None
+
+
 def _unwrapped(key: str) -> str:
     """Return the key without wrappers; ``module`` may be a name of the net's own where it does not stand first."""
     parts = [part for part in key.split(".") if part not in _WRAPPERS]

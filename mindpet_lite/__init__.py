@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         freeze_delta,
         freeze_from_config,
         freeze_modules,
+        freeze_statistics,
         get_pet_model,
         load_adapter,
         merge,
@@ -57,7 +58,7 @@ __all__ = ["AdapterConfig", "AdapterDense", "AdapterLayer", "BitFitConfig", "Del
            "LoraConfig", "LowRankAdapterConfig", "LowRankAdapterDense", "LowRankAdapterLayer", "PrefixDense",
            "PrefixEncoder", "PrefixLayer", "PrefixTuningConfig", "Ptuning2Config", "Ptuning2Dense",
            "TrainableParamsCheckPoint", "adapters_disabled", "check_adapters", "clip_global_norm", "fold_prefixes",
-           "freeze_delta", "freeze_from_config", "freeze_modules", "get_pet_model", "install_as_mindpet",
+           "freeze_delta", "freeze_from_config", "freeze_modules", "freeze_statistics", "get_pet_model", "install_as_mindpet",
            "load_adapter", "lora_plus_groups", "merge", "net_recompute", "prefix_mask", "prepend_prefix",
            "save_adapter", "set_lora_scale", "summary", "undo_recompute", "unmerge"]
 

@@ -10,6 +10,7 @@ from mindspore import mint, nn
 
 from mindpet_lite.arguments import warn_user
 from mindpet_lite.graph.match import by_expression, by_name
+from mindpet_lite.graph.statistics import statistics_are_frozen
 from mindpet_lite.graph.tree import (
     cells_by_path,
     drop_compiled_graphs,
@@ -146,6 +147,8 @@ def _is_called(cell: nn.Cell) -> bool:
 
 def _writes(cell: nn.Cell) -> bool:
     """Tell whether `cell` itself writes Parameters when it runs, by its operators and by what its `construct` says."""
+    if statistics_are_frozen(cell):
+        return False
     if writing_operators(cell):
         return True
     try:

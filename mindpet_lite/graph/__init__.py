@@ -13,5 +13,6 @@ from mindpet_lite.graph.strength import adapters_disabled, set_lora_scale
 from mindpet_lite.graph.summary import Summary, summary
 
 __all__ = ["Summary", "TrainableParamsCheckPoint", "TrainableReport", "adapters_disabled", "check_adapters",
-           "fold_prefixes", "freeze_delta", "freeze_from_config", "freeze_modules", "freeze_statistics", "get_pet_model", "load_adapter",
-           "merge", "net_recompute", "save_adapter", "set_lora_scale", "summary", "undo_recompute", "unmerge"]
+           "fold_prefixes", "freeze_delta", "freeze_from_config", "freeze_modules", "freeze_statistics",
+           "get_pet_model", "load_adapter", "merge", "net_recompute", "save_adapter", "set_lora_scale", "summary",
+           "undo_recompute", "unmerge"]

@@ -60,14 +60,15 @@ class TrainableParamsCheckPoint(Callback):
             raise ValueError(f"TrainableParamsCheckPoint writes format 'ckpt', but config says {file_format!r}.")
         self.directory, self.prefix, self.config = Path(directory), prefix, config
         self._written: dict[Path, float] = {}
-        self._last_step, self._last_time = 0, time.monotonic()
+        self._first_step, self._last_step, self._last_time = 0, 0, time.monotonic()
 
     def on_train_begin(self, run_context: Any) -> None:
         """Check that there is something to save and somewhere to save it, before the first step."""
         params = run_context.original_args()
         trainable_parameters(self._network(params))
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._last_step, self._last_time = params.cur_step_num, time.monotonic()
+        self._first_step = self._last_step = params.cur_step_num
+        self._last_time = time.monotonic()
 
     def on_train_step_end(self, run_context: Any) -> None:
         """Save when the config's steps or seconds have gone by; without a config at the end of each epoch."""
@@ -76,9 +77,9 @@ class TrainableParamsCheckPoint(Callback):
             self._save(params)
 
     def on_train_end(self, run_context: Any) -> None:
-        """Save the last state if it is not saved yet."""
+        """Save the last state, also where the last step was saved: accumulated gradients may have come after it."""
         params = run_context.original_args()
-        if params.cur_step_num > self._last_step:
+        if params.cur_step_num > self._first_step:
             self._save(params)
 
     def _due(self, params: Any) -> bool:

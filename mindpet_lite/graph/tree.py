@@ -1,11 +1,14 @@
 """Find and replace cells in a net. The only file of the package that touches MindSpore's private attributes."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 import mindspore
 from mindspore import Parameter, nn, ops
+from mindspore.train.callback import LambdaCallback, _CallbackManager
 
 from mindpet_lite.delta.base import Delta
 from mindpet_lite.graph.masks import Dropout, KeepsMasks
@@ -181,3 +184,21 @@ def drop_compiled_graphs(net: nn.Cell) -> None:
     # MindSpore's own list of nets lacks those that copy.deepcopy made.
     for cell in cells_by_path(net).values():
         cell.compile_cache.clear()
+
+
+def call_at_train_end(action: Callable[[], object]) -> None:
+    """Have the `Model.train` or `Model.fit` that calls this call `action` at its end, before its callbacks' turn.
+
+    MindSpore tells a cell when a training begins, by `set_train`, but not when it ends; only the callbacks hear of
+    that, and they are found where `Model` runs. Where none runs nothing happens.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        for value in frame.f_locals.values():
+            if isinstance(value, _CallbackManager):
+                if all(getattr(item, "action", None) != action for item in value._callbacks):
+                    ending = LambdaCallback(on_train_end=lambda run_context: action())
+                    ending.action = action
+                    value._callbacks.insert(0, ending)
+                return
+        frame = frame.f_back

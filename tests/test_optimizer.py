@@ -63,7 +63,8 @@ def test_made_between_adapting_and_freezing(tmp_path):
 
 def test_made_from_a_part_of_the_adapter_or_without_its_head(tmp_path):
     net = adapted(modules_to_save=["2"])
-    refused(net, nn.Adam(net.trainable_params()[:3], 0.01), tmp_path, r"it lacks \S+ of the adapter, which would stay as it is")
+    refused(net, nn.Adam(net.trainable_params()[:3], 0.01), tmp_path,
+            r"it lacks \S+ of the adapter, which would stay as it is")
     mp.freeze_modules(net, include=["*lora_b"])
     rest = [item for item in net.trainable_params()]
     mp.check_optimizer(net, nn.Adam(rest, 0.01))

@@ -21,7 +21,8 @@ def freeze_statistics(net: nn.Cell) -> list[str]:
     and the net's first call.
 
     Meant is every cell that holds a Parameter called moving_mean, moving_variance, running_mean, running_var or
-    num_batches_tracked. Left out are layers that belong to the adapter (modules_to_save), and those of which `use_batch_statistics` decides.
+    num_batches_tracked. Left out are layers that belong to the adapter (modules_to_save), and those of which
+    `use_batch_statistics` decides.
 
     Args:
         net: any Cell; it is changed in place.

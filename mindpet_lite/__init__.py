@@ -34,10 +34,12 @@ if TYPE_CHECKING:
         TrainableParamsCheckPoint,
         adapters_disabled,
         check_adapters,
+        check_optimizer,
         fold_prefixes,
         freeze_delta,
         freeze_from_config,
         freeze_modules,
+        freeze_statistics,
         get_pet_model,
         load_adapter,
         merge,
@@ -56,10 +58,10 @@ __all__ = ["AdapterConfig", "AdapterDense", "AdapterLayer", "BitFitConfig", "Del
            "HealthCallback", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d", "LoRADense", "LoRAEmbedding", "LoRALinear",
            "LoraConfig", "LowRankAdapterConfig", "LowRankAdapterDense", "LowRankAdapterLayer", "PrefixDense",
            "PrefixEncoder", "PrefixLayer", "PrefixTuningConfig", "Ptuning2Config", "Ptuning2Dense",
-           "TrainableParamsCheckPoint", "adapters_disabled", "check_adapters", "clip_global_norm", "fold_prefixes",
-           "freeze_delta", "freeze_from_config", "freeze_modules", "get_pet_model", "install_as_mindpet",
-           "load_adapter", "lora_plus_groups", "merge", "net_recompute", "prefix_mask", "prepend_prefix",
-           "save_adapter", "set_lora_scale", "summary", "undo_recompute", "unmerge"]
+           "TrainableParamsCheckPoint", "adapters_disabled", "check_adapters", "check_optimizer", "clip_global_norm",
+           "fold_prefixes", "freeze_delta", "freeze_from_config", "freeze_modules", "freeze_statistics",
+           "get_pet_model", "install_as_mindpet", "load_adapter", "lora_plus_groups", "merge", "net_recompute",
+           "prefix_mask", "prepend_prefix", "save_adapter", "set_lora_scale", "summary", "undo_recompute", "unmerge"]
 
 # The rooms with these names. They are opened when a name is first asked for, because they load MindSpore, for which
 # what works on files alone (`mindpet-lite merge`, `run`, `--help`) need not wait.

@@ -236,6 +236,26 @@ def test_a_full_disk_leaves_the_old_files(adapter):
     assert held(adapter) == OLD and everything() == before
 
 
+@pytest.mark.parametrize("owner, broken", [(Path, "write_bytes"), (os, "fsync"), (tempfile, "mkdtemp")])
+def test_a_full_disk_leaves_no_new_directories(owner, broken, monkeypatch):
+    Path("there").mkdir()
+    before = everything()
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def file():
+        with atomic.atomic_file(Path("there/new/deeper/file")) as temporary:
+            temporary.write_bytes(b"half")
+
+    monkeypatch.setattr(owner, broken, full)
+    for save in (file, lambda: write_together(Path("there/new/adapter"), NEW),
+                 lambda: write_together(Path("new"), NEW)):
+        with pytest.raises(OSError, match="No space left on device"):
+            save()
+        assert everything() == before
+
+
 # Odd folders
 
 def test_other_files_stay_and_modes_are_kept(adapter):

@@ -1,6 +1,7 @@
 """get_pet_model: what targets mean, where layers stand, before and after first calls, refusals."""
 from __future__ import annotations
 
+import code
 import collections
 import re
 from pathlib import Path
@@ -598,6 +599,13 @@ def test_earlier_deltas_keep_training():
     mp.freeze_modules(net, include=["to_q*lora*"])
     mp.get_pet_model(net, config(["blocks.0"]))
     assert {item.name.split(".mindpet")[0] for item in net.trainable_params()} == {"to_k", "blocks.0"}
+
+
+def test_a_terminal_shows_the_summary_once(capsys):
+    terminal = code.InteractiveConsole({"mp": mp, "net": mp.get_pet_model(Attention(), config(["to_q"]))})
+    terminal.push("mp.summary(net)")
+    shown = capsys.readouterr().out
+    assert shown.count("to_q") == 1 and shown.count("adapted layers") == 1 and "<Summary of 1 layers>" in shown
 
 
 def test_summary(capsys):

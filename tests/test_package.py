@@ -23,7 +23,7 @@ PUBLIC = METHOD_NAMES | TRAIN_NAMES | {
     "install_as_mindpet", "get_pet_model", "merge", "unmerge", "net_recompute", "undo_recompute", "summary",
     "save_adapter", "load_adapter", "set_lora_scale", "adapters_disabled", "check_adapters", "fold_prefixes",
     "TrainableParamsCheckPoint", "freeze_delta",
-    "freeze_modules", "freeze_from_config"}
+    "freeze_modules", "freeze_from_config", "freeze_statistics", "check_optimizer"}
 
 IMPORT = """
 import builtins, logging, os, sys

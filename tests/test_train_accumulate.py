@@ -134,3 +134,95 @@ def test_wrong_arguments(change, error, words):
     right = {"network": net, "optimizer": nn.SGD(net.trainable_params(), 0.1), "steps": 2}
     with pytest.raises(error, match=words):
         mp.GradientAccumulation(**{**right, **change})
+
+
+def by_numpy(x: np.ndarray, windows: list[list[int]], rate: float) -> np.ndarray:
+    """Return w of Product after plain gradient steps, one for each window of micro-batches."""
+    w = np.zeros(3)
+    for window in windows:
+        w -= rate * np.mean([x[index].mean(0) for index in window], axis=0)
+    return w
+
+
+def test_flush_applies_what_is_left_as_the_mean_of_what_came(mode):
+    net, x = Product(), np.random.default_rng(0).standard_normal((7, 2, 3)).astype(np.float32)
+    step = mp.GradientAccumulation(net, nn.SGD(net.trainable_params(), 0.5), 3)
+    step.flush()
+    assert step.updates == 0 and not net.w.asnumpy().any()
+    for index in range(5):
+        step(Tensor(x[index]))
+    assert step.updates == 1
+    step.flush()
+    step.flush()
+    assert step.updates == 2 and step.count.asnumpy() == 0
+    np.testing.assert_allclose(net.w.asnumpy(), by_numpy(x, [[0, 1, 2], [3, 4]], 0.5), rtol=1e-5)
+    step(Tensor(x[5]))
+    step(Tensor(x[6]))
+    step(Tensor(x[0]))
+    assert step.updates == 3
+    np.testing.assert_allclose(net.w.asnumpy(), by_numpy(x, [[0, 1, 2], [3, 4], [5, 6, 0]], 0.5), rtol=1e-5)
+
+
+def test_a_flush_clips_unscales_and_averages_as_a_full_window_does(mode):
+    x = np.full((1, 3), 4.0, np.float32)
+    nets, scaler = [], ms.amp.DynamicLossScaler(1024.0, 2, 100)
+    for steps in (2, 5):
+        net = Product()
+        nets.append(net)
+        step = mp.GradientAccumulation(net, nn.SGD(net.trainable_params(), 0.5), steps, 1.0, scaler)
+        step(Tensor(x))
+        step(Tensor(x))
+        step.flush()
+        assert step.updates == 1
+    assert nets[0].w.asnumpy().tobytes() == nets[1].w.asnumpy().tobytes()
+    np.testing.assert_allclose(np.linalg.norm(nets[0].w.asnumpy()), 0.5, rtol=1e-6)
+    step(Tensor(np.full((1, 3), np.inf, np.float32)))
+    step.flush()
+    assert step.updates == 1 and scaler.scale_value.asnumpy() == 512
+
+
+def test_one_update_a_call_is_counted_too(mode):
+    net = Product()
+    step = mp.GradientAccumulation(net, nn.SGD(net.trainable_params(), 0.5), 1)
+    for _ in range(3):
+        step(Tensor(np.ones((1, 3), np.float32)))
+    step.flush()
+    assert step.updates == 3
+
+
+class AtEnd(ms.train.Callback):
+    def __init__(self, net: nn.Cell) -> None:
+        super().__init__()
+        self.net = net
+
+    def on_train_end(self, run_context) -> None:
+        self.seen = self.net.w.asnumpy().copy()
+
+
+@pytest.mark.parametrize("callbacks", [True, False])
+def test_model_train_ends_with_what_is_left(mode, callbacks):
+    """7 micro-batches in an epoch, two epochs, windows of 4: 4, 3 and 1 of the next epoch, 4, and 2 at the end."""
+    net, x = Product(), np.random.default_rng(0).standard_normal((7, 1, 3)).astype(np.float32)
+    step = mp.GradientAccumulation(net, nn.SGD(net.trainable_params(), 0.5), 4)
+    data, seen = ms.dataset.NumpySlicesDataset({"x": x[:, 0]}, shuffle=False).batch(1), AtEnd(net)
+    model = ms.train.Model(step)
+    model.train(2, data, callbacks=[seen] if callbacks else None, dataset_sink_mode=False)
+    order = [index % 7 for index in range(14)]
+    windows = [order[:4], order[4:8], order[8:12], order[12:]]
+    assert step.updates == 4 and step.count.asnumpy() == 0
+    np.testing.assert_allclose(net.w.asnumpy(), by_numpy(x, windows, 0.5), rtol=1e-5)
+    if callbacks:
+        assert np.array_equal(seen.seen, net.w.asnumpy())
+    model.train(1, data, dataset_sink_mode=False)
+    np.testing.assert_allclose(net.w.asnumpy(), by_numpy(x, [*windows, [0, 1, 2, 3], [4, 5, 6]], 0.5), rtol=1e-5)
+
+
+def test_the_last_checkpoint_has_what_was_left(tmp_path):
+    net = adapted()
+    step = mp.GradientAccumulation(with_loss(net), nn.Adam(net.trainable_params(), 0.01), 2)
+    data = ms.dataset.NumpySlicesDataset({"x": inputs(3, 6).asnumpy(), "y": inputs(3, 6).asnumpy()}).batch(1)
+    ms.train.Model(step).train(1, data, callbacks=[mp.TrainableParamsCheckPoint(tmp_path)], dataset_sink_mode=False)
+    saved = ms.load_checkpoint(str(tmp_path / "DELTA_CKP-1_3.ckpt"))
+    assert step.updates == 2
+    for name, value in values(net).items():
+        assert np.array_equal(saved[name].asnumpy(), value), name

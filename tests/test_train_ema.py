@@ -123,3 +123,18 @@ def test_wrong_nets():
         item.requires_grad = False
     with pytest.raises(ValueError, match="nothing to average"):
         mp.DeltaEMA(net)
+
+
+def test_a_full_disk_leaves_no_new_directory(tmp_path, monkeypatch):
+    net = adapted()
+    ema = mp.DeltaEMA(net)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    for save in (lambda: ema.save(tmp_path / "new"), lambda: mp.save_adapter(net, tmp_path / "new" / "adapter"),
+                 lambda: mp.save_adapter(net, tmp_path / "new" / "adapter.safetensors", format="mindpet")):
+        with pytest.raises(OSError, match="No space left on device"):
+            save()
+        assert list(tmp_path.iterdir()) == []

@@ -29,8 +29,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the directory cannot be made or written to, or the disk is full; `path` is as before.
     """
-    with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _explained(path), _folder_for(path):
         _refuse_directory(path)
         # A folder, because some writers leave files of their own beside a file they could not finish.
         with _work_folder(path.parent, path.name) as folder:
@@ -64,8 +63,7 @@ def write_together(directory: Path, files: Mapping[str, bytes]) -> None:
             raise NotADirectoryError(f"there is a file at {target}")
         for name in files:
             _refuse_directory(target / name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(target.parent):
+        with _folder_for(target), _one_at_a_time(target.parent):
             if not _change_places(target, files):
                 _replace_one_by_one(target, files)
 
@@ -164,8 +162,7 @@ def _exchange(one: Path, other: Path) -> None:
 
 
 def _replace_one_by_one(target: Path, files: Mapping[str, bytes]) -> None:
-    target.mkdir(exist_ok=True)
-    with _work_folder(target, "save") as folder:
+    with _folder_for(target / _COMMITTED), _work_folder(target, "save") as folder:
         new = folder / "new"
         new.mkdir()
         _write(new, files)
@@ -239,6 +236,20 @@ def _work_folder(parent: Path, name: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)
+
+
+@contextlib.contextmanager
+def _folder_for(path: Path) -> Iterator[None]:
+    """Make the directories above `path`; where the block fails, those that are new and empty are removed again."""
+    new = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for folder in new:
+                folder.rmdir()
+        raise
 
 
 def _remove_left_over(folder: Path) -> None:

@@ -6,11 +6,14 @@ from mindpet_lite.graph.freeze import TrainableReport, freeze_delta, freeze_from
 from mindpet_lite.graph.inject import get_pet_model
 from mindpet_lite.graph.load import load_adapter
 from mindpet_lite.graph.merge import merge, unmerge
+from mindpet_lite.graph.optimizer import check_optimizer
 from mindpet_lite.graph.recompute import net_recompute, undo_recompute
 from mindpet_lite.graph.save import save_adapter
+from mindpet_lite.graph.statistics import freeze_statistics
 from mindpet_lite.graph.strength import adapters_disabled, set_lora_scale
 from mindpet_lite.graph.summary import Summary, summary
 
 __all__ = ["Summary", "TrainableParamsCheckPoint", "TrainableReport", "adapters_disabled", "check_adapters",
-           "fold_prefixes", "freeze_delta", "freeze_from_config", "freeze_modules", "get_pet_model", "load_adapter",
-           "merge", "net_recompute", "save_adapter", "set_lora_scale", "summary", "undo_recompute", "unmerge"]
+           "check_optimizer", "fold_prefixes", "freeze_delta", "freeze_from_config", "freeze_modules",
+           "freeze_statistics", "get_pet_model", "load_adapter", "merge", "net_recompute", "save_adapter",
+           "set_lora_scale", "summary", "undo_recompute", "unmerge"]

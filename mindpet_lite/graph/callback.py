@@ -16,6 +16,7 @@ from mindpet_lite.arguments import WrongArgumentError
 from mindpet_lite.formats.atomic import atomic_file
 from mindpet_lite.formats.mindpet import SETTINGS_KEY
 from mindpet_lite.graph.adapters import deltas_in
+from mindpet_lite.graph.optimizer import check_optimizers_of
 from mindpet_lite.graph.tree import cells_by_path
 
 
@@ -37,7 +38,8 @@ class TrainableParamsCheckPoint(Callback):
     Raises:
         TypeError: `directory` is no path, `prefix` no string, `config` no CheckpointConfig.
         ValueError: `directory` or `prefix` is None or empty, or `prefix` holds a path separator; or `config` asks for
-            encryption or files of another format.
+            encryption or files of another format. When the training begins: nothing in the network trains, or as
+            :func:`mindpet_lite.check_optimizer`.
     """
 
     def __init__(self, directory: str | os.PathLike[str], prefix: str = "DELTA_CKP",
@@ -60,14 +62,19 @@ class TrainableParamsCheckPoint(Callback):
             raise ValueError(f"TrainableParamsCheckPoint writes format 'ckpt', but config says {file_format!r}.")
         self.directory, self.prefix, self.config = Path(directory), prefix, config
         self._written: dict[Path, float] = {}
-        self._last_step, self._last_time = 0, time.monotonic()
+        self._first_step, self._last_step, self._last_time = 0, 0, time.monotonic()
 
     def on_train_begin(self, run_context: Any) -> None:
-        """Check that there is something to save and somewhere to save it, before the first step."""
+        """Check the optimizer, and that there is something to save and somewhere to save it, before the first step."""
         params = run_context.original_args()
+        network = params.network or params.train_network
+        # Where nothing trains, that is the fault to speak of.
+        if network.trainable_params():
+            check_optimizers_of(network, params)
         trainable_parameters(self._network(params))
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._last_step, self._last_time = params.cur_step_num, time.monotonic()
+        self._first_step = self._last_step = params.cur_step_num
+        self._last_time = time.monotonic()
 
     def on_train_step_end(self, run_context: Any) -> None:
         """Save when the config's steps or seconds have gone by; without a config at the end of each epoch."""
@@ -76,9 +83,9 @@ class TrainableParamsCheckPoint(Callback):
             self._save(params)
 
     def on_train_end(self, run_context: Any) -> None:
-        """Save the last state if it is not saved yet."""
+        """Save the last state, also where the last step was saved: accumulated gradients may have come after it."""
         params = run_context.original_args()
-        if params.cur_step_num > self._last_step:
+        if params.cur_step_num > self._first_step:
             self._save(params)
 
     def _due(self, params: Any) -> bool:

@@ -9,8 +9,8 @@ from mindpet_lite.delta.base import Delta
 from mindpet_lite.graph.adapters import deltas_in, saved_of
 from mindpet_lite.graph.tree import cells_by_path, paths_of_parameters, refresh_recomputation
 
-# What a BatchNorm counts: Parameters that do not train.
-STATISTICS = ("moving_mean", "moving_variance")
+# What a BatchNorm of `mindspore.nn` or of `mindspore.mint` counts: Parameters that do not train.
+STATISTICS = ("moving_mean", "moving_variance", "running_mean", "running_var", "num_batches_tracked")
 
 
 def net_parameters(net: nn.Cell) -> list[tuple[Parameter, list[str]]]:

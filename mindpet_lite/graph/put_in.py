@@ -9,6 +9,7 @@ from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.graph.adapters import Adapter, deltas_in, record_of, select
 from mindpet_lite.graph.modules_to_save import Ties, untie
 from mindpet_lite.graph.parents import refusal_at
+from mindpet_lite.graph.statistics import warn_of_statistics
 from mindpet_lite.graph.tree import replace
 
 
@@ -69,4 +70,6 @@ def put_in(net: nn.Cell, cells: Mapping[str, nn.Cell], adapted: Mapping[str, Del
             swaps[cells[path]] = delta
     if swaps:
         replace(net, swaps)
+    if any(delta not in present.values() for delta in adapted.values()):
+        warn_of_statistics(net)
     return record, untied

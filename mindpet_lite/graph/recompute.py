@@ -6,15 +6,18 @@ import inspect
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from mindspore import nn
+from mindspore import mint, nn
 
+from mindpet_lite.arguments import warn_user
 from mindpet_lite.formats.problems import listed
 from mindpet_lite.graph.match import by_expression, by_name
+from mindpet_lite.graph.statistics import statistics_are_frozen
 from mindpet_lite.graph.tree import (
     cells_by_path,
     drop_compiled_graphs,
     is_recomputed,
     keep_activations,
+    recompute,
     require_cell,
     without_inner,
     writing_operators,
@@ -22,15 +25,21 @@ from mindpet_lite.graph.tree import (
 
 # Functions of mindspore.ops that write into a Parameter.
 _WRITERS = ("assign", "assign_add", "assign_sub")
+# Cells that draw by other operators than nn.Dropout's.
+_OTHER_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, mint.nn.Dropout)
 
 
 def net_recompute(net: nn.Cell, pattern: str | Sequence[str]) -> list[str]:
     r"""Set every cell that `pattern` names to be recomputed: its activations are not kept for the backward pass.
 
     Of each such cell only its inputs are kept; what lies between is computed again when its gradients are due (Chen et
-    al., 2016, arXiv:1604.06174). Name the repeated blocks of a net: ``r"blocks\.\d+"``. Gradients stay the same, bit
-    for bit in graph mode, and `nn.Dropout` draws the same mask again. It may be called before or after `get_pet_model`
-    and the net's first call, in graph mode and PyNative; :func:`undo_recompute` takes it back.
+    al., 2016, arXiv:1604.06174). Name the repeated blocks of a net: ``r"blocks\.\d+"``. It may be called before or
+    after `get_pet_model` and the net's first call, in graph mode and PyNative; :func:`undo_recompute` takes it back.
+
+    Gradients stay those of the forward pass. What `nn.Dropout` gave, in the deltas and in the base, is kept and not
+    drawn again: in a graph its output and its mask, in PyNative its mask. Other random operators (`ops.dropout`,
+    `nn.Dropout2d`, `mint.nn.Dropout`) may draw anew, as all of them may under MindSpore's own `Cell.recompute()`: for
+    cells of these a warning names them.
 
     Args:
         net: any Cell; it is changed in place.
@@ -58,8 +67,10 @@ def net_recompute(net: nn.Cell, pattern: str | Sequence[str]) -> list[str]:
     if problems:
         raise ValueError("pattern does not fit the net, which is unchanged:\n  " + listed(problems))
     for path in chosen.values():
-        cells[path].recompute()
+        recompute(cells[path])
     drop_compiled_graphs(net)
+    _warn_of_other_dropouts({f"{path}.{name}" if name else path: part for path in chosen.values()
+                             for name, part in cells_by_path(cells[path]).items()})
     return list(chosen.values())
 
 
@@ -123,12 +134,22 @@ def _refusal(path: str, cell: nn.Cell, chosen: Mapping[int, str], cells: Mapping
     return None
 
 
+def _warn_of_other_dropouts(cells: Mapping[str, nn.Cell]) -> None:
+    found = [f"{path} ({type(cell).__name__})" for path, cell in cells.items() if isinstance(cell, _OTHER_DROPOUTS)]
+    if found:
+        warn_user(f"{', '.join(found[:3])}{f' and {len(found) - 3} more' if len(found) > 3 else ''} may draw another "
+                  f"mask when it is computed again, and the gradients are then not those of the forward pass: use "
+                  f"nn.Dropout there, whose mask is kept.")
+
+
 def _is_called(cell: nn.Cell) -> bool:
     return type(cell).construct is not nn.Cell.construct and not isinstance(cell, (nn.CellList, nn.CellDict))
 
 
 def _writes(cell: nn.Cell) -> bool:
     """Tell whether `cell` itself writes Parameters when it runs, by its operators and by what its `construct` says."""
+    if statistics_are_frozen(cell):
+        return False
     if writing_operators(cell):
         return True
     try:

@@ -25,6 +25,10 @@ class Summary:
     saved: tuple[str, ...]
     report: TrainableReport
 
+    def __repr__(self) -> str:
+        # Short: a terminal shows it below what `summary` has printed.
+        return f"<Summary of {len(self.rows)} layers>"
+
     def __str__(self) -> str:
         head = ("path", "layer", "method", "settings", "delta shapes", "delta params")
         table = [head, *self.rows]

@@ -1,13 +1,17 @@
 """Find and replace cells in a net. The only file of the package that touches MindSpore's private attributes."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 import mindspore
-from mindspore import Parameter, nn
+from mindspore import Parameter, nn, ops
+from mindspore.train.callback import LambdaCallback, _CallbackManager
 
 from mindpet_lite.delta.base import Delta
+from mindpet_lite.graph.masks import Dropout, KeepsMasks
 
 # What a cell carries besides its structure, and a cell put in its place must carry on.
 _CARRIED = ("_forward_pre_hook", "_forward_hook", "_backward_pre_hook", "_backward_hook", "_cell_backward_hook",
@@ -125,6 +129,7 @@ def is_recomputed(cell: nn.Cell) -> bool:
 def keep_activations(cell: nn.Cell) -> None:
     """Take back that `cell` is recomputed, which MindSpore has no call for."""
     object.__setattr__(cell, "_recompute_cell", None)
+    _exchange_dropouts(cell, Dropout, ops.Dropout)
     for part in set(cells_by_path(cell).values()):
         object.__setattr__(part, "_has_config_recompute", False)
         # A graph tells by the names of its operators which of them it computes again.
@@ -138,14 +143,35 @@ def writing_operators(cell: nn.Cell) -> list[str]:
     return [name for name, operator in cell._primitives.items() if getattr(operator, "side_effect_mem", False)]
 
 
-def refresh_recomputation(net: nn.Cell) -> None:
-    """Tell the cells set to recompute what trains now.
+def recompute(cell: nn.Cell) -> None:
+    """Set `cell` to be recomputed, with the dropout masks of its first run."""
+    cell.recompute()
+    refresh_recomputation(cell)
 
-    In PyNative mode they list it when `recompute()` is called, and give every other Parameter a gradient of zero.
+
+def refresh_recomputation(net: nn.Cell) -> None:
+    """Tell the cells set to recompute what trains now, and let the dropouts in them keep their masks.
+
+    In PyNative mode they list what trains when `recompute()` is called, and give every other Parameter a gradient of
+    zero.
     """
     for cell in set(cells_by_path(net).values()):
-        if isinstance(cell._recompute_cell, nn.Cell):
-            object.__setattr__(cell._recompute_cell, "internal_params", cell.trainable_params())
+        again = cell._recompute_cell
+        if isinstance(again, nn.Cell):
+            object.__setattr__(again, "internal_params", cell.trainable_params())
+            if not isinstance(again.wrap_cell.function, KeepsMasks):
+                again.wrap_cell.function = KeepsMasks(again.wrap_cell.function, again.args)
+            _exchange_dropouts(cell, ops.Dropout, Dropout)
+
+
+def _exchange_dropouts(cell: nn.Cell, old: type[ops.Primitive], new: type[ops.Primitive]) -> None:
+    """Put an operator of class `new` in the place of each dropout of class `old` in `cell`."""
+    for part in set(cells_by_path(cell).values()):
+        for name, operator in list(part._primitives.items()):
+            if type(operator) is old and operator.keep_prob < 1:
+                other = new(**operator.init_attrs)
+                strategy = getattr(operator, "in_strategy", None)
+                setattr(part, name, other.shard(strategy) if strategy else other)
 
 
 def drop_compiled_graphs(net: nn.Cell) -> None:
@@ -158,3 +184,21 @@ def drop_compiled_graphs(net: nn.Cell) -> None:
     # MindSpore's own list of nets lacks those that copy.deepcopy made.
     for cell in cells_by_path(net).values():
         cell.compile_cache.clear()
+
+
+def call_at_train_end(action: Callable[[], object]) -> None:
+    """Have the `Model.train` or `Model.fit` that calls this call `action` at its end, before its callbacks' turn.
+
+    MindSpore tells a cell when a training begins, by `set_train`, but not when it ends; only the callbacks hear of
+    that, and they are found where `Model` runs. Where none runs nothing happens.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        for value in frame.f_locals.values():
+            if isinstance(value, _CallbackManager):
+                if all(getattr(item, "action", None) != action for item in value._callbacks):
+                    ending = LambdaCallback(on_train_end=lambda run_context: action())
+                    ending.action = action
+                    value._callbacks.insert(0, ending)
+                return
+        frame = frame.f_back

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from mindpet_lite.formats.atomic import _explained, _work_folder
+from mindpet_lite.formats.atomic import _explained, _folder_for, _work_folder
 
 
 @contextlib.contextmanager
@@ -21,14 +21,12 @@ def new_directory(path: Path) -> Iterator[Path]:
         OSError: the directory cannot be written, or the disk is full.
     """
     refuse_filled(path)
-    with _explained(path):
-        target = Path(os.path.realpath(path))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _work_folder(target.parent, target.name) as folder:
-            new = folder / target.name
-            new.mkdir()
-            yield new
-            os.rename(new, target)
+    target = Path(os.path.realpath(path))
+    with _explained(path), _folder_for(target), _work_folder(target.parent, target.name) as folder:
+        new = folder / target.name
+        new.mkdir()
+        yield new
+        os.rename(new, target)
 
 
 def refuse_filled(path: Path) -> None:

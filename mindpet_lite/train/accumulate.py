@@ -1,13 +1,16 @@
 """A training step that accumulates gradients."""
 from __future__ import annotations
 
+from typing import Any
+
 import mindspore
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mindpet_lite.arguments import check_int, check_positive
-from mindpet_lite.delta.parts import as_type
+from mindpet_lite.delta.parts import as_type, put
+from mindpet_lite.graph.tree import call_at_train_end
 from mindpet_lite.train.clip import clip_global_norm
 from mindpet_lite.train.ema import DeltaEMA
 
@@ -22,7 +25,8 @@ class GradientAccumulation(nn.Cell):
     For micro-batches of one size and a loss that is a mean over examples, that is the gradient of the batch of all of
     them, at the memory of one. Sums are kept in float32 for the optimizer's parameters alone: with a frozen base these
     are the deltas. They, and the count, are Parameters, and what is done in which call is decided in the compiled
-    graph, without the host. A window that an epoch leaves open goes on in the next.
+    graph, without the host. A window that an epoch leaves open goes on in the next; what is left at the end of
+    `Model.train` is applied there, before its callbacks, as :meth:`flush` does it in a loop of one's own.
 
     At the end of a window, in this order: the mean; in data-parallel training the mean over the devices; with
     `loss_scaler` unscaling, and nothing but a smaller scale where a gradient is not finite; clipping with
@@ -30,7 +34,7 @@ class GradientAccumulation(nn.Cell):
     order, and has no sums.
 
     >>> step = GradientAccumulation(nn.WithLossCell(net, loss), optimizer, steps=4, max_norm=1.0)
-    >>> Model(step).train(epochs, dataset)             # or: loss = step(x, y)
+    >>> Model(step).train(epochs, dataset)             # or: loss = step(x, y), and at the end step.flush()
 
     Args:
         network: a cell that gives a scalar loss.
@@ -64,13 +68,11 @@ class GradientAccumulation(nn.Cell):
                 raise TypeError(f"{name} must be a {kind.__name__}{'' if needed else ' or None'}, but got "
                                 f"{type(value).__name__}.")
         self.network, self.optimizer, self.ema, self.loss_scaler = network, optimizer, ema, loss_scaler
-        self.steps, self.max_norm = steps, max_norm
+        self.steps = steps
+        self.update = _Update(optimizer, max_norm, loss_scaler, ema)
         parameters = optimizer.parameters
         self.gradients = mindspore.value_and_grad(self._scaled_loss, None, parameters)
         self.each = ops.HyperMap()
-        self.types = tuple(item.dtype for item in parameters)
-        self.reducer = nn.DistributedGradReducer(parameters) \
-            if mindspore.get_auto_parallel_context("parallel_mode") in _SPLIT else nn.Identity()
         if steps > 1:
             self.count = Parameter(Tensor(0, mstype.int32), name="accumulated_count", requires_grad=False)
             self.sums = ParameterTuple([
@@ -83,20 +85,56 @@ class GradientAccumulation(nn.Cell):
         if self.loss_scaler is not None:
             loss = self.loss_scaler.unscale(loss)
         if self.steps == 1:
-            return ops.depend(loss, self._update(gradients))
+            return ops.depend(loss, self.update(gradients))
         self.each(_add, self.sums, gradients)
         ops.assign(self.count, (self.count + 1) % self.steps)
         if self.count == 0:
-            self._update(self.each(ops.partial(_times, 1 / self.steps), self.sums))
+            self.update(self.each(ops.partial(_times, 1 / self.steps), self.sums))
             self.each(_clear, self.sums)
         return loss
+
+    @property
+    def updates(self) -> int:
+        """The number of updates of the weights so far. A window with an overflow is none."""
+        return int(self.update.updates.asnumpy())
+
+    def flush(self) -> None:
+        """Update the weights from the mean of the micro-batches of a window that is not full; do nothing without any.
+
+        It does all that is due at the end of a window. The next call begins a new one.
+        """
+        count = int(self.count.asnumpy()) if self.steps > 1 else 0
+        if count:
+            self.update(tuple(total * (1 / count) for total in self.sums))
+            for item in (self.count, *self.sums):
+                put(item, ops.zeros_like(item))
+
+    def add_flags_recursive(self, **flags: Any) -> GradientAccumulation:
+        """Set flags as nn.Cell does; where they say that `Model.train` begins, have it flush at its end."""
+        if flags.get("training"):
+            call_at_train_end(self.flush)
+        return super().add_flags_recursive(**flags)
 
     def _scaled_loss(self, *batch: Tensor) -> Tensor:
         loss = self.network(*batch)
         return loss if self.loss_scaler is None else self.loss_scaler.scale(loss)
 
-    def _update(self, gradients: tuple[Tensor, ...]) -> bool:
-        """Do what is due at the end of a window, with the mean of its gradients."""
+
+class _Update(nn.Cell):
+    """What is due at the end of a window, with the mean of its gradients."""
+
+    def __init__(self, optimizer: nn.Optimizer, max_norm: float | None,
+                 loss_scaler: mindspore.amp.LossScaler | None, ema: DeltaEMA | None) -> None:
+        super().__init__(auto_prefix=False)
+        self.optimizer, self.max_norm, self.loss_scaler, self.ema = optimizer, max_norm, loss_scaler, ema
+        self.types = tuple(item.dtype for item in optimizer.parameters)
+        self.each = ops.HyperMap()
+        self.reducer = nn.DistributedGradReducer(optimizer.parameters) \
+            if mindspore.get_auto_parallel_context("parallel_mode") in _SPLIT else nn.Identity()
+        self.updates = Parameter(Tensor(0, mstype.int32), name="weight_updates", requires_grad=False)
+
+    def construct(self, gradients: tuple[Tensor, ...]) -> bool:
+        """Average over devices, unscale, clip, update."""
         gradients = self.reducer(gradients)
         if self.loss_scaler is None:
             return self._apply(gradients)
@@ -111,6 +149,7 @@ class GradientAccumulation(nn.Cell):
         if self.max_norm is not None:
             gradients, _ = clip_global_norm(gradients, self.max_norm)
         self.optimizer(self.each(as_type, gradients, self.types))
+        ops.assign_add(self.updates, 1)
         if self.ema is not None:
             self.ema()
         return True

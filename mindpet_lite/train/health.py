@@ -12,6 +12,7 @@ from mindspore.train import Callback
 from mindpet_lite.arguments import check_int, check_number, warn_user
 from mindpet_lite.delta.base import Delta, float64
 from mindpet_lite.graph.adapters import deltas
+from mindpet_lite.graph.optimizer import check_optimizers_of
 from mindpet_lite.graph.tree import cells_by_path, require_cell
 
 
@@ -37,7 +38,8 @@ class HealthCallback(Callback):
 
     Raises:
         TypeError: an argument is of the wrong kind.
-        ValueError: a number is not positive. When the training begins: the network has no adapted layer.
+        ValueError: a number is not positive. When the training begins: the network has no adapted layer, or as
+            :func:`mindpet_lite.check_optimizer`.
         FloatingPointError: in the training, for the reasons above; names the parameter by its path.
     """
 
@@ -57,9 +59,11 @@ class HealthCallback(Callback):
         self._last_step = self._zero_due = 0
 
     def on_train_begin(self, run_context: Any) -> None:
-        """Find the deltas and the loss scale, and read them for the first time."""
+        """Check the optimizer, find the deltas and the loss scale, and read them for the first time."""
         params = run_context.original_args()
-        self._deltas = deltas(self.network or params.network or params.train_network)
+        network = self.network or params.network or params.train_network
+        self._deltas = deltas(network)
+        check_optimizers_of(network, params)
         self._scale, self._highest_scale = dynamic_loss_scale(params.train_network or params.network), 0.0
         self._zero_due = params.cur_step_num + self.zero_after
         self._read(params.cur_step_num, None)

@@ -57,11 +57,14 @@ def check_bool(name: str, value: object) -> None:
 
 
 def check_number(name: str, value: object) -> float:
-    """Raise TypeError unless `value` is a real number (a bool is not); return it as float."""
+    """Raise TypeError unless `value` is a real number (a bool is not); return it as float, or raise ValueError."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, but got {value!r} of type {type(value).__name__}."
                         f"{number_hint(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is too large for a floating-point number.") from None
 
 
 def check_probability(name: str, value: object) -> None:

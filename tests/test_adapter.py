@@ -130,7 +130,7 @@ def test_any_number_of_leading_axes(method, shape, mode):
 @pytest.mark.parametrize("input_type", [ms.float32, ms.float16], ids=str)
 @pytest.mark.parametrize("compute_dtype", [None, ms.float32, ms.float16], ids=str)
 @pytest.mark.parametrize("to_float", [None, ms.float32, ms.float16], ids=str)
-def test_output_type_is_the_input_type(method, input_type, compute_dtype, to_float, mode):
+def test_output_type_is_what_to_float_set_else_the_input_type(method, input_type, compute_dtype, to_float, mode):
     make, make_dense, _, reference = KINDS[method]
     layer, dense = make(compute_dtype=compute_dtype), make_dense(compute_dtype=compute_dtype, dtype=ms.float16)
     randomise(layer)
@@ -141,8 +141,8 @@ def test_output_type_is_the_input_type(method, input_type, compute_dtype, to_flo
     assert dense._compute_type() == (compute_dtype or to_float or ms.float16)
     x = inputs(5, 8, dtype=input_type)
     y = layer(x)
-    assert y.dtype == input_type and dense(inputs(5, 6, dtype=input_type)).dtype == input_type
-    rough = ms.float16 in (layer._compute_type(), input_type)
+    assert y.dtype == dense(inputs(5, 6, dtype=input_type)).dtype == (to_float or input_type)
+    rough = ms.float16 in (layer._compute_type(), y.dtype)
     np.testing.assert_allclose(numbers(y), reference(layer, numbers(x), np.ones((5, 8)))[0],
                                **TOLERANCE[ms.float16 if rough else ms.float32])
 
@@ -239,7 +239,8 @@ def test_from_dense_takes_over_the_parameters_and_leaves_the_dense(method, mode)
     dense, kind = nn.Dense(6, 8, activation="tanh"), type(KINDS[method][1]())
     layer = kind.from_dense(dense, 2, non_linearity="Mish", compute_dtype=ms.float32)
     assert layer.weight is dense.weight and layer.bias is dense.bias and layer.matmul is dense.matmul
-    assert dense.weight.name == "weight" and layer.plain_cell() is dense and layer.settings()["non_linearity"] == "mish"
+    assert dense.weight.name == "weight" and layer.settings()["non_linearity"] == "mish"
+    assert kind.from_dense(dense, 2).plain_cell() is dense and layer.plain_cell().weight is dense.weight
     assert np.array_equal(layer(inputs(5, 6)).asnumpy(), dense(inputs(5, 6)).asnumpy())
     for wrong, reason in ((layer, "adapted already"), (nn.Conv2d(1, 1, 1), "not Conv2d")):
         with pytest.raises(TypeError, match=reason):

@@ -102,7 +102,7 @@ def test_defect_10_numbers_that_cannot_be_meant_are_refused(settings):
 
 
 def test_defect_10_no_dropout_may_be_an_int():
-    assert LoRADense(6, 5, lora_rank=2, lora_alpha=4.0, lora_dropout=0).lora_dropout.p == 0
+    assert LoRADense(6, 5, lora_rank=2, lora_alpha=4.0, lora_dropout=0).dropout_rate == 0
 
 
 def test_defect_10_a_rank_that_is_wasted_is_said():
@@ -121,7 +121,10 @@ def test_defect_12_to_float_goes_with_another_compute_type(mode):
     layer.to_float(ms.float16)
     x = Tensor(np.ones((3, 6), np.float32))
     expected = x.asnumpy() @ layer.weight.asnumpy().T + layer.bias.asnumpy()
-    np.testing.assert_allclose(layer(x).asnumpy(), expected, rtol=1e-5, atol=1e-6)
+    y = layer(x)
+    # What is computed in float32 is rounded once, to the type that to_float() sets.
+    assert y.dtype == ms.float16
+    np.testing.assert_allclose(y.asnumpy(), expected.astype(np.float16), rtol=1e-3, atol=1e-6)
 
 
 def test_defect_12_one_axis_is_enough(mode):

@@ -11,12 +11,29 @@ from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
 
 FLOAT_TYPES = (mstype.float16, mstype.bfloat16, mstype.float32)
+# From here on rounding gives infinity: half a step above the largest number.
+_LIMITS = {mstype.float16: 65520.0, mstype.bfloat16: 2.0 ** 128 - 2.0 ** 119, mstype.float32: 2.0 ** 128 - 2.0 ** 103}
 
 
 def check_float_type(name: str, value: object) -> None:
     """Raise TypeError unless `value` is mindspore.float16, bfloat16 or float32."""
     if not any(value is item or value == item for item in FLOAT_TYPES):
         raise TypeError(f"{name} must be mindspore.float16, bfloat16 or float32, but got {value!r}.")
+
+
+def overflow(what: str, number: float, types: Iterable[Any]) -> str:
+    """Return in which of the types this number is not finite, as a sentence, or nothing."""
+    small = [dtype for dtype in types if not abs(number) < _LIMITS.get(dtype, math.inf)]
+    return f"{what} is {number:g}, which {small[0]} cannot hold." if small else ""
+
+
+def type_refusal(parameter: Parameter, method: str) -> str | None:
+    """Return why the layer of this Parameter cannot be adapted, where it is not of a float type; else None."""
+    if parameter.dtype in (*FLOAT_TYPES, mstype.float64):
+        return None
+    return (f"its {parameter.name.rpartition('.')[2]} is of the type {parameter.dtype}, in which the input and the "
+            f"deltas would be cut down to whole numbers: {method} adapts layers of a float type. Give the layer its "
+            f"weight in float16 or float32 first, or leave it out with exclude_modules.")
 
 
 class Delta:
@@ -67,6 +84,10 @@ class Delta:
     def refresh(self) -> None:
         """Write `strength` and `enabled` into the live Parameters; a running graph sees it at its next call."""
         raise NotImplementedError(f"{type(self).__name__}.refresh() is missing: {self.fixed or 'write it'}")
+
+    def overflows(self, strength: float) -> str:
+        """Return why this strength is none for the layer, because it would not be finite in there, or nothing."""
+        return ""
 
     def merged_value(self) -> dict[Parameter, Tensor]:
         """Return the new value of every base Parameter that absorbs this delta; change nothing."""

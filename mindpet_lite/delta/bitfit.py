@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from mindspore import Parameter, Tensor, nn
 
-from mindpet_lite.delta.base import Delta, DeltaConfig
+from mindpet_lite.delta.base import Delta, DeltaConfig, type_refusal
 
 
 class TrainedBias(Delta):
@@ -61,7 +61,9 @@ class BitFitConfig(DeltaConfig):
     @classmethod
     def refusal(cls, cell: nn.Cell) -> str | None:
         """Return why `cell` has nothing for BitFit to train, or None."""
-        return None if _biases(cell) else f"{type(cell).__name__} has no bias."
+        if not _biases(cell):
+            return f"{type(cell).__name__} has no bias."
+        return next(filter(None, (type_refusal(item, "BitFit") for item in cell.get_parameters(expand=False))), None)
 
     def adapt(self, cell: nn.Cell) -> TrainedBias:
         """Return the view of the layer's biases."""

@@ -11,9 +11,9 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import HeUniform
 
 from mindpet_lite.delta.activation import ACTIVATIONS, check_non_linearity
-from mindpet_lite.delta.base import Delta, check_float_type
+from mindpet_lite.delta.base import Delta, check_float_type, overflow
 from mindpet_lite.delta.dense import AdaptedDense, TypedCell
-from mindpet_lite.delta.parts import as_type, check_strategies, prefix_of, put, set_strategies
+from mindpet_lite.delta.parts import as_type, check_strategies, from_rows, prefix_of, put, set_strategies, to_rows
 
 # As A of LoRA starts: by the width of the input, so that no non-linearity starts where it is flat.
 HE_UNIFORM = HeUniform(negative_slope=math.sqrt(5))
@@ -45,6 +45,14 @@ class Steered(Delta):
     unmergeable = "the adapter applies a non-linearity to the layer's output, so no weight of the layer equals both."
 
     adapter_scaling: Parameter
+
+    def overflows(self, strength: float) -> str:
+        """Return why the live factor cannot be this, or nothing."""
+        return overflow("the strength", strength, (mindspore.float32, self._compute_type()))
+
+    def _compute_type(self) -> mindspore.dtype:
+        """Return the type that the delta is computed in."""
+        raise NotImplementedError
 
     def refresh(self) -> None:
         """Set the live factor to `strength`, or 0 where switched off."""
@@ -88,11 +96,10 @@ class BottleneckLayer(TypedCell, Steered):
         raise NotImplementedError
 
     def construct(self, x: Tensor) -> Tensor:
-        """Apply the layer to `x` (*, hidden_size); return the same shape and type."""
-        shape = x.shape
-        if len(shape) == 2:
-            return self.adapted(x, shape[:-1], self._compute_type())
-        return self.reshape(self.adapted(self.reshape(x, (-1, shape[-1])), shape[:-1], self._compute_type()), shape)
+        """Apply the layer to `x` (*, hidden_size); return the same shape."""
+        shape, output_type, dtype = x.shape, self._output_type(x), self._compute_type()
+        rows = to_rows(self._entered(x, output_type), shape)
+        return from_rows(self.adapted(rows, shape[:-1], dtype), shape, shape[-1])
 
     def adapted(self, rows: Tensor, leading: tuple[int, ...], dtype: mindspore.dtype) -> Tensor:
         """Return the layer's output for `rows` of any type, computing the delta in `dtype`.
@@ -151,18 +158,13 @@ class BottleneckDense(AdaptedDense, Steered):
         return getattr(self, self.delta_names[0])
 
     def construct(self, x: Tensor) -> Tensor:
-        """Apply the layer to `x` (*, in_channels); return (*, out_channels) of the type of `x`."""
-        shape, input_type, dtype = x.shape, x.dtype, self._compute_type()
-        x = as_type(x, dtype)
-        if len(shape) != 2:
-            x = self.reshape(x, (-1, shape[-1]))
-        y = self._affine(x, dtype)
+        """Apply the layer to `x` (*, in_channels); return (*, out_channels)."""
+        shape, output_type, dtype = x.shape, self._output_type(x), self._compute_type()
+        y = self._affine(to_rows(self._entered(x, dtype), shape), dtype)
         if self.activation_flag:
             y = self.activation(y)
         y = self.bottleneck.adapted(y, shape[:-1], dtype)
-        if len(shape) != 2:
-            y = self.reshape(y, shape[:-1] + (self.out_channels,))
-        return as_type(y, input_type)
+        return as_type(from_rows(y, shape, self.out_channels), output_type)
 
     def _shard(self, matmul: tuple | None, bias: tuple | None, activation: tuple | None,
                inner: list[Strategy]) -> None:

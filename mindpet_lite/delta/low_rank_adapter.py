@@ -17,7 +17,7 @@ from mindpet_lite.arguments import check_bool, check_int
 from mindpet_lite.delta.base import Delta, DeltaConfig, check_float_type
 from mindpet_lite.delta.bottleneck import BottleneckDense, BottleneckLayer, BottleneckSettings, Strategy
 from mindpet_lite.delta.dense import TypedCell, dense_refusal
-from mindpet_lite.delta.parts import as_type, check_init, check_strategies, initial, set_strategies
+from mindpet_lite.delta.parts import as_type, check_init, check_strategies, from_rows, initial, set_strategies, to_rows
 
 LEFT, RIGHT = "mindpet_delta_low_rank_adapter_weight_left", "mindpet_delta_low_rank_adapter_weight_right"
 
@@ -96,15 +96,11 @@ class LowRankLinear(TypedCell, Delta):
         return self.mindpet_delta_low_rank_adapter_weight_left.dtype
 
     def construct(self, x: Tensor) -> Tensor:
-        """Apply the layer to `x` (*, in_channels); return (*, out_channels) of the type of `x`."""
-        shape, input_type, dtype = x.shape, x.dtype, self._compute_type()
-        x = as_type(x, dtype)
-        if len(shape) != 2:
-            x = self.reshape(x, (-1, shape[-1]))
+        """Apply the layer to `x` (*, in_channels); return (*, out_channels)."""
+        shape, output_type, dtype = x.shape, self._output_type(x), self._compute_type()
+        x = to_rows(self._entered(x, dtype), shape)
         y = self.affine(x, as_type(self.bias, dtype)) if self.has_bias else self.product(x)
-        if len(shape) != 2:
-            y = self.reshape(y, shape[:-1] + (self.out_channels,))
-        return as_type(y, input_type)
+        return as_type(from_rows(y, shape, self.out_channels), output_type)
 
     def product(self, x: Tensor) -> Tensor:
         """Return x L R for rows `x`, in their type."""

@@ -13,16 +13,16 @@ from mindpet_lite.arguments import did_you_mean
 from mindpet_lite.delta.activation import activation_strategies
 
 
-def as_type(x: Tensor, dtype: mindspore.dtype) -> Tensor:
-    """Cast only where the type differs: a cast to the same type still costs a launch in PyNative mode."""
-    if x.dtype == dtype:
+def as_type(x: Tensor, dtype: mindspore.dtype, own: mindspore.dtype | None = None) -> Tensor:
+    """Cast `x` to `dtype` only where its type differs: a cast to the same type still costs a launch in PyNative mode.
+
+    `own` is the type of `x` where that is known: PyNative mode waits for a result to tell it.
+    """
+    if own is None:
+        own = x.dtype
+    if own == dtype:
         return x
     return ops.cast(x, dtype)
-
-
-def retyped(x: Tensor, dtype: mindspore.dtype, wanted: mindspore.dtype) -> Tensor:
-    """Cast `x`, which has type `dtype`: PyNative mode would wait for a result to tell its type, as `as_type` asks."""
-    return x if dtype == wanted else ops.cast(x, wanted)
 
 
 def to_rows(x: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -105,17 +105,8 @@ class PrefixedDense(PrefixDelta, AdaptedDense):
         raise NotImplementedError
 
     def construct(self, x: Tensor) -> Tensor:
-        """Apply the layer to `x` (*, seq, in_channels); return (*, n + seq, out_channels) of the type of `x`."""
-        shape, input_type, dtype = x.shape, x.dtype, self._compute_type()
-        x = as_type(x, dtype)
-        if len(shape) != 2:
-            x = self.reshape(x, (-1, shape[-1]))
-        y = self._affine(x, dtype)
-        if self.activation_flag:
-            y = self.activation(y)
-        if len(shape) != 2:
-            y = self.reshape(y, shape[:-1] + (self.out_channels,))
-        return prepend_prefix(self.prefix_rows(), as_type(y, input_type))
+        """Apply the layer to `x` (*, seq, in_channels); return (*, n + seq, out_channels)."""
+        return prepend_prefix(self.prefix_rows(), self._dense(x))
 
 
 # What tells such an attention: names of its class and its parts, and names in the code of its `construct`.

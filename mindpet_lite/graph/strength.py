@@ -29,9 +29,9 @@ def set_lora_scale(net: nn.Cell, scale: float) -> None:
 
     Raises:
         TypeError: `scale` is no number, or `net` no Cell.
-        ValueError: `scale` is not finite; the net has no adapted layer, one of a method without a strength, or its
-            adapters are switched off; or `scale` is 0 and a delta holds NaN or infinite values, which 0 does not
-            cancel.
+        ValueError: `scale` is not finite, or would not be in the type that a layer computes in; the net has no adapted
+            layer, one of a method without a strength, or its adapters are switched off; or `scale` is 0 and a delta
+            holds NaN or infinite values, which 0 does not cancel.
     """
     number = check_number("scale", scale)
     if not math.isfinite(number):
@@ -42,6 +42,12 @@ def set_lora_scale(net: nn.Cell, scale: float) -> None:
         raise ValueError("The adapters are switched off by adapters_disabled(): leave the block before you scale them.")
     if number == 0:
         _require_finite(found)
+    overflows = [f"{path or type(cell).__name__}: {reason}" for path, cell in found.items()
+                 if (reason := cell.overflows(number))]
+    if overflows:
+        raise ValueError(f"scale {scale} is too large for this net, whose adapters stay as they are:\n  "
+                         + "\n  ".join(overflows[:10])
+                         + (f"\n  and {len(overflows) - 10} more" if len(overflows) > 10 else ""))
     for cell in found.values():
         cell.strength = number
         cell.refresh()

@@ -35,7 +35,7 @@ class LowRank:
 
     Added in float32 (float64 where the base is) and rounded once. DoRA (Liu et al., 2024,
     https://arxiv.org/abs/2402.09353) scales each output's weights to the magnitude m: W' = m · V / ||V|| with
-    V = W + L R.
+    V = W + L R, and W' = V where V is zero.
 
     Args:
         left: L (rows, rank), with the adapter's scale.
@@ -62,8 +62,8 @@ class LowRank:
             weight = whole()
             squares = np.zeros(weight.shape[1])
             for begin, rows in _blocks(weight):
-                squares += np.square(_sum(rows, left[begin:begin + len(rows)], right)).sum(0)
-            factor = (self.magnitude / np.sqrt(squares)).astype(np.float32)
+                squares += np.square(_sum(rows, left[begin:begin + len(rows)], right), dtype=np.float64).sum(0)
+            factor = _dora_factor(self.magnitude, squares).astype(np.float32)
 
         def fill(rows: np.ndarray, first: int) -> None:
             with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
@@ -73,7 +73,8 @@ class LowRank:
                     if factor is not None:
                         value *= factor
                     elif self.magnitude is not None:
-                        value *= (self.magnitude[own] / np.sqrt(np.square(value).sum(1)))[:, None]
+                        squares = np.square(value, dtype=np.float64).sum(1)
+                        value *= _dora_factor(self.magnitude[own], squares)[:, None].astype(value.dtype)
                     store(value, part, _SCRATCH)
         return fill
 
@@ -138,6 +139,12 @@ class Chain:
             for one in fills:
                 one(rows, first)
         return fill
+
+
+def _dora_factor(magnitude: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """Return m / ||V|| from the sums of squares, in float64, where no square of a float32 vanishes; 1 where V is 0."""
+    is_zero = squares == 0
+    return np.where(is_zero, 1, magnitude / np.sqrt(np.where(is_zero, 1, squares)))
 
 
 def _sum(rows: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:

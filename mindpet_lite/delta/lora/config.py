@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from mindspore import mint, nn
 
 from mindpet_lite.arguments import check_int, check_positive, did_you_mean
-from mindpet_lite.delta.base import Delta, DeltaConfig
-from mindpet_lite.delta.dense import dense_refusal
+from mindpet_lite.delta.base import Delta, DeltaConfig, type_refusal
+from mindpet_lite.delta.dense import dense_refusal, override_refusal, rewritten_refusal
 from mindpet_lite.delta.lora.conv import (
     LoRAConv1d,
     LoRAConv2d,
@@ -133,20 +133,18 @@ class LoraConfig(DeltaConfig, LoraSettings):
         if plain is nn.Dense or isinstance(cell, Delta):
             return dense_refusal(cell, "LoRA")
         if plain is None:
-            return (f"LoRA adapts nn.Dense, not {kind}; besides Dense it knows "
-                    f"{', '.join(layer.plain_name for layer in _LAYERS)}.")
-        for name in ("construct", "bprop", "__call__"):
-            if getattr(type(cell), name, None) is not getattr(plain, name, None) or name in vars(cell):
-                return (f"{kind} overrides {KINDS[plain].plain_name}.{name}, so LoRA cannot know what it computes; "
-                        f"build it by hand, or leave it out with exclude_modules.")
-        return None
+            return rewritten_refusal(cell) or (f"LoRA adapts nn.Dense, not {kind}; besides Dense it knows "
+                                               f"{', '.join(layer.plain_name for layer in _LAYERS)}.")
+        layer = KINDS[plain]
+        return (override_refusal(cell, plain, layer.plain_name, "LoRA")
+                or type_refusal(getattr(cell, layer.base_names[0]), "LoRA"))
 
     def adapt(self, cell: nn.Cell) -> LowRank | TrainedTokens:
         """Return the LoRA cell on the Parameter objects of `cell`."""
         if self.token_indices is not None:
             if not isinstance(cell, nn.Embedding):
                 raise TypeError(f"tokens can only be trained of an nn.Embedding, not of a {type(cell).__name__}.")
-            return TrainedTokens.on(cell, self.token_indices)
+            return TrainedTokens.on_rows(cell, self.token_indices)
         return next(layer for plain, layer in KINDS.items() if isinstance(cell, plain))._on(cell, self)
 
     @classmethod

@@ -5,10 +5,19 @@ import math
 from typing import Any, ClassVar
 
 import mindspore
-from mindspore import Tensor, mint, nn, ops
+from mindspore import Tensor, ops
 
+from mindpet_lite.delta.dense import require_float
 from mindpet_lite.delta.lora.layer import LoRALayer
 from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, LoraSettings
+from mindpet_lite.delta.lora.typed import (
+    TypedConv1d,
+    TypedConv2d,
+    TypedConv3d,
+    TypedMintConv1d,
+    TypedMintConv2d,
+    TypedMintConv3d,
+)
 from mindpet_lite.delta.parts import as_type
 
 
@@ -48,7 +57,7 @@ class LoRAConv(LoRALayer):
         - **x** (Tensor): as the plain layer takes it.
 
     Outputs:
-        Tensor of the plain layer's shape and the type of `x`.
+        Tensor of the plain layer's shape, and of the type that the dtype rule says.
 
     Raises:
         TypeError: as :class:`LoRADense` and the plain layer.
@@ -67,6 +76,7 @@ class LoRAConv(LoRALayer):
         settings = LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init, param_init_type,
                                 compute_dtype, use_rslora, lora_bias=lora_bias)
         super().__init__(in_channels, out_channels, kernel_size, **conv_kwargs)
+        require_float(self.weight, type(self))
         self._add_delta(settings)
 
     def _add_delta(self, config: LoraSettings) -> None:
@@ -87,14 +97,6 @@ class LoRAConv(LoRALayer):
             self.unmergeable = (f"with {groups} groups the update makes each output depend on every input channel, "
                                 f"which a kernel of as many groups cannot hold; use the net unmerged.")
 
-    def _base(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
-        """Return W * x + b in `dtype`."""
-        raise NotImplementedError
-
-    def _linear(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
-        """Return W * x in `dtype`."""
-        raise NotImplementedError
-
     def _low(self, x: Tensor, a: Tensor) -> Tensor:
         """Return A * x: (batch, lora_rank, *space)."""
         raise NotImplementedError
@@ -111,9 +113,10 @@ class LoRAConv(LoRALayer):
         y = self.lora_b_matmul(ops.broadcast_to(b, (*batch, *b.shape)), rows)
         return ops.reshape(y, (*batch, self.out_channels, *shape[-self.dims:]))
 
-    def _adapted(self, x: Tensor) -> Tensor:
-        input_type, dtype = x.dtype, self._compute_type()
-        x = as_type(x, dtype)
+    def construct(self, x: Tensor) -> Tensor:
+        """Apply the layer to `x` (batch, in_channels, *space); return a Tensor of the type that the dtype rule says."""
+        output_type, dtype = self._output_type(x), self._compute_type()
+        x = self._entered(x, dtype)
         y = self._base(x, dtype)
         if self.has_dropout:
             x = self.lora_dropout(x)
@@ -123,21 +126,14 @@ class LoRAConv(LoRALayer):
             update = update + self._scaled_bias(dtype)
         if self.use_dora:
             update = self._dora(self._linear(x, dtype), update, dtype)
-        return as_type(ops.add(y, update), input_type)
+        return as_type(ops.add(y, update), output_type)
 
     def _over_outputs(self, outputs: int) -> tuple[int, ...]:
         return (1, outputs, *[1] * self.dims)
 
-    def construct(self, x: Tensor) -> Tensor:
-        """Apply the layer to `x` (batch, in_channels, *space); return a Tensor of the type of `x`."""
-        return self._adapted(x)
-
 
 class _NNConv(LoRAConv):
     groups_name = "group"
-    parts = ("in_channels", "out_channels", "kernel_size", "stride", "pad_mode", "data_format", "padding", "dilation",
-             "_dilation", "group", "has_bias", "weight_init", "bias_init", "bias_add", "shape", "expand_dims",
-             "squeeze", "concat", "split_0", "split_1", "conv2d", "conv3d")
 
     def _add_delta(self, config: LoraSettings) -> None:
         if self.data_format == "NHWC":
@@ -148,99 +144,39 @@ class _NNConv(LoRAConv):
         self.lora_a_conv = primitive(self.lora_rank, self.kernel_size, pad_mode=self.pad_mode, pad=self.padding,
                                      stride=self.stride, dilation=self.dilation)
 
-    def _linear(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
-        return self.conv2d(x, as_type(self.weight, dtype))
-
-    def _base(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
-        y = self._linear(x, dtype)
-        if self.has_bias:
-            y = self.bias_add(y, as_type(self.bias, dtype))
-        return y
-
     def _low(self, x: Tensor, a: Tensor) -> Tensor:
         return self.lora_a_conv(x, a)
 
 
-class LoRAConv1d(_NNConv, nn.Conv1d):
+class LoRAConv1d(_NNConv, TypedConv1d):
     """LoRA on `nn.Conv1d`; see :class:`LoRAConv`. `weight` is (out_channels, in_channels / group, 1, kernel_size)."""
-
-    plain_type, plain_name, dims = nn.Conv1d, "nn.Conv1d", 1
-
-    def _linear(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
-        return self.squeeze(self.conv2d(self.expand_dims(x, 2), as_type(self.weight, dtype)))
-
-    def _base(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
-        # The bias before the axis goes, as the plain layer has it.
-        y = self.conv2d(self.expand_dims(x, 2), as_type(self.weight, dtype))
-        if self.has_bias:
-            y = self.bias_add(y, as_type(self.bias, dtype))
-        return self.squeeze(y)
 
     def _low(self, x: Tensor, a: Tensor) -> Tensor:
         return self.squeeze(self.lora_a_conv(self.expand_dims(x, 2), self.expand_dims(a, 2)))
 
 
-class LoRAConv2d(_NNConv, nn.Conv2d):
+class LoRAConv2d(_NNConv, TypedConv2d):
     """LoRA on `nn.Conv2d`; see :class:`LoRAConv`."""
 
-    plain_type, plain_name, dims = nn.Conv2d, "nn.Conv2d", 2
 
-
-class LoRAConv3d(_NNConv, nn.Conv3d):
+class LoRAConv3d(_NNConv, TypedConv3d):
     """LoRA on `nn.Conv3d`; see :class:`LoRAConv`."""
-
-    plain_type, plain_name, dims = nn.Conv3d, "nn.Conv3d", 3
-
-    def _linear(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
-        weight = as_type(self.weight, dtype)
-        if self.group == 1:
-            return self.conv3d(x, weight)
-        # As the plain layer does it: Ascend's convolution of volumes has no groups.
-        parts, kernels = self.split_1(x), self.split_0(weight)
-        return self.concat([self.conv3d(parts[index], kernels[index]) for index in range(self.group)])
 
 
 class _MintConv(LoRAConv):
     groups_name = "groups"
-    parts = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "transposed",
-             "output_padding", "padding_mode", "_reversed_padding", "conv1d", "conv2d", "conv3d")
-
-    def _convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-        """Return what the layer's own operator makes of `x` with this kernel."""
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            x = mint.nn.functional.pad(x, self._reversed_padding, mode=self.padding_mode)
-            padding = (0,) * self.dims
-        if self.dims == 1:
-            return self.conv1d(x, weight, bias, self.stride, padding, self.dilation, groups)
-        if self.dims == 2:
-            return self.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
-        return self.conv3d(x, weight, bias, self.stride, padding, self.dilation, groups)
-
-    def _base(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
-        bias = None if self.bias is None else as_type(self.bias, dtype)
-        return self._convolution(x, as_type(self.weight, dtype), bias, self.groups)
-
-    def _linear(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
-        return self._convolution(x, as_type(self.weight, dtype), None, self.groups)
 
     def _low(self, x: Tensor, a: Tensor) -> Tensor:
         return self._convolution(x, a, None, 1)
 
 
-class LoRAMintConv1d(_MintConv, mint.nn.Conv1d):
+class LoRAMintConv1d(_MintConv, TypedMintConv1d):
     """LoRA on `mint.nn.Conv1d`; see :class:`LoRAConv`."""
 
-    plain_type, plain_name, dims = mint.nn.Conv1d, "mint.nn.Conv1d", 1
 
-
-class LoRAMintConv2d(_MintConv, mint.nn.Conv2d):
+class LoRAMintConv2d(_MintConv, TypedMintConv2d):
     """LoRA on `mint.nn.Conv2d`; see :class:`LoRAConv`."""
 
-    plain_type, plain_name, dims = mint.nn.Conv2d, "mint.nn.Conv2d", 2
 
-
-class LoRAMintConv3d(_MintConv, mint.nn.Conv3d):
+class LoRAMintConv3d(_MintConv, TypedMintConv3d):
     """LoRA on `mint.nn.Conv3d`; see :class:`LoRAConv`."""
-
-    plain_type, plain_name, dims = mint.nn.Conv3d, "mint.nn.Conv3d", 3

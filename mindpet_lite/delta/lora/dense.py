@@ -7,14 +7,8 @@ import mindspore
 from mindspore import Tensor, nn, ops
 
 from mindpet_lite.delta.dense import AdaptedDense, dense_refusal
-from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, NEWER, NO_DROPOUT, LoraSettings, LowRank
-from mindpet_lite.delta.parts import as_type, check_strategies, from_rows, retyped, set_strategies, to_rows
-
-
-def _operators() -> dict[str, ops.Primitive]:
-    """Return new operators of the low-rank path, by attribute name."""
-    return {"lora_a_matmul": ops.MatMul(transpose_b=True), "lora_b_matmul": ops.MatMul(transpose_b=True),
-            "mul": ops.Mul(), "add": ops.Add()}
+from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, NEWER, LoraSettings, LowRank
+from mindpet_lite.delta.parts import as_type, check_strategies, from_rows, set_strategies, to_rows
 
 
 class LoRADense(AdaptedDense, LowRank):
@@ -63,9 +57,6 @@ class LoRADense(AdaptedDense, LowRank):
             activation's or initialiser's name is unknown.
     """
 
-    # All layers share them until `shard` gives one its own: to make them is a tenth of the time of an injection.
-    lora_a_matmul, lora_b_matmul, mul, add = _operators().values()
-
     def __init__(self, in_channels: int, out_channels: int, lora_rank: int, lora_alpha: float,
                  lora_dropout: float = 0.0, lora_a_init: Any = HE_UNIFORM, lora_b_init: Any = "zeros",
                  param_init_type: mindspore.dtype = mindspore.float32,
@@ -104,33 +95,36 @@ class LoRADense(AdaptedDense, LowRank):
     @classmethod
     def _on(cls, dense: nn.Dense, settings: LoraSettings) -> LoRADense:
         layer = super()._on(dense, settings)
+        layer._require_scale()
         strategy = getattr(dense.matmul, "in_strategy", None)
         return layer.shard(strategy) if strategy else layer
 
     def _add_delta(self, config: LoraSettings) -> None:
         self.compute_dtype = config.compute_dtype
+        self.lora_a_matmul, self.lora_b_matmul = ops.MatMul(transpose_b=True), ops.MatMul(transpose_b=True)
+        self.mul, self.add = ops.Mul(), ops.Add()
         self._add_factors(config, (config.lora_rank, self.in_channels), (self.out_channels, config.lora_rank),
                           self.weight, min(self.in_channels, self.out_channels))
         self._add_dropout()
 
     def construct(self, x: Tensor) -> Tensor:
-        """Apply the layer to `x` (*, in_channels); return (*, out_channels) of the type of `x`."""
+        """Apply the layer to `x` (*, in_channels); return (*, out_channels)."""
         # What is decided here is decided for each layer as a graph is compiled; functions, flags and properties cost
         # the compiler far less than conditions on shapes and types.
-        shape, input_type, dtype = x.shape, x.dtype, self._compute_type()
-        x = retyped(x, input_type, dtype)
+        shape, output_type, dtype = x.shape, self._output_type(x), self._compute_type()
+        x = self._entered(x, dtype)
         rows = to_rows(x, shape)
         if self.in_graph:
             # Not the same rows: so both gradients of x are added to those of its other uses (as in q, k and v) by one
             # kernel.
-            y = self._beside(rows, to_rows(x, shape), dtype)
+            y = self._with_update(rows, to_rows(x, shape), dtype)
         else:
-            y = self._beside(rows, rows, dtype)
+            y = self._with_update(rows, rows, dtype)
         if self.activation_flag:
             y = as_type(self.activation(y), dtype)
-        return retyped(from_rows(y, shape, self.out_channels), dtype, input_type)
+        return as_type(from_rows(y, shape, self.out_channels), output_type, dtype)
 
-    def _beside(self, rows: Tensor, x: Tensor, dtype: mindspore.dtype) -> Tensor:
+    def _with_update(self, rows: Tensor, x: Tensor, dtype: mindspore.dtype) -> Tensor:
         """Return the output before the activation, the update added to what the weight makes of the rows.
 
         Args:
@@ -187,11 +181,7 @@ class LoRADense(AdaptedDense, LowRank):
                 strategy_lora_a_matmul = (dense[0], (1, dense[1][1]))
             if strategy_lora_b_matmul is None:
                 strategy_lora_b_matmul = ((dense[0][0], 1), (dense[1][0], 1))
-        # From here on this layer's operators are not those of the others.
-        for name, operator in _operators().items():
-            if name not in vars(self):
-                setattr(self, name, operator)
-        if self.lora_dropout is NO_DROPOUT:
+        if not hasattr(self, "lora_dropout"):
             self.lora_dropout = nn.Dropout(p=0.0)
         set_strategies([
             ("strategy_org_dense_matmul", self.matmul, dense),

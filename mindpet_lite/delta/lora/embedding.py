@@ -4,12 +4,14 @@ from __future__ import annotations
 from typing import Any
 
 import mindspore
-from mindspore import Parameter, Tensor, mint, nn, ops
+from mindspore import Tensor, ops
 from mindspore.common.initializer import Normal
 
 from mindpet_lite.arguments import check_number
+from mindpet_lite.delta.dense import require_float
 from mindpet_lite.delta.lora.layer import LoRALayer
 from mindpet_lite.delta.lora.low_rank import LoraSettings
+from mindpet_lite.delta.lora.typed import TypedEmbedding, TypedMintEmbedding
 from mindpet_lite.delta.parts import as_type
 
 UNIT_NORMAL = Normal(1.0)
@@ -25,7 +27,9 @@ class LoRATable(LoRALayer):
     As in PEFT, A starts from zeros and B from a normal distribution of deviation 1 (the other way round, B would learn
     through an A of the size 1/√vocab_size), and A's column at `padding_idx` gets no gradient.
 
-    Dtype rule: that of :class:`LoRADense` with the table for the weight. The output has the type of the table.
+    Dtype rule: that of :class:`LoRADense` with the table for the weight. Ids have no float type, so the output has the
+    type that `to_float()` set, else that of the table. (In graph mode MindSpore's `to_float()` does not reach into
+    mint.nn.Embedding, and so it does nothing there when adapted either.)
 
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685; for embeddings the authors' loralib, and PEFT.
 
@@ -70,6 +74,7 @@ class LoRATable(LoRALayer):
         settings = LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init, param_init_type,
                                 compute_dtype, use_rslora)
         super().__init__(vocab_size, embedding_size, **embedding_kwargs)
+        require_float(self.weight, type(self))
         self._add_delta(settings)
 
     def _add_delta(self, config: LoraSettings) -> None:
@@ -83,16 +88,12 @@ class LoRATable(LoRALayer):
         self.lora_a_gather = ops.Gather()
         self.lora_b_matmul = ops.MatMul(transpose_a=True, transpose_b=True)
 
-    def _rows(self, ids: Tensor) -> Tensor:
-        """Return the table's rows for `ids` (n,): (n, embedding_size)."""
-        raise NotImplementedError
-
     def _columns(self, ids: Tensor) -> Tensor:
         """Return A's columns for `ids` (n,): (lora_rank, n)."""
         return self.lora_a_gather(self.mindpet_delta_lora_embedding_a, ids, 1)
 
     def construct(self, ids: Tensor) -> Tensor:
-        """Look up `ids` (*); return (*, embedding_size) of the type of the table."""
+        """Look up `ids` (*); return (*, embedding_size)."""
         dtype, flat = self._compute_type(), ops.reshape(ids, (-1,))
         low = self._columns(flat)
         if self.lora_padding is not None:
@@ -103,7 +104,7 @@ class LoRATable(LoRALayer):
         if self.use_dora:
             update = self._dora(rows, update, dtype)
         y = rows + update
-        return as_type(ops.reshape(y, (*ids.shape, y.shape[1])), self.weight.dtype)
+        return as_type(ops.reshape(y, (*ids.shape, y.shape[1])), self._output_type(ids))
 
     def _oriented(self, product: Any) -> Any:
         return product.T
@@ -117,31 +118,12 @@ class LoRATable(LoRALayer):
         return {name: value for name, value in super().settings().items() if name != "lora_dropout"}
 
 
-class LoRAEmbedding(LoRATable, nn.Embedding):
+class LoRAEmbedding(LoRATable, TypedEmbedding):
     """LoRA on `nn.Embedding`; see :class:`LoRATable`. `embedding_table` is (vocab_size, embedding_size)."""
-
-    plain_type, plain_name = nn.Embedding, "nn.Embedding"
-    base_names = ("embedding_table",)
-    parts = ("vocab_size", "embedding_size", "use_one_hot", "dtype", "padding_idx", "init_tensor", "expand",
-             "reshape_flat", "shp_flat", "gather", "one_hot", "on_value", "off_value", "array_mul", "reshape",
-             "get_shp", "concat")
-
-    @property
-    def weight(self) -> Parameter:
-        """The table, by the name that other kinds of layers have for it."""
-        return self.embedding_table
 
     def _add_delta(self, config: LoraSettings) -> None:
         super()._add_delta(config)
         self.lora_a_matmul = ops.MatMul(transpose_b=True)
-
-    def _one_hot(self, ids: Tensor, dtype: mindspore.dtype) -> Tensor:
-        return as_type(self.one_hot(ids, self.vocab_size, self.on_value, self.off_value), dtype)
-
-    def _rows(self, ids: Tensor) -> Tensor:
-        if self.use_one_hot:
-            return self.array_mul(self._one_hot(ids, self.embedding_table.dtype), self.embedding_table)
-        return self.gather(self.embedding_table, ids, 0)
 
     def _columns(self, ids: Tensor) -> Tensor:
         a = self.mindpet_delta_lora_embedding_a
@@ -150,18 +132,13 @@ class LoRAEmbedding(LoRATable, nn.Embedding):
         return self.lora_a_gather(a, ids, 1)
 
 
-class LoRAMintEmbedding(LoRATable, mint.nn.Embedding):
+class LoRAMintEmbedding(LoRATable, TypedMintEmbedding):
     """LoRA on `mint.nn.Embedding`; see :class:`LoRATable`. `weight` is (num_embeddings, embedding_dim).
 
     Raises:
         ValueError: the layer has `max_norm`, which rewrites its rows whenever they are looked up, or
             `scale_grad_by_freq`, which A's gradient would not follow.
     """
-
-    plain_type, plain_name = mint.nn.Embedding, "mint.nn.Embedding"
-    base_names = ("weight",)
-    parts = ("num_embeddings", "embedding_dim", "dtype", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq",
-             "sparse")
 
     def _add_delta(self, config: LoraSettings) -> None:
         for name, reason in (("max_norm", "rewrites the rows of the table whenever they are looked up, frozen or not"),
@@ -170,6 +147,3 @@ class LoRAMintEmbedding(LoRATable, mint.nn.Embedding):
                 raise ValueError(f"LoRA does not adapt an embedding with {name}={getattr(self, name)!r}, which "
                                  f"{reason}: leave it out with exclude_modules.")
         super()._add_delta(config)
-
-    def _rows(self, ids: Tensor) -> Tensor:
-        return mint.nn.functional.embedding(ids, self.weight, self.padding_idx)

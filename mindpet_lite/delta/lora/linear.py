@@ -4,14 +4,16 @@ from __future__ import annotations
 from typing import Any
 
 import mindspore
-from mindspore import Tensor, mint
+from mindspore import Tensor
 
+from mindpet_lite.delta.dense import require_float
 from mindpet_lite.delta.lora.layer import LoRALayer
 from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, LoraSettings
+from mindpet_lite.delta.lora.typed import TypedLinear
 from mindpet_lite.delta.parts import as_type
 
 
-class LoRALinear(LoRALayer, mint.nn.Linear):
+class LoRALinear(LoRALayer, TypedLinear):
     r"""LoRA on `mint.nn.Linear`: :class:`LoRADense` without an activation, on the operator of that layer.
 
     .. math:: y = x W^T + b + \frac{\alpha}{r} drop(x) A^T B^T
@@ -27,11 +29,8 @@ class LoRALinear(LoRALayer, mint.nn.Linear):
         - **x** (Tensor): `(*, in_features)`.
 
     Outputs:
-        Tensor `(*, out_features)` of the type of `x`.
+        Tensor `(*, out_features)`, of the type that the dtype rule says.
     """
-
-    plain_type, plain_name = mint.nn.Linear, "mint.nn.Linear"
-    parts = ("in_features", "out_features", "has_bias", "dense")
 
     def __init__(self, in_features: int, out_features: int, lora_rank: int, lora_alpha: float,
                  lora_dropout: float = 0.0, lora_a_init: Any = HE_UNIFORM, lora_b_init: Any = "zeros",
@@ -41,6 +40,7 @@ class LoRALinear(LoRALayer, mint.nn.Linear):
         settings = LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init, param_init_type,
                                 compute_dtype, use_rslora, lora_bias=lora_bias)
         super().__init__(in_features, out_features, **linear_kwargs)
+        require_float(self.weight, type(self))
         self._add_delta(settings)
 
     def _add_delta(self, config: LoraSettings) -> None:
@@ -50,11 +50,10 @@ class LoRALinear(LoRALayer, mint.nn.Linear):
         self._add_dropout()
 
     def construct(self, x: Tensor) -> Tensor:
-        """Apply the layer to `x` (*, in_features); return (*, out_features) of the type of `x`."""
-        input_type, dtype = x.dtype, self._compute_type()
-        x = as_type(x, dtype)
-        bias = as_type(self.bias, dtype) if self.has_bias else None
-        y = self.dense(x, as_type(self.weight, dtype), bias)
+        """Apply the layer to `x` (*, in_features); return (*, out_features)."""
+        output_type, dtype = self._output_type(x), self._compute_type()
+        x = self._entered(x, dtype)
+        y = self._base(x, dtype)
         if self.has_dropout:
             x = self.lora_dropout(x)
         low = self._scaled(self.dense(x, as_type(self.mindpet_delta_lora_a, dtype)), dtype)
@@ -62,5 +61,5 @@ class LoRALinear(LoRALayer, mint.nn.Linear):
         if self.has_lora_bias:
             update = update + self._scaled_bias(dtype)
         if self.use_dora:
-            update = self._dora(self.dense(x, as_type(self.weight, dtype)), update, dtype)
-        return as_type(y + update, input_type)
+            update = self._dora(self._linear(x, dtype), update, dtype)
+        return as_type(y + update, output_type)

@@ -12,13 +12,11 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import HeUniform
 
 from mindpet_lite.arguments import check_bool, check_int, check_positive, check_probability, warn_user
-from mindpet_lite.delta.base import Delta, check_float_type, float64
+from mindpet_lite.delta.base import Delta, check_float_type, float64, overflow
 from mindpet_lite.delta.lora.start import RESIDUAL, check_start, factors
 from mindpet_lite.delta.parts import as_type, check_init, initial, put
 
 HE_UNIFORM = HeUniform(negative_slope=math.sqrt(5))
-# What all layers without dropout share: it is never called, and to make one is a tenth of the time of an injection.
-NO_DROPOUT = nn.Dropout(p=0.0)
 # The settings that MindPet's LoRA did not have.
 NEWER = ("use_rslora", "use_dora", "lora_bias")
 
@@ -28,6 +26,11 @@ class OwnStart:
 
     def __repr__(self) -> str:
         return "<the layer's own>"
+
+
+def scale_of(alpha: float, rank: int, use_rslora: bool) -> float:
+    """Return s, what B A is multiplied with: alpha / rank, or alpha / √rank with rsLoRA."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,10 @@ class LoraSettings:
         check_float_type("param_init_type", self.param_init_type)
         if self.compute_dtype is not None:
             check_float_type("compute_dtype", self.compute_dtype)
+        types = (mindspore.float32, self.param_init_type, self.compute_dtype or self.param_init_type)
+        reason = overflow("the scale", scale_of(self.lora_alpha, self.lora_rank, self.use_rslora is True), types)
+        if reason:
+            raise ValueError(f"lora_alpha {self.lora_alpha} is too large for lora_rank {self.lora_rank}: {reason}")
         for name in NEWER:
             check_bool(name, getattr(self, name))
         check_start(self.init_lora_weights)
@@ -88,7 +95,9 @@ class LowRank(Delta):
     With `use_dora` (DoRA, https://arxiv.org/abs/2402.09353, eq. 5) the weight is m (W + s B A) / ||W + s B A||, the
     norm over all axes but the output's, a constant in training (section 4.3). m is `mindpet_delta_lora_magnitude`; it
     starts at the norm of W, so that the layer starts equal to its base. `lora_scaling` holds s then, and
-    `lora_strength` () how much of the way from the base's output to DoRA's is gone.
+    `lora_strength` () how much of the way from the base's output to DoRA's is gone. Norms, and m, are float32
+    whatever the layer computes in. An output whose W + s B A is zero has no direction to be scaled: its factor
+    m / ||W + s B A|| counts as 1, so that it starts as the base, and B's first step gives it a direction.
     """
 
     method: ClassVar[str] = "lora"
@@ -105,6 +114,7 @@ class LowRank(Delta):
     lora_alpha: float
     dropout_rate: float
     has_dropout: bool
+    # Only where there is a rate, or `shard` was asked to split it.
     lora_dropout: nn.Dropout
     use_rslora: bool
     use_dora: bool
@@ -152,15 +162,17 @@ class LowRank(Delta):
         self.delta_names, self.live_names = made, tuple(steering)
         self.output_names = self.delta_names[1:]
         if config.use_dora:
-            # By the same operators as in the forward, so that their quotient is 1 exactly.
-            norm = self._live_norm(config.compute_dtype or weight.dtype).astype(config.param_init_type).asnumpy()
-            self.mindpet_delta_lora_magnitude = Parameter(Tensor(norm.reshape(self._over_outputs(outputs)).copy()),
+            # By the same operators as in the forward, so that their quotient is 1 exactly; and in float32, as there.
+            norm = self._live_norm().asnumpy().reshape(self._over_outputs(outputs))
+            self.mindpet_delta_lora_magnitude = Parameter(Tensor(norm.copy()),
                                                           name=prefix + "mindpet_delta_lora_magnitude")
             self.delta_names += ("mindpet_delta_lora_magnitude",)
+        self._require_scale()
 
     def _add_dropout(self) -> None:
         self.has_dropout = self.dropout_rate > 0
-        self.lora_dropout = nn.Dropout(p=self.dropout_rate) if self.has_dropout else NO_DROPOUT
+        if self.has_dropout:
+            self.lora_dropout = nn.Dropout(p=self.dropout_rate)
 
     def _other_start(self, config: LoraSettings, weight: Parameter, a_shape: tuple[int, ...],
                      b_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -186,7 +198,24 @@ class LowRank(Delta):
 
     def _factor(self) -> float:
         """Return s."""
-        return self.lora_alpha / (math.sqrt(self.lora_rank) if self.use_rslora else self.lora_rank)
+        return scale_of(self.lora_alpha, self.lora_rank, self.use_rslora)
+
+    def overflows(self, strength: float) -> str:
+        """Return why the live factors cannot be those of this strength, or nothing."""
+        types = (mindspore.float32, self._compute_type())
+        if self.use_dora:
+            return overflow("the strength", strength, types)
+        return overflow("strength times lora_alpha / lora_rank", strength * self._factor(), types)
+
+    def _compute_type(self) -> mindspore.dtype:
+        """Return the type that the layer computes in."""
+        raise NotImplementedError
+
+    def _require_scale(self) -> None:
+        """Raise ValueError where s is not finite in the type that the layer computes in."""
+        reason = overflow("the scale", self._factor(), (self._compute_type(),))
+        if reason:
+            raise ValueError(f"lora_alpha {self.lora_alpha} is too large for lora_rank {self.lora_rank}: {reason}")
 
     def _over_outputs(self, outputs: int) -> tuple[int, ...]:
         """Return the shape in which a number for each output is multiplied with the layer's output."""
@@ -222,18 +251,26 @@ class LowRank(Delta):
             update: what s · B A makes of it.
             dtype: of the computation.
         """
-        norm = ops.stop_gradient(self._live_norm(dtype))
-        scale = as_type(self.mindpet_delta_lora_magnitude, dtype) / ops.reshape(norm, self._over_outputs(norm.shape[0]))
-        return ((scale - 1) * base + scale * update) * as_type(self.lora_strength, dtype)
+        norm = ops.stop_gradient(ops.reshape(self._live_norm(), self._over_outputs(self.weight.shape[self.out_axis])))
+        is_zero = ops.equal(norm, 0)
+        scale = as_type(self.mindpet_delta_lora_magnitude, mindspore.float32) / ops.where(is_zero, 1.0, norm)
+        scale = ops.where(is_zero, 1.0, scale)
+        change = as_type(scale - 1, dtype) * base + as_type(scale, dtype) * update
+        return change * as_type(self.lora_strength, dtype)
 
-    def _live_norm(self, dtype: mindspore.dtype) -> Tensor:
-        """Return the norm of W + s B A over all axes but the output's, computed in `dtype`."""
-        weight = as_type(self.weight, dtype)
-        a, b = (as_type(getattr(self, name), dtype) for name in self.delta_names[:2])
+    def _live_norm(self) -> Tensor:
+        """Return the norm of W + s B A over all axes but the output's, in float32 whatever the layer computes in.
+
+        Each output's weights are divided by the largest of them before they are squared, so that no square vanishes.
+        """
+        a, b = (as_type(getattr(self, name), mindspore.float32) for name in self.delta_names[:2])
         product = ops.matmul(ops.reshape(b, (-1, self.lora_rank)), ops.reshape(a, (self.lora_rank, -1)))
-        whole = weight + ops.reshape(self._oriented(product), weight.shape) * as_type(self.lora_scaling, dtype)
+        weight = as_type(self.weight, mindspore.float32)
+        whole = weight + ops.reshape(self._oriented(product), weight.shape) * self.lora_scaling
         axes = tuple(axis for axis in range(weight.ndim) if axis != self.out_axis)
-        return ops.sqrt(ops.ReduceSum()(ops.square(whole), axes))
+        largest = ops.amax(ops.abs(whole), axes, True)
+        parts = whole / ops.where(ops.equal(largest, 0), 1.0, largest)
+        return ops.reshape(largest, (-1,)) * ops.sqrt(ops.ReduceSum()(ops.square(parts), axes))
 
     def _oriented(self, product: Any) -> Any:
         """Return B A with its axes in the weight's order."""
@@ -246,9 +283,14 @@ class LowRank(Delta):
             product = b.reshape(-1, self.lora_rank) @ a.reshape(self.lora_rank, -1)
         return self._oriented(product).reshape(self.weight.shape)
 
-    def _norm(self, weight: np.ndarray) -> np.ndarray:
-        """Return the norm over all axes but the output's."""
-        return np.sqrt(np.square(weight).sum(tuple(axis for axis in range(weight.ndim) if axis != self.out_axis)))
+    def _dora_scale(self, whole: np.ndarray) -> np.ndarray:
+        """Return DoRA's factor of each output of W + s B A."""
+        axes = tuple(axis for axis in range(whole.ndim) if axis != self.out_axis)
+        # In float64 no square of a float32 vanishes.
+        norm = np.sqrt(np.square(whole, dtype=np.float64).sum(axes))
+        is_zero = norm == 0
+        magnitude = _numbers(self.mindpet_delta_lora_magnitude).reshape(-1)
+        return np.where(is_zero, 1, magnitude / np.where(is_zero, 1, norm)).astype(np.float32)
 
     def merged_value(self) -> dict[Parameter, Tensor]:
         """Return the weight, and with `lora_bias` the bias, that give the output of the running net, from float32."""
@@ -259,9 +301,9 @@ class LowRank(Delta):
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             whole = weight + self.lora_scaling.asnumpy() * self._update()
             if self.use_dora:
-                scale = _numbers(self.mindpet_delta_lora_magnitude).reshape(-1) / self._norm(whole)
                 shape = [-1 if axis == self.out_axis else 1 for axis in range(weight.ndim)]
-                whole = weight + self.lora_strength.asnumpy() * (scale.reshape(shape) * whole - weight)
+                scale = self._dora_scale(whole).reshape(shape)
+                whole = weight + self.lora_strength.asnumpy() * (scale * whole - weight)
             merged = {self.weight: Tensor(whole).astype(self.weight.dtype)}
             if self.has_lora_bias:
                 bias = _numbers(self.bias) + self.lora_scaling.asnumpy() * _numbers(self.mindpet_delta_lora_b_bias)
@@ -276,8 +318,9 @@ class LowRank(Delta):
                 **({"init_lora_weights": self.init_lora_weights} if self.init_lora_weights in RESIDUAL else {})}
 
     def unlike(self, settings: Mapping[str, Any]) -> list[str]:
-        """Return nothing: alpha and rsLoRA are taken over, all else shows in the tensors, dropout may differ."""
-        return []
+        """Return where alpha is too large: it is taken over; all else shows in the tensors, or may differ."""
+        scale = scale_of(settings["lora_alpha"], self.lora_rank, settings.get("use_rslora", False))
+        return list(filter(None, [overflow("the scale in the file", scale, (mindspore.float32, self._compute_type()))]))
 
     def adopt_settings(self, settings: Mapping[str, Any]) -> None:
         """Take over lora_alpha and use_rslora: they are values; the rank is a shape."""

@@ -9,11 +9,12 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindpet_lite.delta.base import Delta
-from mindpet_lite.delta.lora.embedding import LoRAEmbedding
+from mindpet_lite.delta.dense import as_running, take_types
+from mindpet_lite.delta.lora.typed import TypedEmbedding
 from mindpet_lite.delta.parts import as_type, put
 
 
-class TrainedTokens(nn.Embedding, Delta):
+class TrainedTokens(TypedEmbedding, Delta):
     r"""An embedding of which some rows train: y_i = D_k where i is the k-th of the token numbers, else T_i.
 
     `embedding_table` (vocab_size, embedding_size) stays frozen; `mindpet_delta_lora_tokens` (tokens, embedding_size)
@@ -30,7 +31,7 @@ class TrainedTokens(nn.Embedding, Delta):
     _plain: tuple[nn.Embedding, ...] = ()
 
     @classmethod
-    def on(cls, plain: nn.Embedding, tokens: Sequence[int]) -> TrainedTokens:
+    def on_rows(cls, plain: nn.Embedding, tokens: Sequence[int]) -> TrainedTokens:
         """Return the layer on the Parameter object of `plain`, which stays as it is.
 
         Raises:
@@ -41,12 +42,7 @@ class TrainedTokens(nn.Embedding, Delta):
         if wrong or len(set(tokens)) != len(tokens):
             raise ValueError(f"trainable_token_indices must be different numbers below {size}, the size of the table, "
                              f"but got {list(tokens)}.")
-        layer = cls.__new__(cls)
-        nn.Cell.__init__(layer)
-        for name in LoRAEmbedding.parts:
-            if hasattr(plain, name):
-                setattr(layer, name, getattr(plain, name))
-        layer.insert_param_to_cell("embedding_table", plain.embedding_table)
+        layer = cls.on(cls, plain)
         layer.token_indices = tuple(tokens)
         layer._plain = (plain,)
         table = plain.embedding_table
@@ -57,19 +53,19 @@ class TrainedTokens(nn.Embedding, Delta):
         layer.lora_token_gate = Parameter(Tensor(1.0, mindspore.float32), name=prefix + "lora_token_gate",
                                           requires_grad=False)
         layer.lora_token_ids = Tensor(np.array(tokens, np.int32))
-        layer.set_train(plain.training)
-        layer.add_flags_recursive(**plain.get_flags())
+        take_types(layer, plain)
         return layer
 
     def construct(self, ids: Tensor) -> Tensor:
-        """Look up `ids` (*); return (*, embedding_size) of the type of the table."""
-        y = super().construct(ids)
+        """Look up `ids` (*); return (*, embedding_size) of the type of the table, or what `to_float()` set."""
+        dtype = self._compute_type()
+        y = self._base(ids, dtype)
         # Products with 0 and 1: exact, and without a shape that depends on the ids.
-        which = as_type(ops.equal(ops.expand_dims(as_type(ids, mindspore.int32), -1), self.lora_token_ids), y.dtype)
-        gate = as_type(self.lora_token_gate, y.dtype)
-        chosen = ops.matmul(which, self.mindpet_delta_lora_tokens)
+        which = as_type(ops.equal(ops.expand_dims(as_type(ids, mindspore.int32), -1), self.lora_token_ids), dtype)
+        gate = as_type(self.lora_token_gate, dtype)
+        chosen = ops.matmul(which, as_type(self.mindpet_delta_lora_tokens, dtype))
         is_chosen = which.sum(-1, keepdims=True)
-        return y * (1 - is_chosen * gate) + chosen * gate
+        return as_type(y * (1 - is_chosen * gate) + chosen * gate, self._output_type(ids))
 
     def refresh(self) -> None:
         """Set the live gate to the strength, or 0 where switched off."""
@@ -85,8 +81,7 @@ class TrainedTokens(nn.Embedding, Delta):
 
     def plain_cell(self) -> nn.Embedding:
         """Return the embedding that this layer is on."""
-        self._plain[0].set_train(self.training)
-        return self._plain[0]
+        return as_running(self._plain[0], self)
 
     def settings(self) -> dict[str, Any]:
         """Return token_indices."""

@@ -261,3 +261,11 @@ class AdapterConfig(DeltaConfig, AdapterSettings):
     def adapt(self, cell: nn.Cell) -> AdapterDense:
         """Return the adapter cell on the Parameter objects of `cell`."""
         return AdapterDense._on(cell, self)
+
+    def shapes(self, cell: nn.Cell) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the two maps' weights and biases."""
+        size, width = self.bottleneck_size, cell.out_channels
+        block = "mindpet_delta_adapter.mindpet_delta_adapter_block"
+        down, up = (f"{block}.mindpet_delta_adapter_{which}_sampler" for which in ("down", "up"))
+        return {f"{down}.weight": (size, width), f"{down}.bias": (size,),
+                f"{up}.weight": (width, size), f"{up}.bias": (width,)}

@@ -215,6 +215,14 @@ class DeltaConfig:
         """Return the adapted cell built on the Parameter objects of `cell`, which stays as it is."""
         raise NotImplementedError(f"{type(self).__name__} adapts no layer.")
 
+    def shapes(self, cell: nn.Cell) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what these settings train on `cell`, by the names of `Delta.delta_parameters`.
+
+        Nothing is made, so that a file's settings can be compared with its tensors before memory is taken for them.
+        What no setting has a say in may be left out.
+        """
+        return {}
+
     @classmethod
     def is_linear(cls, cell: nn.Cell) -> bool:
         """Tell whether ``"all-linear"`` means this cell."""

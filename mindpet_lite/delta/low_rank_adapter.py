@@ -403,3 +403,14 @@ class LowRankAdapterConfig(DeltaConfig, LowRankAdapterSettings):
     def adapt(self, cell: nn.Cell) -> LowRankAdapterDense:
         """Return the adapter cell on the Parameter objects of `cell`."""
         return LowRankAdapterDense._on(cell, self)
+
+    def shapes(self, cell: nn.Cell) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the two maps' factors and biases."""
+        width, rank = cell.out_channels, self.low_rank_size
+        size = width // self.reduction_factor
+        found: dict[str, tuple[int, ...]] = {}
+        for which, inputs, outputs in (("down", width, size), ("up", size, width)):
+            name = f"mindpet_delta_low_rank_adapter.mindpet_delta_low_rank_adapter_{which}_sampler"
+            found.update({f"{name}.{LEFT}": (inputs, rank), f"{name}.{RIGHT}": (rank, outputs),
+                          f"{name}.bias": (outputs,)})
+        return found

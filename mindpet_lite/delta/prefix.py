@@ -345,3 +345,12 @@ class PrefixTuningConfig(DeltaConfig, PrefixSettings):
     def adapt(self, cell: nn.Cell) -> PrefixDense:
         """Return the cell with a prefix on the Parameter objects of `cell`."""
         return PrefixDense._on(cell, self)
+
+    def shapes(self, cell: nn.Cell) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the embedding and the MLP, or of the rows alone."""
+        rows, width = self.prefix_token_num, cell.out_channels
+        if not self.prefix_projection:
+            return {_ROWS: (rows, width)}
+        return {TABLE: (rows, self.embed_dim),
+                f"{TRANS}.0.weight": (self.mid_dim, self.embed_dim), f"{TRANS}.0.bias": (self.mid_dim,),
+                f"{TRANS}.2.weight": (width, self.mid_dim), f"{TRANS}.2.bias": (width,)}

@@ -372,3 +372,11 @@ class Ptuning2Config(DeltaConfig, Ptuning2Settings):
     def adapt(self, cell: nn.Cell) -> Ptuning2Dense:
         """Return the cell with a prefix on the Parameter objects of `cell`."""
         return Ptuning2Dense._on(cell, self)
+
+    def shapes(self, cell: nn.Cell) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the embedding and, with a projection, of the MLP."""
+        width, size = cell.out_channels, self.projection_dim
+        return {f"{_EMBEDDING}.embedding_table": (self.pre_seq_len, width),
+                **({f"{_DENSE_IN}.weight": (size, width), f"{_DENSE_IN}.bias": (size,),
+                    f"{_DENSE_OUT}.weight": (width, size), f"{_DENSE_OUT}.bias": (width,)}
+                   if self.prefix_projection else {})}

@@ -26,13 +26,13 @@ from mindpet_lite.graph.adapters import Adapter, SavedParameter, deltas_in
 from mindpet_lite.graph.base_hash import layer_hash
 from mindpet_lite.graph.modules_to_save import Found, find_trained, of_the_base, ties, value_problems
 from mindpet_lite.graph.parameters import apply_trains, parameters_with, what_trains
+from mindpet_lite.graph.parents import refusal_at
 from mindpet_lite.graph.peft_semantics import remarks, tied_tokens
 from mindpet_lite.graph.put_in import adapt, put_in
+from mindpet_lite.graph.shapes import shape_problems
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, without_inner
 from mindpet_lite.names.placing import Table, check_table
 
-# Sizes up to this one need not show in the tensors: a folded prefix has lost some of its own.
-_ANY_SIZE = 4096
 TRAINABLE = ("adapter", "keep")
 
 
@@ -166,11 +166,13 @@ def _adapted(state: AdapterState, cells: Mapping[str, nn.Cell], problems: list[s
             problems.append(f"unexpected: {path} and {place_of[id(cell)]} are one layer in the net, two in the file.")
         place_of[id(cell)] = path
         try:
-            adapted[path] = _delta_for(METHODS[layer.method or state.method], path, cells, present.get(path), layer)
+            delta = _delta_for(METHODS[layer.method or state.method], path, cells, present.get(path), layer, problems)
         except (TypeError, ValueError) as error:
             problems.append(f"{path}: {error}")
             continue
-        problems.extend(_mismatches(path, adapted[path], layer))
+        if delta is not None:
+            adapted[path] = delta
+            problems.extend(_mismatches(path, delta, layer))
     methods = {layer.method or state.method for layer in state.layers.values()}
     problems.extend(f"missing: the net's adapted layer {path} is not in the file." for path, delta in present.items()
                     if delta.method in methods and id(cells[path]) not in place_of)
@@ -178,8 +180,11 @@ def _adapted(state: AdapterState, cells: Mapping[str, nn.Cell], problems: list[s
 
 
 def _delta_for(kind: type[DeltaConfig], path: str, cells: Mapping[str, nn.Cell], present: Delta | None,
-               layer: LayerState) -> Delta:
-    """Return the delta that a layer of a file goes to: the one that the net has there, or a new one."""
+               layer: LayerState, problems: list[str]) -> Delta | None:
+    """Return the delta that a layer of a file goes to: the one that the net has there, or a new one.
+
+    None, and a problem, where the file's tensors have not the shapes that its settings say.
+    """
     if present is not None:
         if present.method != kind.pet_type:
             raise ValueError(f"the file is of method {kind.pet_type!r}, the layer in the net is of "
@@ -189,8 +194,11 @@ def _delta_for(kind: type[DeltaConfig], path: str, cells: Mapping[str, nn.Cell],
     if layer.settings is None:
         raise ValueError("the layer is plain and the file does not say rank and alpha or whatever its method needs: "
                          "adapt the net first, with the values it was trained with.")
-    _refuse_larger_than_file(kind, layer)
-    return adapt(kind(**layer.settings, **_factor_type(kind, cells[path], layer)), path, cells)
+    config = kind(**layer.settings, **_factor_type(kind, cells[path], layer))
+    # Before any memory is taken for what the settings say.
+    wrong = shape_problems(path, layer, {} if refusal_at(config, path, cells) else config.shapes(cells[path]))
+    problems += wrong
+    return None if wrong else adapt(config, path, cells)
 
 
 def _factor_type(kind: type[DeltaConfig], cell: nn.Cell, layer: LayerState) -> dict[str, mstype.Type]:
@@ -201,26 +209,13 @@ def _factor_type(kind: type[DeltaConfig], cell: nn.Cell, layer: LayerState) -> d
     return {"param_init_type": mstype.float16} if half else {}
 
 
-def _refuse_larger_than_file(kind: type[DeltaConfig], layer: LayerState) -> None:
-    """Raise ValueError if a size in the settings is beyond what the file holds: no memory is taken for it."""
-    held = sum(value.size for value in layer.tensors.values())
-    sizes = {field.name: (layer.settings or {}).get(field.name) for field in dataclasses.fields(kind)
-             if "int" in str(field.type).split(" | ")}
-    large = [f"{name} = {size}" for name, size in sizes.items()
-             if isinstance(size, int) and size > max(held, _ANY_SIZE)]
-    if large:
-        raise ValueError(f"{' and '.join(large)} cannot be: the file holds {held} values for the layer.")
-
-
 def _mismatches(path: str, delta: Delta, layer: LayerState) -> list[str]:
     own = delta.delta_parameters()
-    problems = [f"{path}: {text}" for text in delta.unlike(layer.settings or {})]
-    problems += [f"missing: {path}.{name}." for name in own if name not in layer.tensors]
+    problems = [] if layer.settings is None else [f"{path}: {text}" for text in delta.unlike(layer.settings)]
+    problems += shape_problems(path, layer, {name: item.shape for name, item in own.items()})
     # MindPet's checkpoints hold constants as well.
     problems += [f"unexpected: {path}.{name}." for name in layer.tensors
                  if name not in own and name not in delta.live_parameters()]
-    problems += [f"misshapen: {path}.{name} is {tuple(own[name].shape)} in the net, {value.shape} in the file."
-                 for name, value in layer.tensors.items() if name in own and tuple(own[name].shape) != value.shape]
     for name, value in layer.tensors.items():
         if name in own:
             problems += value_problems(f"{path}.{name}", own[name], value)

@@ -145,7 +145,19 @@ class LoraConfig(DeltaConfig, LoraSettings):
             if not isinstance(cell, nn.Embedding):
                 raise TypeError(f"tokens can only be trained of an nn.Embedding, not of a {type(cell).__name__}.")
             return TrainedTokens.on_rows(cell, self.token_indices)
-        return next(layer for plain, layer in KINDS.items() if isinstance(cell, plain))._on(cell, self)
+        return self._kind_for(cell)._on(cell, self)
+
+    def shapes(self, cell: nn.Cell) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what these settings train on `cell`."""
+        if self.token_indices is None:
+            return self._kind_for(cell).delta_shapes(cell, self)
+        if not isinstance(cell, nn.Embedding):
+            return {}
+        return {"mindpet_delta_lora_tokens": (len(self.token_indices), cell.embedding_table.shape[1])}
+
+    @staticmethod
+    def _kind_for(cell: nn.Cell) -> Any:
+        return next(layer for plain, layer in KINDS.items() if isinstance(cell, plain))
 
     @classmethod
     def is_linear(cls, cell: nn.Cell) -> bool:

@@ -5,7 +5,7 @@ import math
 from typing import Any, ClassVar
 
 import mindspore
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 
 from mindpet_lite.delta.dense import require_float
 from mindpet_lite.delta.lora.layer import LoRALayer
@@ -79,6 +79,13 @@ class LoRAConv(LoRALayer):
         require_float(self.weight, type(self))
         self._add_delta(settings)
 
+    @classmethod
+    def factor_shapes(cls, layer: nn.Cell, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B."""
+        kernel = tuple(layer.weight.shape[-cls.dims:])
+        return ((rank, layer.in_channels, *kernel),
+                (layer.out_channels, rank // getattr(layer, cls.groups_name), *[1] * cls.dims))
+
     def _add_delta(self, config: LoraSettings) -> None:
         groups = getattr(self, self.groups_name)
         if config.lora_rank % groups:
@@ -87,9 +94,7 @@ class LoRAConv(LoRALayer):
                              f"or leave the layer out with exclude_modules.")
         kernel = tuple(self.weight.shape[-self.dims:])
         self.compute_dtype = config.compute_dtype
-        self._add_factors(config, (config.lora_rank, self.in_channels, *kernel),
-                          (self.out_channels, config.lora_rank // groups, *[1] * self.dims), self.weight,
-                          min(self.out_channels, self.in_channels * math.prod(kernel)))
+        self._add_factors(config, self.weight, min(self.out_channels, self.in_channels * math.prod(kernel)))
         self._add_dropout()
         self.lora_groups = groups
         self.lora_b_matmul = ops.BatchMatMul()
@@ -128,8 +133,9 @@ class LoRAConv(LoRALayer):
             update = self._dora(self._linear(x, dtype), update, dtype)
         return as_type(ops.add(y, update), output_type)
 
-    def _over_outputs(self, outputs: int) -> tuple[int, ...]:
-        return (1, outputs, *[1] * self.dims)
+    @classmethod
+    def _over_outputs(cls, outputs: int) -> tuple[int, ...]:
+        return (1, outputs, *[1] * cls.dims)
 
 
 class _NNConv(LoRAConv):

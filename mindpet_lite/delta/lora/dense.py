@@ -99,12 +99,16 @@ class LoRADense(AdaptedDense, LowRank):
         strategy = getattr(dense.matmul, "in_strategy", None)
         return layer.shard(strategy) if strategy else layer
 
+    @classmethod
+    def factor_shapes(cls, layer: nn.Cell, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B."""
+        return (rank, layer.in_channels), (layer.out_channels, rank)
+
     def _add_delta(self, config: LoraSettings) -> None:
         self.compute_dtype = config.compute_dtype
         self.lora_a_matmul, self.lora_b_matmul = ops.MatMul(transpose_b=True), ops.MatMul(transpose_b=True)
         self.mul, self.add = ops.Mul(), ops.Add()
-        self._add_factors(config, (config.lora_rank, self.in_channels), (self.out_channels, config.lora_rank),
-                          self.weight, min(self.in_channels, self.out_channels))
+        self._add_factors(config, self.weight, min(self.in_channels, self.out_channels))
         self._add_dropout()
 
     def construct(self, x: Tensor) -> Tensor:

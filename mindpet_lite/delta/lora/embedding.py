@@ -4,7 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 import mindspore
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import Normal
 
 from mindpet_lite.arguments import check_number
@@ -77,13 +77,19 @@ class LoRATable(LoRALayer):
         require_float(self.weight, type(self))
         self._add_delta(settings)
 
+    @classmethod
+    def factor_shapes(cls, layer: nn.Cell, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B."""
+        ids, size = getattr(layer, cls.base_names[0]).shape
+        return (rank, ids), (size, rank)
+
     def _add_delta(self, config: LoraSettings) -> None:
         ids, size = self.weight.shape
         if config.lora_bias:
             raise ValueError("LoRA on an embedding has no bias: leave lora_bias out, or the layer, with "
                              "exclude_modules.")
         self.compute_dtype = config.compute_dtype
-        self._add_factors(config, (config.lora_rank, ids), (size, config.lora_rank), self.weight, min(ids, size))
+        self._add_factors(config, self.weight, min(ids, size))
         self.lora_padding = None if self.padding_idx is None else self.padding_idx % ids
         self.lora_a_gather = ops.Gather()
         self.lora_b_matmul = ops.MatMul(transpose_a=True, transpose_b=True)

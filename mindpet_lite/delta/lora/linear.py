@@ -4,7 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 import mindspore
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
 from mindpet_lite.delta.dense import require_float
 from mindpet_lite.delta.lora.layer import LoRALayer
@@ -43,10 +43,14 @@ class LoRALinear(LoRALayer, TypedLinear):
         require_float(self.weight, type(self))
         self._add_delta(settings)
 
+    @classmethod
+    def factor_shapes(cls, layer: nn.Cell, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B."""
+        return (rank, layer.in_features), (layer.out_features, rank)
+
     def _add_delta(self, config: LoraSettings) -> None:
         self.compute_dtype = config.compute_dtype
-        self._add_factors(config, (config.lora_rank, self.in_features), (self.out_features, config.lora_rank),
-                          self.weight, min(self.in_features, self.out_features))
+        self._add_factors(config, self.weight, min(self.in_features, self.out_features))
         self._add_dropout()
 
     def construct(self, x: Tensor) -> Tensor:

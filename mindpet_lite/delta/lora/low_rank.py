@@ -127,9 +127,22 @@ class LowRank(Delta):
     mindpet_delta_lora_b_bias: Parameter
     mindpet_delta_lora_magnitude: Parameter
 
-    def _add_factors(self, config: LoraSettings, a_shape: tuple[int, ...], b_shape: tuple[int, ...],
-                     weight: Parameter, most: int) -> None:
+    @classmethod
+    def factor_shapes(cls, layer: nn.Cell, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B of this rank for a plain or adapted layer."""
+        raise NotImplementedError
+
+    @classmethod
+    def delta_shapes(cls, layer: nn.Cell, config: LoraSettings) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each Parameter that these settings add to a plain layer; nothing is made."""
+        a_shape, b_shape = cls.factor_shapes(layer, config.lora_rank)
+        return {**dict(zip(cls.delta_names, (a_shape, b_shape))),
+                **({"mindpet_delta_lora_b_bias": b_shape[:1]} if config.lora_bias else {}),
+                **({"mindpet_delta_lora_magnitude": cls._over_outputs(b_shape[0])} if config.use_dora else {})}
+
+    def _add_factors(self, config: LoraSettings, weight: Parameter, most: int) -> None:
         """Make the Parameters; `most` is the rank that the update can have."""
+        a_shape, b_shape = self.factor_shapes(self, config.lora_rank)
         values = {name: initial(field, own if isinstance(given, OwnStart) else given, shape, config.param_init_type)
                   for name, field, given, own, shape in (
                       (self.delta_names[0], "lora_a_init", config.lora_a_init, self.a_start, a_shape),
@@ -217,7 +230,8 @@ class LowRank(Delta):
         if reason:
             raise ValueError(f"lora_alpha {self.lora_alpha} is too large for lora_rank {self.lora_rank}: {reason}")
 
-    def _over_outputs(self, outputs: int) -> tuple[int, ...]:
+    @classmethod
+    def _over_outputs(cls, outputs: int) -> tuple[int, ...]:
         """Return the shape in which a number for each output is multiplied with the layer's output."""
         return (outputs,)
 

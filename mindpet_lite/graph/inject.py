@@ -16,6 +16,7 @@ from mindpet_lite.graph.beside import STATISTICS, Ties, begin_beside, shared_out
 from mindpet_lite.graph.freeze import apply_trains, net_parameters, with_lists
 from mindpet_lite.graph.live import deltas_in
 from mindpet_lite.graph.match import targets
+from mindpet_lite.graph.ranks import same_on_all_ranks
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, replace
 
 
@@ -42,6 +43,11 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
     names and values, and with the default initialisation the output is unchanged bit for bit. Make the optimizer
     afterwards, from ``net.trainable_params()``.
 
+    Drops the compiled graphs of all nets of the process: each compiles again at its next call.
+
+    In a distributed job what trains starts with the values of rank 0, see `graph.ranks.same_on_all_ranks`. Call it on
+    every process, after ``mindspore.communication.init()``.
+
     Args:
         net: the net to adapt; it is changed in place and returned.
         config: a config such as :class:`mindpet_lite.LoraConfig`, a mapping with `pet_type` and its fields, or the
@@ -52,7 +58,9 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
 
     Raises:
         TypeError, ValueError: the config is wrong, or it names layers that do not exist, cannot be adapted or are
-            adapted already. All problems stand in one message, and the net is unchanged.
+            adapted already; or the processes of a data-parallel job adapt different layers. All problems stand in
+            one message, and the net is unchanged.
+        RuntimeError: another process of a distributed job did not answer. The net is unchanged.
     """
     cells = cells_by_path(net)
     config = as_config(config)
@@ -97,6 +105,7 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
     if problems:
         raise ValueError(f"{type(config).__name__} does not fit the net, which is unchanged:\n  "
                          + "\n  ".join(problems))
+    same_on_all_ranks([parameter for (parameter, _), value in zip(parameters, trains) if value])
     for delta in adapted.values():
         set_base_values(delta)
     of_deltas = own.keys() | kept

@@ -129,13 +129,20 @@ def _weight(path: str, last: str, base: Base, table: Table | None) -> str | None
 def _tables(base: Base, parts: list[_Part]) -> list[str]:
     """Return the base's weights with a row for each token outside of its blocks, as embeddings and output layers have.
 
-    Where the config names no vocabulary, the adapter's own tell how many rows these are.
+    Where the config names no vocabulary, what the adapter has as an embedding, or whole, tells how many rows these are;
+    else an adapted layer whose shape another weight has, too.
     """
-    def of(sizes: set[int]) -> list[str]:
-        return [name for name in base.names() if base.dtype(name) in FLOATS and len(base.shape(name)) == 2
-                and base.shape(name)[0] in sizes and not _in_block(name)]
+    weights = [name for name in base.names() if base.dtype(name) in FLOATS and len(base.shape(name)) == 2
+               and not _in_block(name)]
+    shapes = [base.shape(name) for name in weights]
 
-    return of(vocabularies(base.config)) or of({part.shape[0] for part in parts if part.shape})
+    def of(sizes: set[int]) -> list[str]:
+        return [name for name in weights if base.shape(name)[0] in sizes]
+
+    sure = {part.shape[0] for part in parts if part.shape
+            and (part.is_table or part.value is not None or part.weight is None)}
+    return of(vocabularies(base.config)) or of(sure) or of({part.shape[0] for part in parts if part.shape
+                                                            and shapes.count(part.shape) > 1})
 
 
 def _is_tied(base: Base, tables: list[str], adapter: Mapping[str, Any]) -> bool | None:

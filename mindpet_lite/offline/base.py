@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -132,22 +133,28 @@ class Base:
         same = next((group for group in (WEIGHTS, _BIASES) if last in group), ())
         return own.get(last) or next((own[item] for item in same if item in own), None)
 
+    @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """Return the object in ``config.json``, empty where there is none.
+        """Return the object in the ``config.json`` beside the weights, empty where there is none.
 
         Raises:
             ValueError: it holds no JSON object.
         """
         path = self.layout.root / "config.json"
-        if Path("config.json") not in self.layout.others:
+        if not path.is_file():
             return {}
         try:
+            # Models' configs hold infinite numbers, which no adapter's may.
             found = json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from error
         if not isinstance(found, dict):
             raise ValueError(f"{path} must hold a JSON object, but holds a {type(found).__name__}.")
         return found
+
+    def is_pipeline(self) -> bool:
+        """Tell whether it is a pipeline of diffusers, a folder for each of its models."""
+        return Path(_PIPELINE) in self.layout.others
 
 
 @contextlib.contextmanager

@@ -61,13 +61,13 @@ class LowRank:
         if self.magnitude is not None and not self.outputs_in_rows:
             weight = whole()
             squares = np.zeros(weight.shape[1])
-            for begin, rows in _blocks(weight):
+            for begin, rows in blocks(weight):
                 squares += np.square(_sum(rows, left[begin:begin + len(rows)], right), dtype=np.float64).sum(0)
             factor = _dora_factor(self.magnitude, squares).astype(np.float32)
 
         def fill(rows: np.ndarray, first: int) -> None:
             with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-                for begin, part in _blocks(rows):
+                for begin, part in blocks(rows):
                     own = slice(first + begin, first + begin + len(part))
                     value = _sum(part, left[own], right)
                     if factor is not None:
@@ -108,7 +108,9 @@ class Replaced:
         value = self.value.reshape(self.value.shape[0] if self.value.ndim else 1, -1)
 
         def fill(rows: np.ndarray, first: int) -> None:
-            if self.rows is None:
+            if self.rows is None and value.dtype == rows.dtype:
+                rows[...] = value[first:first + len(rows)]
+            elif self.rows is None:
                 store(widened(value[first:first + len(rows)]), rows, _SCRATCH)
             for number, row in enumerate(self.rows or ()):
                 if first <= row < first + len(rows):
@@ -171,7 +173,7 @@ def _tiles(count: int, size: int) -> Iterator[tuple[slice, int]]:
         yield slice(whole, count), count - whole
 
 
-def _blocks(rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def blocks(rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Yield blocks of rows and the number of the first of each."""
     rows = rows.reshape(len(rows), -1)
     step = even_step(len(rows), _BLOCK // max(1, rows.shape[1]))

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,15 +18,13 @@ from mindpet_lite.names.parameter_names import is_lookup
 from mindpet_lite.offline.base import WEIGHTS, Base, open_base
 from mindpet_lite.offline.folder import refuse_filled
 from mindpet_lite.offline.numbers import FLOATS, widened
+from mindpet_lite.offline.orientation import has_inputs_first, inputs_first
 from mindpet_lite.offline.progress import Progress
 
 # Above this size a decomposition is approximated by random projections.
 _LARGE = 512
 _OVERSAMPLING, _ITERATIONS = 16, 4
 _ROWS = 256
-# Models of Hugging Face whose linear layers hold their weights as (in, out), and the names of these layers.
-_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_CONV1D = re.compile(r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +86,7 @@ def extract(base: Path, tuned: Path, rank: int, out: Path | None = None, seed: i
 
 
 def _extract(base: Base, tuned: Base, rank: int, seed: int, quiet: bool) -> Extracted:
-    transposed = base.config().get("model_type") in _TRANSPOSED
+    config = base.config
     rng = np.random.default_rng(seed)
     layers: dict[str, LayerState] = {}
     squares: dict[str, tuple[float, float]] = {}
@@ -106,14 +103,14 @@ def _extract(base: Base, tuned: Base, rank: int, seed: int, quiet: bool) -> Extr
                     left_out.append(name)
                 continue
             is_table = difference.ndim == 2 and (last == "embedding_table" or is_lookup(path))
-            turned = is_table or transposed and bool(_CONV1D.fullmatch(path))
+            turned = is_table or bool(inputs_first(path, config))
             layers[path], squares[path] = _layer(difference, rank, rng, is_table, turned)
     trained.update(_siblings(trained, layers, tuned))
     whole = sum(square for square, _ in squares.values())
     left = sum(rest for _, rest in squares.values())
     hashes = {path: base.layer_hash(path) for path in layers}
     state = AdapterState("lora", layers, trained, {FIELD: hashes})
-    if transposed:
+    if has_inputs_first(config):
         state = _with_flag(state)
     return Extracted(state, {path: math.sqrt(rest / square) for path, (square, rest) in squares.items()},
                      math.sqrt(left / whole) if whole else 0.0, tuple(trained), tuple(left_out))

@@ -6,22 +6,18 @@ import dataclasses
 import numpy as np
 
 from mindpet_lite.formats.state import AdapterState
-from mindpet_lite.names.parameter_names import is_embedding, is_head
+from mindpet_lite.names.parameter_names import is_head
 from mindpet_lite.offline.base import Base
 
 
-def placed_heads(state: AdapterState, base: Base) -> tuple[AdapterState, set[str]]:
-    """Return the adapter with its output layer as the base has it, and the tables that are the output layer too.
+def placed_heads(state: AdapterState, base: Base) -> AdapterState:
+    """Return the adapter with its output layer as the base has it.
 
-    A base whose output layer has the weight of its embedding (tied weights) holds one of both; PEFT's file holds both,
-    with the same values. transformers writes some output layers under another name than the net has (``embed_out`` of
-    GPT-NeoX), and the bias of BERT's is that of the cell around it.
-
-    Raises:
-        ValueError: the base has no output layer of its own, and that of the file is not its embedding.
+    transformers writes some output layers under another name than the net has (``embed_out`` of GPT-NeoX), and the bias
+    of BERT's is that of the cell around it. What is of an output layer that the base lacks stays as it is.
     """
-    trained, tied = dict(state.trained), set()
-    for name, value in state.trained.items():
+    trained = dict(state.trained)
+    for name in state.trained:
         head, _, last = name.rpartition(".")
         if not is_head(head) or head in state.layers or _is_there(head, base):
             continue
@@ -31,15 +27,7 @@ def placed_heads(state: AdapterState, base: Base) -> tuple[AdapterState, set[str
         others = [path for path in base.owners if is_head(path)]
         if len(others) == 1:
             _move(trained, name, f"{others[0]}.{last}", base)
-            continue
-        same = [other for other, table in state.trained.items()
-                if is_embedding(other.rpartition(".")[0]) and _equal(value, table)]
-        if not same:
-            raise ValueError(f"{name}: the base has no output layer of its own, for its weight is that of the "
-                             f"embedding, but the file's is not that of its embedding: untie the base first.")
-        del trained[name]
-        tied.update(same)
-    return dataclasses.replace(state, trained=trained), tied
+    return dataclasses.replace(state, trained=trained)
 
 
 def _is_there(path: str, base: Base) -> bool:
@@ -51,7 +39,3 @@ def _move(trained: dict[str, np.ndarray], name: str, place: str, base: Base) -> 
     own = base.parameter(place)
     if own is not None and base.shape(own) == trained[name].shape:
         trained[own] = trained.pop(name)
-
-
-def _equal(one: np.ndarray, other: np.ndarray) -> bool:
-    return (one.dtype, one.shape) == (other.dtype, other.shape) and one.tobytes() == other.tobytes()

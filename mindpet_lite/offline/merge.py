@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from mindpet_lite.arguments import warn_user
 from mindpet_lite.formats.adapters import read_adapter
 from mindpet_lite.formats.base_hash import differing
 from mindpet_lite.formats.placed import placed
@@ -16,11 +17,13 @@ from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.names.placing import Table
 from mindpet_lite.offline.base import Base, open_base
 from mindpet_lite.offline.changes import Change
+from mindpet_lite.offline.float8 import Requantised
 from mindpet_lite.offline.folder import new_directory, refuse_filled
 from mindpet_lite.offline.grown import placed_heads
 from mindpet_lite.offline.plan import plan
 from mindpet_lite.offline.progress import Progress
 from mindpet_lite.offline.rewrite import rewrite
+from mindpet_lite.offline.ties import settle_ties
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +70,11 @@ def merge(base: Path, adapter: Path, out: Path, kind: str | None = None, table: 
     with open_base(base) as tensors:
         found = read_adapter(adapter, kind, paths=tensors.owners)
         try:
-            state, both = placed_heads(found.state, tensors)
-            tied = [state.trained[name] for name in both]
+            state = settle_ties(placed_heads(found.state, tensors), tensors, table)
             state = placed(state, tensors.owners, table)
-            changes = plan(state, tensors, {tensors.parameter(name) or name for name, value in state.trained.items()
-                                            if any(value is item for item in tied)})
+            changes = plan(state, tensors)
             _compare(state, tensors, strict_base)
+            _tell_of_float8(changes)
         except ValueError as error:
             raise ValueError(f"The adapter in {adapter} cannot be merged into {base}:\n  {first_of(error)}") from error
         size = _check_space(tensors, out)
@@ -90,6 +92,16 @@ def _compare(state: AdapterState, base: Base, strict: bool) -> None:
         if strict:
             raise ValueError(text)
         warnings.warn(f"Merging the adapter all the same, though {text}", stacklevel=3)
+
+
+def _tell_of_float8(changes: Mapping[str, Change]) -> None:
+    """Warn of what rounding to float8 again costs."""
+    found = {name: change for name, change in changes.items() if isinstance(change, Requantised)}
+    if found:
+        worst = max(found, key=lambda name: found[name].of_update)
+        warn_user(f"{len(found)} of the weights to merge are float8, and what they become is rounded to it again. That "
+                  f"costs most for {worst}: {found[worst].of_weight:.2g} of the weight's norm, "
+                  f"{found[worst].of_update:.2g} of the update's. A base in bfloat16 keeps more.")
 
 
 def _write(base: Base, changes: Mapping[str, Change], folder: Path, progress: Progress) -> None:

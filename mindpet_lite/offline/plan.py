@@ -3,36 +3,40 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from mindpet_lite.formats.files import as_float, type_name
+from mindpet_lite.formats.float8 import FLOAT8
 from mindpet_lite.formats.lora import B_BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, A, B, pair_problems
 from mindpet_lite.formats.peft import unsaved_modules
+from mindpet_lite.formats.problems import listed
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.values import eight_bit_problems
-from mindpet_lite.names.parameter_names import is_embedding, is_head
-from mindpet_lite.offline.base import Base
+from mindpet_lite.offline.base import WEIGHTS, Base
 from mindpet_lite.offline.changes import Added, Chain, Change, LowRank, Replaced
+from mindpet_lite.offline.float8 import SCALES, find_scale, requantised
 from mindpet_lite.offline.initials import residual_of
+from mindpet_lite.offline.model_config import is_quantised
 from mindpet_lite.offline.numbers import FLOATS
+from mindpet_lite.offline.orientation import inputs_first
 
 TOKENS = "mindpet_delta_lora_tokens"
 _KNOWN = {A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, B_BIAS, TOKENS}
-_WITH_HEAD = re.compile(r"LMHead|ForCausalLM|ForConditionalGeneration|ForMaskedLM|ForPreTraining")
 # What stands beside a quantised weight, or for it, below a layer.
-_QUANTISED = ("qweight", "qzeros", "SCB", "weight_format", "weight_scale", "weight_scale_inv", "weight_packed")
+_QUANTISED = ("qweight", "qzeros", "SCB", "weight_format", "weight_packed", *SCALES)
+# What a checkpoint of a whole net holds beside its base where the net was adapted.
+_ADAPTED = re.compile(r"(.*\.)?(mindpet_delta_\w+|lora_scaling|lora_(embedding_)?[AB](\..+)?|base_layer\..+)")
 
 
-def plan(state: AdapterState, base: Base, both: Collection[str] = ()) -> dict[str, Change]:
+def plan(state: AdapterState, base: Base) -> dict[str, Change]:
     """Return what the adapter makes of each tensor that it changes, by the base's names.
 
     Args:
         state: the adapter, under the base's names.
         base: the base it was trained on.
-        both: names of parameters that trained as the embedding and as the output layer tied to it.
 
     Raises:
         ValueError: the adapter does not fit the base or cannot be merged. All problems of a kind stand in one message.
@@ -40,10 +44,7 @@ def plan(state: AdapterState, base: Base, both: Collection[str] = ()) -> dict[st
     if state.method != "lora":
         raise ValueError(f"only LoRA can be merged file to file, but the adapter is of method {state.method!r}: load "
                          f"it into the net and use mindpet_lite.merge().")
-    config = base.config()
-    if config.get("quantization_config"):
-        raise ValueError("the base is quantised (its config.json has a quantization_config): merge onto the base it "
-                         "was quantised from, and quantise the result.")
+    _check_plain(base)
     found: dict[str, list[Change]] = {}
     problems = eight_bit_problems(state) + unsaved_modules(state, base.owners)
     if problems:
@@ -60,10 +61,27 @@ def plan(state: AdapterState, base: Base, both: Collection[str] = ()) -> dict[st
                 found.setdefault(name, []).append(change)
         except ValueError as error:
             problems.append(f"{path}: {error}")
-    problems += _tied({name: own for name, own in found.items() if name not in both or len(own) > 1}, base, config)
     if problems:
         raise ValueError("\n  ".join(problems))
-    return {name: own[0] if len(own) == 1 else Chain(tuple(own)) for name, own in found.items()}
+    changes: dict[str, Change] = {name: own[0] if len(own) == 1 else Chain(tuple(own)) for name, own in found.items()}
+    for name in [name for name in changes if base.dtype(name) in FLOAT8]:
+        change, scale = requantised(name, changes[name], base)
+        changes[name] = change
+        if scale is not None:
+            changes[change.scale.name] = Replaced(scale)
+    return changes
+
+
+def _check_plain(base: Base) -> None:
+    """Refuse a base that is not one, or that says it is quantised where no tensor shows which layers are."""
+    adapted = [name for name in base.names() if _ADAPTED.fullmatch(name)]
+    if adapted:
+        raise ValueError(f"the base holds an adapter itself ({listed(adapted, 3)}): it is a checkpoint of a whole net "
+                         f"that was adapted. Give the base without it, or what mindpet_lite.merge() makes of that net.")
+    shown = any(base.dtype(name) not in FLOATS or name.rpartition(".")[2] in _QUANTISED for name in base.names())
+    if is_quantised(base.config) and not shown:
+        raise ValueError("the base is quantised (its config.json has a quantization_config, though none of its tensors "
+                         "is): merge onto the base it was quantised from, and quantise the result.")
 
 
 def scale_of(settings: Mapping[str, Any]) -> float:
@@ -99,7 +117,8 @@ def _of_layer(path: str, layer: LayerState, state: AdapterState, base: Base) -> 
     if factor is not None and factor.shape[:1] != (layer.settings["lora_rank"],):
         raise ValueError(f"its factor A has the shape {factor.shape}, but the file says rank "
                          f"{layer.settings['lora_rank']}.")
-    left, right, in_rows = _oriented(layer, base.shape(weight), bool(state.config.get("fan_in_fan_out")), scale)
+    in_by_out = inputs_first(path, base.config, state.config.get("fan_in_fan_out"))
+    left, right, in_rows = _oriented(layer, base.shape(weight), in_by_out, scale)
     # PEFT starts embeddings in its plain way whatever the config says.
     start = None if EMBEDDING_A in layer.tensors else layer.settings.get("init_lora_weights")
     residual = residual_of(start, layer.settings["lora_rank"], scale, in_rows)
@@ -119,12 +138,20 @@ def _weight(path: str, base: Base) -> str:
         stored = [name for name in base.owners.get(path, {}) if name in _QUANTISED]
         raise ValueError(f"the base is quantised ({', '.join(stored)}): merge onto the base it was quantised from."
                          if stored else "the base has no weight there.")
-    quantised = [name for name in _QUANTISED if name in base.owners[path]]
-    if base.dtype(weight) not in FLOATS or quantised:
+    _check_values(weight, base)
+    return weight
+
+
+def _check_values(weight: str, base: Base) -> None:
+    """Refuse a parameter whose values are not known."""
+    if base.dtype(weight) in FLOAT8:
+        find_scale(weight, base)
+        return
+    quantised = [name for name in _QUANTISED if name in base.owners[weight.rpartition(".")[0]]]
+    if base.dtype(weight) not in FLOATS or quantised and weight.rpartition(".")[2] in WEIGHTS:
         raise ValueError(f"the base is quantised ({weight} is {type_name(base.dtype(weight))}"
                          f"{''.join(f', with {name} beside it' for name in quantised)}): merge onto the base it was "
                          f"quantised from.")
-    return weight
 
 
 def _tokens(layer: LayerState, shape: tuple[int, ...]) -> Replaced:
@@ -137,11 +164,11 @@ def _tokens(layer: LayerState, shape: tuple[int, ...]) -> Replaced:
     return Replaced(value, rows)
 
 
-def _oriented(layer: LayerState, shape: tuple[int, ...], transposed: bool,
+def _oriented(layer: LayerState, shape: tuple[int, ...], in_by_out: bool | None,
               scale: float) -> tuple[np.ndarray, np.ndarray, bool]:
     """Return L and R with W + L R for a weight of `shape`, and whether its outputs are its rows.
 
-    A transposed layer (`fan_in_fan_out`, such as GPT-2's) has its outputs in columns, where the shape allows both.
+    The shape decides where it allows one way only; `in_by_out` is as `orientation.inputs_first` returns it.
     """
     is_table = EMBEDDING_A in layer.tensors
     names = (EMBEDDING_A, EMBEDDING_B) if is_table else (A, B)
@@ -161,7 +188,11 @@ def _oriented(layer: LayerState, shape: tuple[int, ...], transposed: bool,
         as_it_is = _without_ones(update) == _without_ones(shape)
     turned = len(shape) == 2 and update[:2][::-1] == shape and set(update[2:]) <= {1}
     a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1) * np.float32(scale)
-    if turned and (is_table or transposed):
+    if as_it_is and turned and in_by_out is None:
+        raise ValueError(f"its weight of shape {shape} may lie as (out, in) or, as GPT-2's Conv1D, as (in, out), and "
+                         f"what would tell is missing or disagrees (the model_type in a config.json beside the base; "
+                         f"fan_in_fan_out of the adapter): put the base's own config.json beside it.")
+    if turned and (is_table or in_by_out or in_by_out is None and not as_it_is):
         return np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), False
     if not as_it_is:
         raise ValueError(f"the adapter's update has the shape {update[::-1] if is_table else update}, but the base's "
@@ -196,18 +227,7 @@ def _trained(name: str, value: np.ndarray, base: Base) -> str:
         raise ValueError("it trained beside the deltas, but the base does not have it.")
     if base.shape(own) != value.shape:
         raise ValueError(f"it has the shape {value.shape}, but {base.shape(own)} in the base.")
-    if base.dtype(own) not in FLOATS or not np.isfinite(as_float(value)).all():
-        raise ValueError("the base is quantised there, or the trained values are not finite.")
+    if not np.isfinite(as_float(value)).all():
+        raise ValueError("the trained values are not finite.")
+    _check_values(own, base)
     return own
-
-
-def _tied(found: Mapping[str, list[Change]], base: Base, config: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each change of an embedding that is the output layer's weight too."""
-    heads = [path for path in base.owners if is_head(path)]
-    kinds = str(config.get("architectures") or "")
-    tied = config.get("tie_word_embeddings", not heads and bool(_WITH_HEAD.search(kinds)))
-    if not tied or kinds and not _WITH_HEAD.search(kinds):
-        return []
-    return [f"{name}: the net uses one weight for its embedding and its output layer (tie_word_embeddings), so that "
-            f"merging would change both: use the adapter unmerged, or untie the base first."
-            for name in found if is_embedding(name.rpartition(".")[0]) or name.rpartition(".")[0] in heads]

@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from mindpet_lite.formats.files import BF16, Entry, TensorFile
+from mindpet_lite.formats.float8 import F8_E4M3, F8_E5M2, F8_E8M0
 from mindpet_lite.offline.base import open_file, spans
 from mindpet_lite.offline.changes import Change, Fill, even_step
 from mindpet_lite.offline.numbers import widened
@@ -24,7 +25,8 @@ _THREADS = max(2, min(4, os.cpu_count() or 1))
 # MindSpore's checksum at the end of a checkpoint: this, and 10 bytes.
 _CRC, _CRC_BYTES = b"crc_num", 10
 # The distance between neighbours, of 1.
-_ROUNDING = {BF16: 2 ** -7, np.dtype("<f2"): 2 ** -10, np.dtype("<f4"): 1e-6, np.dtype("<f8"): 1e-6}
+_ROUNDING = {BF16: 2 ** -7, np.dtype("<f2"): 2 ** -10, np.dtype("<f4"): 1e-6, np.dtype("<f8"): 1e-6,
+             F8_E4M3: 2 ** -3, F8_E5M2: 2 ** -2, F8_E8M0: 0.0}
 # Where bytes lie in a file: (begin, end) each.
 _Pieces = Sequence[tuple[int, int]]
 

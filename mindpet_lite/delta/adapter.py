@@ -62,8 +62,9 @@ class AdapterLayer(BottleneckLayer):
     The map up starts at zero and the map down He-uniform with negative slope √5, so the layer starts as the identity,
     exactly. (The paper starts both near zero, to come close to that.)
 
-    Dtype rule: parameters keep their type. The layer computes in `compute_dtype` if given, else in what `to_float()`
-    set, else in the type of its parameters. The sum is made in the type of the input, and so is the output. (MindPet
+    Dtype rule: parameters keep their type. `to_float(t)` means what it means in MindSpore: the input counts as one of
+    type t, and the output has type t. Without it the output has the type of the input. The delta is computed in
+    `compute_dtype` if given, else in t, else in the type of the parameters; the sum in the type of the output. (MindPet
     computes in float16 unless told otherwise; that is a deliberate difference.)
 
     Source: Houlsby et al., https://arxiv.org/abs/1902.00751, section 2.1.
@@ -81,7 +82,7 @@ class AdapterLayer(BottleneckLayer):
         - **x** (Tensor): `(*, hidden_size)`, any number of leading axes, none included.
 
     Outputs:
-        Tensor of the shape and type of `x`.
+        Tensor of the shape of `x`, and of the type that the dtype rule says.
 
     Raises:
         TypeError: a size is a bool or no int; the non-linearity is unknown; a type is not float16, bfloat16 or float32.
@@ -176,7 +177,7 @@ class AdapterDense(BottleneckDense):
         - **x** (Tensor): `(*, in_channels)`, any number of leading axes, none included.
 
     Outputs:
-        Tensor `(*, out_channels)` of the type of `x`.
+        Tensor `(*, out_channels)`, of the type that the dtype rule says.
 
     Raises:
         TypeError: as :class:`AdapterLayer`; `activation` or an initialiser is of no known kind.

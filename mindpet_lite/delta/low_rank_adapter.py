@@ -50,7 +50,7 @@ class LowRankLinear(TypedCell, Delta):
         - **x** (Tensor): `(*, in_channels)`, any number of leading axes, none included.
 
     Outputs:
-        Tensor `(*, out_channels)` of the type of `x`.
+        Tensor `(*, out_channels)`, of the type that the dtype rule says.
 
     Raises:
         TypeError: a size is a bool or no int; has_bias is no bool; a type is not float16, bfloat16 or float32; an
@@ -184,8 +184,9 @@ class LowRankAdapterLayer(BottleneckLayer):
     (MindPet starts R_u by `low_rank_w_init` too, and so from another function than the base; that is a deliberate
     difference.)
 
-    Dtype rule: parameters keep their type. The layer computes in `compute_dtype` if given, else in what `to_float()`
-    set, else in the type of its parameters. The sum is made in the type of the input, and so is the output. (MindPet
+    Dtype rule: parameters keep their type. `to_float(t)` means what it means in MindSpore: the input counts as one of
+    type t, and the output has type t. Without it the output has the type of the input. The delta is computed in
+    `compute_dtype` if given, else in t, else in the type of the parameters; the sum in the type of the output. (MindPet
     computes in float16 unless told otherwise; that is a deliberate difference too.)
 
     Source: Karimi Mahabadi et al., https://arxiv.org/abs/2106.04647, the baseline LowRank.
@@ -203,7 +204,7 @@ class LowRankAdapterLayer(BottleneckLayer):
         - **x** (Tensor): `(*, hidden_size)`, any number of leading axes, none included.
 
     Outputs:
-        Tensor of the shape and type of `x`.
+        Tensor of the shape of `x`, and of the type that the dtype rule says.
 
     Raises:
         TypeError: a size is a bool or no int; the non-linearity is unknown; low_rank_w_init is no initialiser or name;
@@ -308,7 +309,7 @@ class LowRankAdapterDense(BottleneckDense):
         - **x** (Tensor): `(*, in_channels)`, any number of leading axes, none included.
 
     Outputs:
-        Tensor `(*, out_channels)` of the type of `x`.
+        Tensor `(*, out_channels)`, of the type that the dtype rule says.
 
     Raises:
         TypeError: as :class:`LowRankAdapterLayer`; `activation` or an initialiser is of no known kind.

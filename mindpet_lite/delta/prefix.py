@@ -255,8 +255,9 @@ class PrefixDense(Prefixes, PrefixedDense):
     (prefix_token_num, embed_dim) and `mindpet_delta_prefixtuning_control_trans` (a SequentialCell of Dense, Tanh and
     Dense); folded, `mindpet_delta_prefixtuning_prefix` (prefix_token_num, out_channels).
 
-    Dtype rule: parameters keep their type. The Dense computes in what `to_float()` set, else in the type of `weight`,
-    the prefix in the type of its own Parameters; the output has the type of the input.
+    Dtype rule: parameters keep their type. `to_float(t)` means what it means in MindSpore: the input counts as one of
+    type t, and the output has type t. Without it the output has the type of the input. The Dense computes in t, else
+    in the type of `weight`, the prefix in the type of its own Parameters.
 
     Source: Li & Liang, https://arxiv.org/abs/2101.00190, sections 4.2 and 4.3.
 
@@ -277,7 +278,7 @@ class PrefixDense(Prefixes, PrefixedDense):
         - **x** (Tensor): `(*, seq, in_channels)`.
 
     Outputs:
-        Tensor `(*, prefix_token_num + seq, out_channels)` of the type of `x`.
+        Tensor `(*, prefix_token_num + seq, out_channels)`, of the type that the dtype rule says.
 
     Raises:
         TypeError: an int is a bool or no int, dropout_rate no number, prefix_projection no bool, or a type is not

@@ -294,8 +294,9 @@ class Ptuning2Dense(Prompts, PrefixedDense):
     (pre_seq_len, out_channels), and with a projection `mindpet_delta_ptuning2_dense_in` and
     `mindpet_delta_ptuning2_dense_out`.
 
-    Dtype rule: parameters keep their type. The Dense computes in what `to_float()` set, else in the type of `weight`,
-    the prefix in the type of its own Parameters; the output has the type of the input.
+    Dtype rule: parameters keep their type. `to_float(t)` means what it means in MindSpore: the input counts as one of
+    type t, and the output has type t. Without it the output has the type of the input. The Dense computes in t, else
+    in the type of `weight`, the prefix in the type of its own Parameters.
 
     Source: Liu et al., https://arxiv.org/abs/2110.07602, sections 3.2 and 3.3.
 
@@ -314,7 +315,7 @@ class Ptuning2Dense(Prompts, PrefixedDense):
         - **x** (Tensor): `(*, seq, in_channels)`.
 
     Outputs:
-        Tensor `(*, pre_seq_len + seq, out_channels)` of the type of `x`.
+        Tensor `(*, pre_seq_len + seq, out_channels)`, of the type that the dtype rule says.
 
     Raises:
         TypeError: an int is a bool or no int, dropout_prob no number, prefix_projection no bool, or a type is not

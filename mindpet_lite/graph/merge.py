@@ -33,8 +33,9 @@ class _Kept:
 def merge(net: nn.Cell) -> nn.Cell:
     """Replace every adapted layer by a plain one whose weight holds the delta, in place.
 
-    The merged net has the base's layers and parameter names and needs this package no more. The strength set by
-    `set_lora_scale` goes in. What was there before is kept on the layers for :func:`unmerge`; to free that memory,
+    The merged net has the base's layers and parameter names and needs this package no more, except where a layer had a
+    `compute_dtype` of its own: there stands a subclass of the plain layer, which computes in it too. The strength set
+    by `set_lora_scale` goes in. What was there before is kept on the layers for :func:`unmerge`; to free that memory,
     save the merged net and load it into a fresh one.
 
     Args:

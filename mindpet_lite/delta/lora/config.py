@@ -23,7 +23,8 @@ from mindpet_lite.delta.lora.dense import LoRADense
 from mindpet_lite.delta.lora.embedding import LoRAEmbedding, LoRAMintEmbedding
 from mindpet_lite.delta.lora.layer import LoRALayer
 from mindpet_lite.delta.lora.linear import LoRALinear
-from mindpet_lite.delta.lora.low_rank import LoraSettings, LowRank
+from mindpet_lite.delta.lora.low_rank import LowRank
+from mindpet_lite.delta.lora.settings import LoraSettings
 from mindpet_lite.delta.lora.tokens import TrainedTokens
 
 _LAYERS: tuple[type[LoRALayer], ...] = (LoRALinear, LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRAMintConv1d,

@@ -7,7 +7,8 @@ import mindspore
 from mindspore import Tensor, nn, ops
 
 from mindpet_lite.delta.dense import AdaptedDense, dense_refusal
-from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, NEWER, LoraSettings, LowRank
+from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, LowRank
+from mindpet_lite.delta.lora.settings import NEWER, LoraSettings
 from mindpet_lite.delta.parts import as_type, check_strategies, from_rows, set_strategies, to_rows
 
 
@@ -21,9 +22,11 @@ class LoRADense(AdaptedDense, LowRank):
     `lora_scaling` (), a Parameter that is never trained: it holds the live factor, so that it can change in a
     compiled graph (:func:`mindpet_lite.set_lora_scale`, :func:`mindpet_lite.adapters_disabled`).
 
-    Dtype rule: parameters keep their type. The layer computes in `compute_dtype` if given, else in what
-    `to_float()` set, else in the type of `weight`; what differs from it is cast on the way. The output has the type
-    of the input. (MindPet computes in float16 unless told otherwise; this is the one deliberate difference.)
+    Dtype rule: parameters keep their type. `to_float(t)` on the layer, or on a net around it, means what it means in
+    MindSpore: the input counts as one of type t, and the output has type t. Without it the output has the type of the
+    input. In between the layer computes in `compute_dtype` if given, else in t, else in the type of `weight`; what
+    differs from it is cast on the way. (MindPet computes in float16 unless told otherwise; this is the one deliberate
+    difference.)
 
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685, eq. 3 and section 4.1.
 
@@ -47,12 +50,13 @@ class LoRADense(AdaptedDense, LowRank):
         - **x** (Tensor): `(*, in_channels)`, any number of leading axes, none included.
 
     Outputs:
-        Tensor `(*, out_channels)` of the type of `x`.
+        Tensor `(*, out_channels)`, of the type that the dtype rule says.
 
     Raises:
         TypeError: lora_rank is a bool or no int; lora_alpha or lora_dropout is a bool or no number; a type is not
             float16, bfloat16 or float32; an initialiser is of no known kind.
-        ValueError: lora_rank or lora_alpha is not positive (or alpha not finite); lora_dropout is outside [0, 1);
+        ValueError: lora_rank or lora_alpha is not positive (or alpha, or its scale in a type that it is used in, not
+            finite); lora_dropout is outside [0, 1);
             use_dora is set, which needs a base: see `from_dense`; an initial Tensor has the wrong shape; the
             activation's or initialiser's name is unknown.
     """

@@ -10,7 +10,7 @@ from mindspore.common.initializer import Normal
 from mindpet_lite.arguments import check_number
 from mindpet_lite.delta.dense import require_float
 from mindpet_lite.delta.lora.layer import LoRALayer
-from mindpet_lite.delta.lora.low_rank import LoraSettings
+from mindpet_lite.delta.lora.settings import LoraSettings
 from mindpet_lite.delta.lora.typed import TypedEmbedding, TypedMintEmbedding
 from mindpet_lite.delta.parts import as_type
 

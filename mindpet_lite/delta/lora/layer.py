@@ -8,7 +8,8 @@ from mindspore import Tensor, nn, ops
 
 from mindpet_lite.delta.base import Delta
 from mindpet_lite.delta.dense import as_running, keeps_types, take_types
-from mindpet_lite.delta.lora.low_rank import LoraSettings, LowRank
+from mindpet_lite.delta.lora.low_rank import LowRank
+from mindpet_lite.delta.lora.settings import LoraSettings
 from mindpet_lite.delta.lora.typed import TypedLayer
 from mindpet_lite.delta.parts import as_type
 

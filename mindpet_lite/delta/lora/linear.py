@@ -8,7 +8,8 @@ from mindspore import Tensor, nn
 
 from mindpet_lite.delta.dense import require_float
 from mindpet_lite.delta.lora.layer import LoRALayer
-from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, LoraSettings
+from mindpet_lite.delta.lora.low_rank import HE_UNIFORM
+from mindpet_lite.delta.lora.settings import LoraSettings
 from mindpet_lite.delta.lora.typed import TypedLinear
 from mindpet_lite.delta.parts import as_type
 

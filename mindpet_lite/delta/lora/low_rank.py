@@ -1,7 +1,6 @@
-"""What LoRA is on every kind of layer: its settings, its two factors and the live factor that scales them."""
+"""What LoRA is on every kind of layer: its two factors and the live factor that scales them."""
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -11,77 +10,13 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import HeUniform
 
-from mindpet_lite.arguments import check_bool, check_int, check_positive, check_probability, warn_user
-from mindpet_lite.delta.base import Delta, check_float_type, float64, overflow
-from mindpet_lite.delta.lora.start import RESIDUAL, check_start, factors
-from mindpet_lite.delta.parts import as_type, check_init, initial, put
+from mindpet_lite.arguments import warn_user
+from mindpet_lite.delta.base import Delta, float64, overflow
+from mindpet_lite.delta.lora.settings import LoraSettings, OwnStart, scale_of
+from mindpet_lite.delta.lora.start import RESIDUAL, factors
+from mindpet_lite.delta.parts import as_type, initial, put
 
 HE_UNIFORM = HeUniform(negative_slope=math.sqrt(5))
-# The settings that MindPet's LoRA did not have.
-NEWER = ("use_rslora", "use_dora", "lora_bias")
-
-
-class OwnStart:
-    """The initial value that a kind of layer has where a config names none: see `a_start` and `b_start`."""
-
-    def __repr__(self) -> str:
-        return "<the layer's own>"
-
-
-def scale_of(alpha: float, rank: int, use_rslora: bool) -> float:
-    """Return s, what B A is multiplied with: alpha / rank, or alpha / √rank with rsLoRA."""
-    return alpha / (math.sqrt(rank) if use_rslora else rank)
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraSettings:
-    """The settings of a LoRA layer, checked when made; see :class:`LoRADense`.
-
-    Without `lora_a_init` and `lora_b_init` each kind of layer starts as its class does where it is built by hand.
-    """
-
-    lora_rank: int = 8
-    lora_alpha: float = 16
-    lora_dropout: float = 0.0
-    lora_a_init: Any = OwnStart()
-    lora_b_init: Any = OwnStart()
-    param_init_type: mindspore.dtype = mindspore.float32
-    compute_dtype: mindspore.dtype | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
-    lora_bias: bool = False
-    init_lora_weights: bool | str = True
-
-    def __post_init__(self) -> None:
-        check_int("lora_rank", self.lora_rank)
-        check_positive("lora_alpha", self.lora_alpha)
-        check_probability("lora_dropout", self.lora_dropout)
-        check_float_type("param_init_type", self.param_init_type)
-        if self.compute_dtype is not None:
-            check_float_type("compute_dtype", self.compute_dtype)
-        types = (mindspore.float32, self.param_init_type, self.compute_dtype or self.param_init_type)
-        reason = overflow("the scale", scale_of(self.lora_alpha, self.lora_rank, self.use_rslora is True), types)
-        if reason:
-            raise ValueError(f"lora_alpha {self.lora_alpha} is too large for lora_rank {self.lora_rank}: {reason}")
-        for name in NEWER:
-            check_bool(name, getattr(self, name))
-        check_start(self.init_lora_weights)
-        if self.init_lora_weights is not True and not (isinstance(self.lora_a_init, OwnStart)
-                                                       and isinstance(self.lora_b_init, OwnStart)):
-            raise ValueError("init_lora_weights and lora_a_init or lora_b_init both say how the factors start: give "
-                             "one of them.")
-        if self.init_lora_weights in RESIDUAL and self.use_dora:
-            raise ValueError(f"init_lora_weights {self.init_lora_weights!r} does not go with use_dora.")
-        if self.use_dora and self.lora_bias:
-            raise ValueError("use_dora and lora_bias do not go together: DoRA scales the rows of a weight, and a bias "
-                             "of B is in none.")
-        for name in ("lora_a_init", "lora_b_init"):
-            if not isinstance(getattr(self, name), OwnStart):
-                check_init(name, getattr(self, name))
-        # Python's own numbers: what numpy counts as a number, JSON does not.
-        object.__setattr__(self, "lora_rank", int(self.lora_rank))
-        if not isinstance(self.lora_alpha, int):
-            object.__setattr__(self, "lora_alpha", float(self.lora_alpha))
 
 
 class LowRank(Delta):

@@ -18,6 +18,7 @@ from mindpet_lite.formats.detect import FORMATS, detect
 from mindpet_lite.formats.directory import CONFIG_FILE, TENSOR_FILE, read_config
 from mindpet_lite.formats.files import TensorFile, as_float, open_tensors, tensors_in, to_bytes, type_name
 from mindpet_lite.formats.problems import first_of
+from mindpet_lite.formats.settings import settings_problems
 from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.formats.stated_alpha import warn_of_contrary
 
@@ -72,7 +73,9 @@ def read_adapter(path: Path, kind: str | None = None, methods: Iterable[str] = (
     try:
         _check_sizes(tensors)
         state = _decode(found, tensors, file.metadata, config, methods, paths)
-        _check_types(state)
+        problems = [*_type_problems(state), *settings_problems(state)]
+        if problems:
+            raise ValueError("\n  ".join(problems))
     except ValueError as error:
         raise ValueError(f"The adapter in {path} cannot be used:\n  {first_of(error)}") from error
     return Adapter(state, found, tuple(filter(None, (config_file, tensor_file))))
@@ -150,16 +153,14 @@ def _check_sizes(tensors: Mapping[str, np.ndarray]) -> None:
         raise ValueError("\n  ".join(empty))
 
 
-def _check_types(state: AdapterState) -> None:
-    """Refuse factors of LoRA that are no numbers with a fraction.
+def _type_problems(state: AdapterState) -> list[str]:
+    """Return a sentence for each factor of LoRA that is no number with a fraction.
 
     8 bit floats are read, so that they can be copied; `eight_bit_problems` refuses them where they would be used.
     """
-    wrong = [f"{path}.{name} is of type {type_name(value.dtype)}, but LoRA's tensors are F32, F16, BF16 or F64."
-             for path, layer in state.layers.items() for name, value in layer.tensors.items()
-             if as_float(value).dtype.kind != "f"]
-    if wrong and state.method == "lora":
-        raise ValueError("\n  ".join(wrong))
+    return [f"{path}.{name} is of type {type_name(value.dtype)}, but LoRA's tensors are F32, F16, BF16 or F64."
+            for path, layer in state.layers.items() for name, value in layer.tensors.items()
+            if (layer.method or state.method) == "lora" and as_float(value).dtype.kind != "f"]
 
 
 def _files(path: Path) -> tuple[Path | None, Path]:

@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import HeUniform
 
-from mindpet_lite.arguments import check_bool, check_int, check_positive, check_probability, warn_user
+from mindpet_lite.arguments import check_alpha, check_bool, check_int, check_probability, warn_user
 from mindpet_lite.delta.base import Delta, check_float_type, float64, overflow
 from mindpet_lite.delta.lora.start import RESIDUAL, check_start, factors
 from mindpet_lite.delta.parts import as_type, check_init, initial, put
@@ -54,7 +54,7 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         check_int("lora_rank", self.lora_rank)
-        check_positive("lora_alpha", self.lora_alpha)
+        check_alpha("lora_alpha", self.lora_alpha)
         check_probability("lora_dropout", self.lora_dropout)
         check_float_type("param_init_type", self.param_init_type)
         if self.compute_dtype is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mindpet_lite.formats import diffusers, kohya, mindformers, mindpet, mlx, native, peft
-from mindpet_lite.formats.atomic import atomic_file, open_together, write_together
+from mindpet_lite.formats.atomic import atomic_file, names_in, open_together, write_together
 from mindpet_lite.formats.checkpoint_file import open_checkpoint, to_parts
 from mindpet_lite.formats.detect import FORMATS, detect
 from mindpet_lite.formats.directory import CONFIG_FILE, TENSOR_FILE, read_config
@@ -168,8 +168,9 @@ def _files(path: Path) -> tuple[Path | None, Path]:
     if not path.exists():
         raise FileNotFoundError(f"There is no {path}: check the path.")
     folder = path if path.is_dir() else path.parent
-    config = folder / CONFIG_FILE if (folder / CONFIG_FILE).is_file() else None
-    found = sorted(item for item in folder.iterdir() if item.suffix in (".safetensors", ".ckpt"))
+    names = names_in(folder)
+    config = folder / CONFIG_FILE if CONFIG_FILE in names else None
+    found = [folder / name for name in sorted(names) if name.endswith((".safetensors", ".ckpt"))]
     if not path.is_dir():
         # A config beside several files of tensors may be another's.
         # mlx-lm calls what it saves in between 0000100_adapters.

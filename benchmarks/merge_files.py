@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mindpet_lite.formats.directory import save
+from mindpet_lite.formats.adapters import to_files, write_files
 from mindpet_lite.formats.files import BF16, to_header
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.offline.merge import merge
@@ -80,7 +80,7 @@ def make_adapter(folder: Path, shapes: dict[str, tuple[int, ...]], targets: list
          "mindpet_delta_lora_b": rng.standard_normal((shape[0], rank), np.float32) * np.float32(0.01)},
         {"lora_rank": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0})
         for name, shape in shapes.items() if any(name.endswith(f"{target}.weight") for target in targets)}
-    save(AdapterState("lora", layers), folder)
+    write_files(to_files(AdapterState("lora", layers), "peft", folder))
     return len(layers)
 
 

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+# What adapters' files may say of alpha is bounded, so what a layer can have is, too: what is made can be read again.
+MAX_ALPHA = 1e9
 # To look for close names takes long.
 _MOST_CANDIDATES = 20_000
 
@@ -79,6 +81,21 @@ def check_positive(name: str, value: object) -> None:
     number = check_number(name, value)
     if not math.isfinite(number) or number <= 0:
         raise ValueError(f"{name} must be a finite number above 0, but got {value}.")
+
+
+def is_alpha(value: object) -> bool:
+    """Tell whether `value` is a number that can be LoRA's alpha: above 0 and below `MAX_ALPHA`."""
+    try:
+        return 0 < check_number("alpha", value) < MAX_ALPHA
+    except (TypeError, ValueError):
+        return False
+
+
+def check_alpha(name: str, value: object) -> None:
+    """Raise unless `value` is a number that can be LoRA's alpha."""
+    check_positive(name, value)
+    if not is_alpha(value):
+        raise ValueError(f"{name} must be below {MAX_ALPHA:g}, but got {value}.")
 
 
 def number_hint(value: object) -> str:

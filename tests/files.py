@@ -6,11 +6,14 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
+from mindpet_lite.formats.adapters import read_adapter, to_files, write_files
 from mindpet_lite.formats.checkpoint_file import to_parts
 from mindpet_lite.formats.files import BF16
+from mindpet_lite.formats.state import AdapterState
 
 BITS = np.array([0x3f80, 0xc020, 0x7f80, 0x7fc1, 0x0001, 0x4049], np.uint16)
 TENSORS = {
@@ -29,6 +32,16 @@ def same(ours: np.ndarray, theirs: np.ndarray) -> bool:
 
 def checkpoint_bytes(values: Mapping[str, np.ndarray | str]) -> bytes:
     return b"".join(bytes(part) for part in to_parts(values.items()))
+
+
+def save(state: AdapterState, directory: Path) -> None:
+    """Write an adapter directory as `save_adapter` does, without a net."""
+    write_files(to_files(state, "peft", directory))
+
+
+def load(directory: Path) -> AdapterState:
+    """Read an adapter directory as `load_adapter` does, without a net."""
+    return read_adapter(directory).state
 
 
 class Dangerous:

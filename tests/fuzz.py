@@ -15,6 +15,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
+import files
 import numpy as np
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -237,7 +238,7 @@ def check_config(data: bytes) -> str:
         (folder / directory.TENSOR_FILE).write_bytes(to_bytes({
             f"base_model.model.{layer}.lora_{factor}.weight": np.ones(shape, np.float32)
             for layer in ("to_q", LONG) for factor, shape in (("A", (2, 6)), ("B", (6, 2)))}))
-    found = bounded(data, lambda: directory.load(folder), folder.name)
+    found = bounded(data, lambda: files.load(folder), folder.name)
     if found is None:
         return "refused"
     assert found.method == "lora" and set(found.layers) == {"to_q", LONG}

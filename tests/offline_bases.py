@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+from files import save
 
-from mindpet_lite.formats.directory import save
 from mindpet_lite.formats.files import BF16, as_float, to_bytes
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.offline.numbers import rounded

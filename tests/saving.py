@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import bare  # noqa: F401
+import files
 import numpy as np
 
 from mindpet_lite.formats import directory
@@ -59,14 +60,14 @@ def leftovers() -> list[str]:
 def killed_at_random(kills: int, seed: int) -> Counter:
     """Kill saves with SIGKILL at moments spread over the time that a save takes."""
     rng, counts, now = random.Random(seed), Counter(), 1
-    directory.save(version(now), FOLDER)
+    files.save(version(now), FOLDER)
     duration = 0.01
     while counts["killed"] < kills:
         reading, writing = os.pipe()
         child = os.fork()
         if not child:
             os.write(writing, b"!")
-            directory.save(version(now + 1), FOLDER)
+            files.save(version(now + 1), FOLDER)
             os._exit(0)
         os.read(reading, 1)
         time.sleep(rng.random() * duration)
@@ -76,7 +77,7 @@ def killed_at_random(kills: int, seed: int) -> Counter:
         os.close(writing)
         # So that the longest wait stays about as long as a save takes, however busy the disk is.
         duration *= 1.2 if os.WIFSIGNALED(status) else 0.7
-        found = number_of(directory.load(FOLDER))
+        found = number_of(files.load(FOLDER))
         assert found == number_for_others() and found in (now, now + 1), f"{found} after {now}"
         counts["killed" if os.WIFSIGNALED(status) else "finished"] += 1
         if os.WIFSIGNALED(status):
@@ -97,11 +98,11 @@ def killed_at_every_line(in_place: bool) -> Counter:
         child = os.fork()
         if not child:
             kill_before(line)
-            directory.save(version(now + 1), FOLDER)
+            files.save(version(now + 1), FOLDER)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         try:
-            found = number_of(directory.load(FOLDER))
+            found = number_of(files.load(FOLDER))
         except FileNotFoundError:
             found = 0
         assert found in (now, now + 1), f"{found} after {now}, killed before line {line}"
@@ -139,17 +140,17 @@ def read_while_written(versions: int, in_place: bool) -> Counter:
     """Read while another process saves again and again, until so many versions were seen."""
     if in_place:
         (FOLDER / "other").mkdir(parents=True)
-    directory.save(version(1), FOLDER)
+    files.save(version(1), FOLDER)
     child = os.fork()
     if not child:
         number = 1
         while True:
             number += 1
-            directory.save(version(number), FOLDER)
+            files.save(version(number), FOLDER)
     found: list[int] = []
     try:
         while len(set(found)) < versions:
-            found.append(number_of(directory.load(FOLDER)))
+            found.append(number_of(files.load(FOLDER)))
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -17,7 +17,6 @@ from safetensors.numpy import load_file, save_file
 
 import mindpet_lite as mp
 from mindpet_lite.delta import LoRADense
-from mindpet_lite.formats import directory as folder_format
 from mindpet_lite.formats.adapters import read_adapter, to_files, write_files
 from mindpet_lite.formats.files import BF16
 from mindpet_lite.formats.state import LayerState
@@ -266,7 +265,7 @@ def test_a_shared_layer_is_written_once_and_read():
 def test_pefts_files_load_and_merge_to_its_weights(name, shared):
     folder = shared / "fixtures/peft/llama_tiny"
     base, merged = load_file(folder / "base/model.safetensors"), np.load(folder / name / "io.npz")
-    state = folder_format.load(folder / name)
+    state = read_adapter(folder / name).state
     checked = 0
     for path, layer in state.layers.items():
         if f"merged_weight.{path}.weight" in merged.files:

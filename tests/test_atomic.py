@@ -116,6 +116,20 @@ def test_several_processes_save_to_one_place_at_once(is_new):
     assert everything() == {"adapter", "adapter/one", "adapter/two", "single"}
 
 
+def test_a_directory_that_another_process_made_meanwhile_is_written_to(monkeypatch):
+    write = atomic._write
+
+    def write_slowly(folder, files):
+        write(folder, files)
+        if not Path("adapter").exists():
+            Path("adapter").mkdir()
+            write(Path("adapter"), {**OLD, "mine": b"mine"})
+
+    monkeypatch.setattr(atomic, "_write", write_slowly)
+    write_together(Path("adapter"), NEW)
+    assert held(Path("adapter")) == NEW and everything() == {"adapter", "adapter/one", "adapter/two", "adapter/mine"}
+
+
 # Failing
 
 @pytest.mark.parametrize("owner, broken", [(Path, "write_bytes"), (os, "fsync"), (os, "rename"), (os, "replace"),

@@ -9,11 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import files
 import numpy as np
 import pytest
 from adapters import MAGNITUDE, A, B, conv, dense, lora, read
 
-from mindpet_lite.formats import diffusers, directory, kohya
+from mindpet_lite.formats import diffusers, kohya
 from mindpet_lite.formats.files import to_bytes
 from mindpet_lite.offline.merge import merge as merge_files
 
@@ -91,13 +92,13 @@ def outputs(tmp_path_factory):
         (folder / name / "adapter.safetensors").write_bytes(to_bytes(*codec.encode(state)))
         job(name, "diffusers", unet / "base", unet / "io.npz", folder / name / "adapter.safetensors")
 
-    state = directory.load(unet / "peft")
+    state = files.load(unet / "peft")
     for name, codec in (("unet_diffusers", diffusers), ("unet_kohya", kohya)):
         write(name, codec, state)
-    directory.save(state, folder / "unet_peft")
+    files.save(state, folder / "unet_peft")
     job("unet_peft", "peft", unet / "base", unet / "io.npz", folder / "unet_peft")
     for name in LLAMA:
-        directory.save(directory.load(llama / name), folder / name)
+        files.save(files.load(llama / name), folder / name)
         job(name, "peft", llama / "base", llama / name / "io.npz", folder / name)
     for name, settings in MIXED.items():
         state = mixed(base, **settings)

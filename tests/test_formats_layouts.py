@@ -3,11 +3,12 @@ from __future__ import annotations
 
 import json
 
+import files
 import numpy as np
 import pytest
 from adapters import A, B, assert_same, read, same_tensors
 
-from mindpet_lite.formats import diffusers, directory, kohya, mindformers, mindpet, peft
+from mindpet_lite.formats import diffusers, kohya, mindformers, mindpet, peft
 from mindpet_lite.formats.detect import detect
 from mindpet_lite.formats.placed import placed
 
@@ -86,7 +87,7 @@ def test_pefts_config_comes_back_from_other_formats(unet, reference, codec):
     "lora_plain", "lora_rslora", "lora_dora", "lora_rank_alpha_pattern", "lora_lora_bias", "lora_init_pissa",
     "lora_regex"])
 def test_llamas_through_diffusers(shared, name):
-    state = directory.load(shared / "fixtures" / "peft" / "llama_tiny" / name)
+    state = files.load(shared / "fixtures" / "peft" / "llama_tiny" / name)
     assert_same(diffusers.decode(*diffusers.encode(state)), state)
 
 

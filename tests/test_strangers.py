@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import files
 import numpy as np
 import pytest
 from files import Dangerous
@@ -81,7 +82,7 @@ class Net(nn.Cell):
 @pytest.mark.parametrize("dtype, warning", [(np.float64, "as float64: they are rounded to float32"),
                                             (np.float16, None), (np.float32, None)])
 def test_factors_of_other_float_types_are_read(dtype, warning):
-    directory.save(lora(dtype, 1.5), Path("adapter"))
+    files.save(lora(dtype, 1.5), Path("adapter"))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         net = mp.load_adapter(Net(), "adapter")
@@ -94,8 +95,8 @@ def test_bfloat16_adapters_keep_their_bits_through_files_and_say_once_that_they_
     state = lora()
     state.layers["to_q"].tensors.update(mindpet_delta_lora_a=bits.reshape(2, 6),
                                         mindpet_delta_lora_b=bits.reshape(6, 2))
-    directory.save(state, Path("adapter"))
-    directory.save(directory.load(Path("adapter")), Path("again"))
+    files.save(state, Path("adapter"))
+    files.save(files.load(Path("adapter")), Path("again"))
     assert Path("adapter", directory.TENSOR_FILE).read_bytes() == Path("again", directory.TENSOR_FILE).read_bytes()
     stored = deserialize(Path("again", directory.TENSOR_FILE).read_bytes())
     assert {entry["dtype"] for _, entry in stored} == {"BF16"} and bytes(stored[0][1]["data"]) == bits.tobytes()
@@ -107,7 +108,7 @@ def test_bfloat16_adapters_keep_their_bits_through_files_and_say_once_that_they_
 
 @pytest.mark.parametrize("dtype", [np.int32, np.bool_, np.complex64, np.uint8])
 def test_factors_that_are_no_floats_are_refused(dtype):
-    directory.save(lora(dtype), Path("adapter"))
+    files.save(lora(dtype), Path("adapter"))
     net = Net()
     message = "to_q.mindpet_delta_lora_a is of type (I32|BOOL|C64|U8), but LoRA's tensors are F32, F16, BF16 or F64"
     with unchanged(net), pytest.raises(ValueError, match=message):
@@ -117,7 +118,7 @@ def test_factors_that_are_no_floats_are_refused(dtype):
 @pytest.mark.parametrize("dtype, value", [(np.float32, np.nan), (np.float16, np.inf), (np.float64, 1e300)])
 @pytest.mark.filterwarnings("ignore:.*float64")
 def test_values_that_are_not_finite_are_refused(dtype, value):
-    directory.save(lora(dtype, value), Path("adapter"))
+    files.save(lora(dtype, value), Path("adapter"))
     net = Net()
     with unchanged(net), pytest.raises(ValueError, match="not finite: to_q.mindpet_delta_lora_a holds NaN or infinite"):
         mp.load_adapter(net, "adapter")
@@ -136,7 +137,7 @@ CONFIG_TEXTS = [
 
 @pytest.mark.parametrize("text, message", CONFIG_TEXTS, ids=[text[:30] for text, _ in CONFIG_TEXTS])
 def test_configs_of_strangers_are_refused(text, message):
-    directory.save(lora(), Path("adapter"))
+    files.save(lora(), Path("adapter"))
     path = Path("adapter", directory.CONFIG_FILE)
     own = json.loads(path.read_text())
     for name in json.loads(text.replace("NaN", "0").replace("1e400", "0")):
@@ -148,7 +149,7 @@ def test_configs_of_strangers_are_refused(text, message):
 
 
 def test_paths_in_a_config_are_text_that_nothing_opens():
-    directory.save(lora(), Path("adapter"))
+    files.save(lora(), Path("adapter"))
     path = Path("adapter", directory.CONFIG_FILE)
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "../../../../etc/passwd"}))
     opened: list[str] = []
@@ -158,10 +159,10 @@ def test_paths_in_a_config_are_text_that_nothing_opens():
 
 
 def test_a_config_of_20_megabytes_is_refused():
-    directory.save(lora(), Path("adapter"))
+    files.save(lora(), Path("adapter"))
     Path("adapter", directory.CONFIG_FILE).write_text(" " * 20_000_001)
     with pytest.raises(ValueError, match="adapter_config.json is larger than 20000000 bytes"):
-        directory.load(Path("adapter"))
+        files.load(Path("adapter"))
 
 
 @pytest.mark.parametrize("method, size", [("lora", "lora_rank"), ("adapter", "bottleneck_size"),

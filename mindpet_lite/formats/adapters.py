@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from mindpet_lite.formats import diffusers, kohya, mindformers, mindpet, mlx, native, peft
-from mindpet_lite.formats.atomic import atomic_file, open_together, write_together
+from mindpet_lite.formats.atomic import atomic_file, names_in, open_together, write_together
 from mindpet_lite.formats.checkpoint_file import open_checkpoint, to_parts
 from mindpet_lite.formats.detect import FORMATS, detect
 from mindpet_lite.formats.directory import CONFIG_FILE, TENSOR_FILE, read_config
 from mindpet_lite.formats.files import TensorFile, as_float, open_tensors, tensors_in, to_bytes, type_name
 from mindpet_lite.formats.problems import first_of
+from mindpet_lite.formats.settings import settings_problems
 from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.formats.stated_alpha import warn_of_contrary
 
@@ -72,7 +73,9 @@ def read_adapter(path: Path, kind: str | None = None, methods: Iterable[str] = (
     try:
         _check_sizes(tensors)
         state = _decode(found, tensors, file.metadata, config, methods, paths)
-        _check_types(state)
+        problems = [*_type_problems(state), *settings_problems(state)]
+        if problems:
+            raise ValueError("\n  ".join(problems))
     except ValueError as error:
         raise ValueError(f"The adapter in {path} cannot be used:\n  {first_of(error)}") from error
     return Adapter(state, found, tuple(filter(None, (config_file, tensor_file))))
@@ -150,16 +153,14 @@ def _check_sizes(tensors: Mapping[str, np.ndarray]) -> None:
         raise ValueError("\n  ".join(empty))
 
 
-def _check_types(state: AdapterState) -> None:
-    """Refuse factors of LoRA that are no numbers with a fraction.
+def _type_problems(state: AdapterState) -> list[str]:
+    """Return a sentence for each factor of LoRA that is no number with a fraction.
 
     8 bit floats are read, so that they can be copied; `eight_bit_problems` refuses them where they would be used.
     """
-    wrong = [f"{path}.{name} is of type {type_name(value.dtype)}, but LoRA's tensors are F32, F16, BF16 or F64."
-             for path, layer in state.layers.items() for name, value in layer.tensors.items()
-             if as_float(value).dtype.kind != "f"]
-    if wrong and state.method == "lora":
-        raise ValueError("\n  ".join(wrong))
+    return [f"{path}.{name} is of type {type_name(value.dtype)}, but LoRA's tensors are F32, F16, BF16 or F64."
+            for path, layer in state.layers.items() for name, value in layer.tensors.items()
+            if (layer.method or state.method) == "lora" and as_float(value).dtype.kind != "f"]
 
 
 def _files(path: Path) -> tuple[Path | None, Path]:
@@ -167,8 +168,9 @@ def _files(path: Path) -> tuple[Path | None, Path]:
     if not path.exists():
         raise FileNotFoundError(f"There is no {path}: check the path.")
     folder = path if path.is_dir() else path.parent
-    config = folder / CONFIG_FILE if (folder / CONFIG_FILE).is_file() else None
-    found = sorted(item for item in folder.iterdir() if item.suffix in (".safetensors", ".ckpt"))
+    names = names_in(folder)
+    config = folder / CONFIG_FILE if CONFIG_FILE in names else None
+    found = [folder / name for name in sorted(names) if name.endswith((".safetensors", ".ckpt"))]
     if not path.is_dir():
         # A config beside several files of tensors may be another's.
         # mlx-lm calls what it saves in between 0000100_adapters.

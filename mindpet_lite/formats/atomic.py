@@ -93,6 +93,15 @@ def open_together(directory: Path, names: Iterable[str]) -> Iterator[dict[str, B
     raise OSError(f"{directory} is being written to all the time: wait until that is over and read it again.")
 
 
+def names_in(directory: Path) -> set[str]:
+    """Return the names of the files of a directory, as `open_together` finds them."""
+    committed: list[str] = []
+    # First, for files leave it for the directory.
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        committed = os.listdir(directory / _COMMITTED)
+    return {*committed, *(name for name in os.listdir(directory) if (directory / name).is_file())}
+
+
 def _places(directory: Path, names: Iterable[str]) -> dict[str, Path]:
     """Return where the files of the last save that counts are."""
     committed = directory / _COMMITTED
@@ -112,18 +121,18 @@ def _change_places(target: Path, files: Mapping[str, bytes]) -> bool:
         new = folder / target.name
         new.mkdir()
         _write(new, files)
-        if not target.exists():
-            os.rename(new, target)
-            _sync(target.parent)
-            return True
+        is_new = not target.exists()
         try:
-            _take_over(target, new, files)
-            _exchange(new, target)
+            if is_new:
+                os.rename(new, target)
+            else:
+                _take_over(target, new, files)
+                _exchange(new, target)
         except OSError:
             return False
         _sync(target.parent)
         # What others put there since.
-        for entry in os.scandir(new):
+        for entry in () if is_new else os.scandir(new):
             if entry.name not in files and not os.path.lexists(target / entry.name):
                 os.rename(entry.path, target / entry.name)
         return True
@@ -200,14 +209,13 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Keep other processes out of this block for the same folder; the lock ends with the process."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        # Not every network file system has locks.
+    with contextlib.ExitStack() as stack:
+        # Not every folder may be read, and not every network file system has locks.
         with contextlib.suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mindpet_lite.arguments import warn_user
+from mindpet_lite.arguments import MAX_ALPHA, is_alpha, warn_user
 from mindpet_lite.formats.files import as_float
 
 # By the end of a key: what a full difference of a parameter is, which LoRA has no place for. Zeros change nothing.
@@ -61,9 +61,10 @@ def scaled(path: str, alpha: float, scalar: np.ndarray) -> float:
         ValueError: `scalar` is not one positive number.
     """
     scalar = as_float(scalar)
-    if scalar.size != 1 or scalar.dtype.kind not in "fiu" or not 0 < (value := float(scalar.reshape(()))) < np.inf:
-        raise ValueError(f"{path}: LyCORIS' scalar must be one positive number, but is {scalar!r:.60}: the update "
-                         f"cannot be expressed.")
+    if scalar.size != 1 or scalar.dtype.kind not in "fiu" or not is_alpha(
+            alpha * (value := float(scalar.reshape(())))):
+        raise ValueError(f"{path}: LyCORIS' scalar must be one positive number, and alpha times it below "
+                         f"{MAX_ALPHA:g}, but it is {scalar!r:.60}: the update cannot be expressed.")
     return alpha * value
 
 

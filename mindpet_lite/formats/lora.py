@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 
+from mindpet_lite.arguments import MAX_ALPHA, is_alpha
 from mindpet_lite.formats.files import as_float, check_name
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.strict_json import parse_object
 
 A, B = "mindpet_delta_lora_a", "mindpet_delta_lora_b"
 EMBEDDING_A, EMBEDDING_B = "mindpet_delta_lora_embedding_a", "mindpet_delta_lora_embedding_b"
+TOKENS = "mindpet_delta_lora_tokens"
 MAGNITUDE, B_BIAS = "mindpet_delta_lora_magnitude", "mindpet_delta_lora_b_bias"
 WORDS = {A: "factor A", B: "factor B", EMBEDDING_A: "an embedding's factor A", EMBEDDING_B: "an embedding's factor B",
          MAGNITUDE: "DoRA's magnitude", B_BIAS: "the bias of B (lora_bias)",
-         "mindpet_delta_lora_tokens": "tokens that train (trainable_token_indices)"}
+         TOKENS: "tokens that train (trainable_token_indices)"}
 # Under this name our files hold, beside what the format has a place for, each layer's path and settings and the config.
 OWN_ENTRY = "mindpet_lite"
 # The fields of the LoraConfig of PEFT 0.21.
@@ -91,9 +93,16 @@ def plain_alpha(settings: Mapping[str, Any]) -> float:
     rsLoRA's scale is alpha / sqrt(rank) (Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732), so that the result is
     alpha · sqrt(rank): exact where the rank is a square, else the nearest float64 to it, which no scale in float32
     can tell from the exact one.
+
+    Raises:
+        ValueError: it is more than files may say.
     """
     alpha = settings["lora_alpha"]
-    return alpha * math.sqrt(settings["lora_rank"]) if settings.get("use_rslora") else alpha
+    plain = alpha * math.sqrt(settings["lora_rank"]) if settings.get("use_rslora") else alpha
+    if not is_alpha(plain):
+        raise ValueError(f"alpha would be {plain!r:.60} where the scale is alpha / rank, but files hold numbers above "
+                         f"0 and below {MAX_ALPHA:g}.")
+    return plain
 
 
 def read_alpha(path: str, tensor: np.ndarray, rank: int) -> float:
@@ -102,11 +111,11 @@ def read_alpha(path: str, tensor: np.ndarray, rank: int) -> float:
     Zero means the rank, as for kohya's trainer (a network made with alpha 0 has alpha = rank).
 
     Raises:
-        ValueError: it is not one positive number.
+        ValueError: it is not one positive number below `MAX_ALPHA`.
     """
     tensor = as_float(tensor)
-    if tensor.size != 1 or tensor.dtype.kind not in "fiu" or not 0 <= (value := float(tensor.reshape(()))) < math.inf:
-        raise ValueError(f"{path}: alpha must be one positive number, but is {tensor!r:.60}.")
+    if tensor.size != 1 or tensor.dtype.kind not in "fiu" or not 0 <= (value := float(tensor.reshape(()))) < MAX_ALPHA:
+        raise ValueError(f"{path}: alpha must be one positive number below {MAX_ALPHA:g}, but is {tensor!r:.60}.")
     return (int(value) if value.is_integer() else value) or rank
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mindpet_lite.arguments import MAX_ALPHA, is_alpha
 from mindpet_lite.formats.lora import (
     OWN_ENTRY,
     PEFT_FIELDS,
@@ -134,8 +135,8 @@ def _settings(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     rank, alpha, dropout = found.values()
     if rank is not None and (type(rank) is not int or rank <= 0):
         problems.append(f"r must be a positive integer, but the config says {rank!r}.")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1e9:
-        problems.append(f"lora_alpha must be a positive number, but the config says {alpha!r}.")
+    if not is_alpha(alpha):
+        problems.append(f"lora_alpha must be a positive number below {MAX_ALPHA:g}, but the config says {alpha!r}.")
     found["lora_dropout"] = dropout = 0.0 if dropout is None else dropout
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         problems.append(f"lora_dropout must be a number from 0 to 1, but the config says {dropout!r}.")

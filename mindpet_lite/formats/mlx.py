@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mindpet_lite.arguments import MAX_ALPHA, is_alpha
 from mindpet_lite.formats.lora import MAGNITUDE, A, B
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.names.parameter_names import is_embedding
@@ -60,8 +61,9 @@ def _settings(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     if type(rank) is not int or not 0 < rank < 1e9:
         problems.append(f"rank must be a positive integer, but the config says {rank!r:.40}.")
         return {}
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale * rank < 1e9:
-        problems.append(f"scale must be a positive number, but the config says {scale!r:.40}.")
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not is_alpha(scale * rank):
+        problems.append(f"scale must be a positive number, and times the rank below {MAX_ALPHA:g}, but the config says "
+                        f"{scale!r:.40}.")
         return {}
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         problems.append(f"dropout must be a number from 0 to 1, but the config says {dropout!r:.40}.")

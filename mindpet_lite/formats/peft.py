@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mindpet_lite.formats.lora import without_settings
+from mindpet_lite.formats.lora import TOKENS, without_settings
 from mindpet_lite.formats.peft_config import RESTATED, config_of, problems_of, settings_of, targets, tokens_of
 from mindpet_lite.formats.peft_keys import PREFIX, plain_keys, reads_as_lora
 from mindpet_lite.formats.state import AdapterState, LayerState
@@ -18,7 +18,7 @@ METHODS = ("lora",)
 _KEYS = {"mindpet_delta_lora_a": "lora_A.weight", "mindpet_delta_lora_b": "lora_B.weight",
          "mindpet_delta_lora_embedding_a": "lora_embedding_A", "mindpet_delta_lora_embedding_b": "lora_embedding_B",
          "mindpet_delta_lora_b_bias": "lora_B.bias", "mindpet_delta_lora_magnitude": "lora_magnitude_vector",
-         "mindpet_delta_lora_tokens": "token_adapter.trainable_tokens_delta"}
+         TOKENS: "token_adapter.trainable_tokens_delta"}
 # Older files call the magnitude's tensor a weight.
 _OURS = {**{key: name for name, key in _KEYS.items()}, "lora_magnitude_vector.weight": "mindpet_delta_lora_magnitude"}
 # The names of A and B: of every other layer, of an embedding; and what trained tokens are.
@@ -155,8 +155,8 @@ def _layer(path: str, parts: dict[str, np.ndarray], config: Mapping[str, Any], p
     if _TOKENS[0] in parts:
         tokens = tokens_of(path, config)
         if len(parts) > 1 or parts[_TOKENS[0]].shape[:1] != (len(tokens),):
-            problems.append(f"{path} trains {parts[_TOKENS[0]].shape[0]} tokens in the file, but {len(tokens)} in the "
-                            f"config, or holds other tensors too.")
+            problems.append(f"{path} has trained tokens of shape {parts[_TOKENS[0]].shape} in the file, but "
+                            f"{len(tokens)} in the config, or holds other tensors too.")
         return LayerState(parts, {"token_indices": tokens})
     names = _TABLE if any(name in parts for name in _TABLE) else _LAYER
     wanted = [*names, *(["mindpet_delta_lora_magnitude"] if config.get("use_dora") else []),

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from mindpet_lite.arguments import MAX_ALPHA, is_alpha
 from mindpet_lite.formats.lora import PEFT_FIELDS
 from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.names.expressions import MOST, compile_end
@@ -61,8 +62,9 @@ def problems_of(config: Mapping[str, Any]) -> list[str]:
             by_pattern = {}
         for place, value in ((name, config.get(name)), *((f"{patterns}[{key!r}]", by_pattern[key])
                                                          for key in by_pattern)):
-            if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 1e9:
-                problems.append(f"{place} must be a positive number, but the config says {value!r}.")
+            if not is_alpha(value) or not isinstance(value, kind):
+                problems.append(f"{place} must be a positive number below {MAX_ALPHA:g}, but the config says "
+                                f"{value!r:.100}.")
         for key in by_pattern:
             try:
                 compile_end(key)

@@ -1,10 +1,9 @@
 """The alpha of an adapter that stands in a safetensors file's metadata, instead of in a tensor or a config."""
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 
-from mindpet_lite.arguments import warn_user
+from mindpet_lite.arguments import is_alpha, warn_user
 
 # Trainers that write diffusers' layout without its config state one alpha for all layers under one of these names, and
 # diffusers and sglang read it. The rank stands beside it.
@@ -78,12 +77,12 @@ def _entries(metadata: Mapping[str, str], names: tuple[str, ...], component: str
 
 
 def _positive(text: str) -> float | None:
-    """Return a positive finite number, None for any other text."""
+    """Return a positive number below `MAX_ALPHA`, None for any other text."""
     try:
         value = float(text)
     except ValueError:
         return None
-    return value if 0 < value < math.inf else None
+    return value if is_alpha(value) else None
 
 
 def _listed(entries: Mapping[str, str]) -> str:

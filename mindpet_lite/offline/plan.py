@@ -10,7 +10,7 @@ import numpy as np
 
 from mindpet_lite.formats.files import as_float, type_name
 from mindpet_lite.formats.float8 import FLOAT8
-from mindpet_lite.formats.lora import B_BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, A, B, pair_problems
+from mindpet_lite.formats.lora import B_BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, TOKENS, A, B, pair_problems
 from mindpet_lite.formats.peft import unsaved_modules
 from mindpet_lite.formats.problems import listed
 from mindpet_lite.formats.state import AdapterState, LayerState
@@ -23,7 +23,6 @@ from mindpet_lite.offline.model_config import is_quantised
 from mindpet_lite.offline.numbers import FLOATS
 from mindpet_lite.offline.orientation import inputs_first
 
-TOKENS = "mindpet_delta_lora_tokens"
 _KNOWN = {A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, B_BIAS, TOKENS}
 # What stands beside a quantised weight, or for it, below a layer.
 _QUANTISED = ("qweight", "qzeros", "SCB", "weight_format", "weight_packed", *SCALES)
@@ -85,16 +84,8 @@ def _check_plain(base: Base) -> None:
 
 
 def scale_of(settings: Mapping[str, Any]) -> float:
-    """Return s of s · B A: alpha / rank, with rsLoRA alpha / sqrt(rank).
-
-    Raises:
-        ValueError: the settings have no positive numbers for rank and alpha.
-    """
-    rank: Any = settings.get("lora_rank")
-    alpha: Any = settings.get("lora_alpha")
-    for value, kind in ((rank, int), (alpha, (int, float))):
-        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 1e9:
-            raise ValueError(f"rank and alpha must be positive numbers, but the file says {rank!r} and {alpha!r}.")
+    """Return s of s · B A: alpha / rank, with rsLoRA alpha / sqrt(rank)."""
+    rank, alpha = settings["lora_rank"], settings["lora_alpha"]
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 

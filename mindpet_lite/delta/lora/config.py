@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from mindspore import mint, nn
 
-from mindpet_lite.arguments import check_int, check_positive, did_you_mean
+from mindpet_lite.arguments import check_alpha, check_int, did_you_mean
 from mindpet_lite.delta.base import Delta, DeltaConfig, type_refusal
 from mindpet_lite.delta.dense import dense_refusal, override_refusal, rewritten_refusal
 from mindpet_lite.delta.lora.conv import (
@@ -72,7 +72,7 @@ class LoraConfig(DeltaConfig, LoraSettings):
         if self.bias not in BIASES:
             raise ValueError(f"bias must be one of {', '.join(BIASES)}, but got {self.bias!r}."
                              f"{did_you_mean(self.bias, BIASES)}")
-        for name, check in (("rank_pattern", check_int), ("alpha_pattern", check_positive)):
+        for name, check in (("rank_pattern", check_int), ("alpha_pattern", check_alpha)):
             for pattern, value in _mapping(name, getattr(self, name)).items():
                 check(f"{name}[{pattern!r}]", value)
                 _compiled(name, pattern)

@@ -7,7 +7,7 @@ from typing import Any
 
 import mindspore
 
-from mindpet_lite.arguments import check_bool, check_int, check_positive, check_probability
+from mindpet_lite.arguments import check_alpha, check_bool, check_int, check_probability
 from mindpet_lite.delta.base import check_float_type, overflow
 from mindpet_lite.delta.lora.start import RESIDUAL, check_start
 from mindpet_lite.delta.parts import check_init
@@ -49,7 +49,7 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         check_int("lora_rank", self.lora_rank)
-        check_positive("lora_alpha", self.lora_alpha)
+        check_alpha("lora_alpha", self.lora_alpha)
         check_probability("lora_dropout", self.lora_dropout)
         check_float_type("param_init_type", self.param_init_type)
         if self.compute_dtype is not None:

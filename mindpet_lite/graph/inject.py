@@ -18,6 +18,7 @@ from mindpet_lite.graph.match import targets
 from mindpet_lite.graph.modules_to_save import saved_by
 from mindpet_lite.graph.parameters import apply_trains, parameters_with, what_trains
 from mindpet_lite.graph.put_in import adapt, put_in
+from mindpet_lite.graph.ranks import same_on_all_ranks
 from mindpet_lite.graph.tree import cells_by_path
 
 
@@ -44,6 +45,11 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
     names and values, and with the default initialisation the output is unchanged bit for bit. Make the optimizer
     afterwards, from ``net.trainable_params()``.
 
+    Drops the compiled graphs of all nets of the process: each compiles again at its next call.
+
+    In a distributed job what trains starts with the values of rank 0, see `graph.ranks.same_on_all_ranks`. Call it on
+    every process, after ``mindspore.communication.init()``.
+
     Args:
         net: the net to adapt; it is changed in place and returned.
         config: a config such as :class:`mindpet_lite.LoraConfig`, a mapping with `pet_type` and its fields, or the
@@ -54,7 +60,9 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
 
     Raises:
         TypeError, ValueError: the config is wrong, or it names layers that do not exist, cannot be adapted or are
-            adapted already. All problems stand in one message, and the net is unchanged.
+            adapted already; or the processes of a data-parallel job adapt different layers. All problems stand in
+            one message, and the net is unchanged.
+        RuntimeError: another process of a distributed job did not answer. The net is unchanged.
     """
     cells = cells_by_path(net)
     config = as_config(config)
@@ -83,6 +91,7 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
     if problems:
         raise ValueError(f"{type(config).__name__} does not fit the net, which is unchanged:\n  "
                          + listed(problems))
+    same_on_all_ranks([parameter for (parameter, _), value in zip(parameters, trains) if value])
     of_deltas = {id(item) for delta in [*deltas_in(cells).values(), *adapted.values()]
                  for item in delta.delta_parameters().values()}
     # What freeze_exclude names belongs to the adapter too.

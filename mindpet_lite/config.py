@@ -11,10 +11,11 @@ import mindspore
 from mindpet_lite.arguments import did_you_mean, some_of
 from mindpet_lite.delta import METHODS
 from mindpet_lite.delta.base import FLOAT_TYPES, DeltaConfig
+from mindpet_lite.pet_block import pet_block
 from mindpet_lite.yaml_files import read_yaml
 
 # MindFormers' and PEFT's spellings of our field names.
-_ALIASES = {"exclude_layers": "exclude_modules", "r": "lora_rank"}
+_ALIASES = {"exclude_layers": "exclude_modules", "reg_rules": "target_modules", "r": "lora_rank"}
 _TYPE_FIELDS = ("param_init_type", "compute_dtype")
 _TYPE_NAMES = {str(item).split(".")[-1].lower(): item for item in FLOAT_TYPES}
 
@@ -22,7 +23,8 @@ _TYPE_NAMES = {str(item).split(".")[-1].lower(): item for item in FLOAT_TYPES}
 def as_config(config: DeltaConfig | Mapping[str, Any] | str | os.PathLike[str]) -> DeltaConfig:
     """Return a config from a config, a mapping with `pet_type`, or the path of a YAML file.
 
-    A YAML file holds a `pet_config` block, at its top or below `model` / `model_config` as MindFormers writes it:
+    A mapping or a YAML file may also be a whole configuration that holds one `pet_config` block, at its top or below
+    `model` and `model_config` as MindFormers writes it:
 
     .. code-block:: yaml
 
@@ -33,6 +35,8 @@ def as_config(config: DeltaConfig | Mapping[str, Any] | str | os.PathLike[str]) 
           lora_dropout: 0.1
           target_modules: '.*wq|.*wk|.*wv|.*wo'
 
+    MindFormers' keys are known: `exclude_layers` is `exclude_modules`, and a type that is null is the default.
+
     Raises:
         TypeError: `config` is none of these, or a field has the wrong type.
         ValueError: an unknown key or method, or a field's value is out of range.
@@ -40,29 +44,30 @@ def as_config(config: DeltaConfig | Mapping[str, Any] | str | os.PathLike[str]) 
     """
     if isinstance(config, DeltaConfig):
         return config
+    if isinstance(config, Mapping):
+        return _from_document(config)
     if isinstance(config, (str, os.PathLike)):
         document = read_yaml(config)
-        place = _place_of("pet_config", document)
-        if place is None:
-            raise ValueError(f"{config}: expected a 'pet_config' block, but the file has the keys "
-                             f"{some_of(document)}.{did_you_mean('pet_config', document)}")
         try:
-            return from_mapping(place["pet_config"])
+            if "pet_type" not in document and pet_block(document) is None:
+                raise ValueError(f"expected a 'pet_config' block, but the file has the keys "
+                                 f"{some_of(document)}.{did_you_mean('pet_config', document)}")
+            return _from_document(document)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{config}: {error}") from error
-    if isinstance(config, Mapping):
-        return from_mapping(config)
     raise TypeError(f"config must be a config such as LoraConfig, a mapping with 'pet_type' or the path of a YAML "
                     f"file, but got {type(config).__name__}.")
 
 
-def from_mapping(block: object) -> DeltaConfig:
+def _from_document(document: Mapping[str, Any]) -> DeltaConfig:
+    """Build the config of a block with `pet_type`, or of a document around one `pet_config` block."""
+    block = None if "pet_type" in document else pet_block(document)
+    return from_mapping(document if block is None else block)
+
+
+def from_mapping(block: Mapping[str, Any]) -> DeltaConfig:
     """Build the config that a mapping with `pet_type` and that method's fields describes."""
-    if not isinstance(block, Mapping):
-        raise TypeError(f"pet_config must be a mapping with 'pet_type', but got {block!r:.100}.")
     values = dict(block)
-    if set(values) == {"pet_config"}:
-        return from_mapping(values["pet_config"])
     name = values.pop("pet_type", None)
     if not isinstance(name, str) or name.lower() not in METHODS:
         raise ValueError(f"pet_type must be one of {', '.join(METHODS)}, but got {name!r:.100}."
@@ -77,21 +82,14 @@ def from_mapping(block: object) -> DeltaConfig:
                              f"{did_you_mean(key, known)}")
         if field in fields:
             raise ValueError(f"Key {key!r} in pet_config says {field!r} a second time; keep one of the two.")
+        # MindFormers' null is its default, an empty list of exclusions excludes nothing.
+        if value is None and field in _TYPE_FIELDS or key == "exclude_layers" and value == []:
+            continue
         fields[field] = _type_of(field, value) if field in _TYPE_FIELDS else value
     return kind(**fields)
 
 
-def _place_of(name: str, document: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return what holds the block `name`: the document, or MindFormers' `model` or `model_config`; else None."""
-    model = document.get("model")
-    inner = model.get("model_config") if isinstance(model, Mapping) else None
-    for place in (document, model, inner, document.get("model_config")):
-        if isinstance(place, Mapping) and name in place:
-            return place
-    return None
-
-
-def _type_of(field: str, value: Any) -> mindspore.dtype | None:
+def _type_of(field: str, value: Any) -> mindspore.dtype:
     """Return the MindSpore type that a YAML string such as float16 names; leave anything else to the config."""
     if not isinstance(value, str):
         return value

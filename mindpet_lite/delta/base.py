@@ -133,8 +133,10 @@ class DeltaConfig:
 
     Args:
         target_modules: a regular expression that must match a layer's whole path, a list of names (each equal to a
-            path or to its last parts), or ``"all-linear"``.
-        exclude_modules: layers left alone among those, spelt likewise.
+            path or to its last parts), or ``"all-linear"``. An expression that matches no whole path, but some layer's
+            own name (the last part of its path), is matched from the start of the own names, as MindFormers does.
+        exclude_modules: layers left alone among those, spelt likewise. A name in a list stands for all layers below it
+            too, and an entry that is no name for own names, as MindFormers' `exclude_layers`.
         modules_to_save: names of modules, spelt as a list in `target_modules`, that train whole and are written to
             adapter files with the deltas, such as a new head.
         layers_to_transform: numbers of the blocks whose layers are adapted, where `target_modules` is a list; all

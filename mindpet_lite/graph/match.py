@@ -1,16 +1,18 @@
 """Which layers a config means, and which parameters a pattern means."""
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from mindspore import nn
 
-from mindpet_lite.arguments import did_you_mean
+from mindpet_lite.arguments import did_you_mean, some_of, warn_user
 from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.graph.linear import linear_layers
 from mindpet_lite.graph.parents import refusal_at
 from mindpet_lite.graph.tree import without_inner
+from mindpet_lite.names.expressions import by_own_name
 
 ALL_LINEAR = "all-linear"
 
@@ -76,10 +78,12 @@ def _hits(field: str, wanted: str | Sequence[str] | None, cells: Mapping[str, nn
                             f"{' that is not adapted yet' if is_adapted else ' but its output head, if it has one'}.")
         return found
     if isinstance(wanted, str):
-        return by_expression(field, wanted, cells, _example(cells, config), problems)
+        return _expressed(field, wanted, cells, config, problems)
     chosen: list[str] = []
     for entry in wanted:
-        found = by_name(field, entry, cells, _example(cells, config), problems)
+        # MindFormers' exclude_layers is a list of expressions.
+        expressed = by_own_name(entry, cells) if field == "exclude_modules" and not _named(entry, cells) else []
+        found = expressed or by_name(field, entry, cells, _example(cells, config), problems)
         if field == "target_modules" and found:
             found = [path for path in found if path == entry or _is_chosen_block(path, config)]
             if not found:
@@ -92,9 +96,42 @@ def _hits(field: str, wanted: str | Sequence[str] | None, cells: Mapping[str, nn
                      if path.startswith(found[0] + ".") and config.refusal(cell) is None]
             problems.append(f"{field} entry {entry!r} hits {type(cells[found[0]]).__name__} at {found[0]}, which is no "
                             f"layer to adapt{'; below it are ' + ', '.join(inner[:4]) if inner else ''}.")
-        chosen.extend(found)
+        chosen.extend(found if field == "target_modules" else _with_inner(found, cells))
     order = {path: index for index, path in enumerate(cells)}
     return sorted(set(chosen), key=order.__getitem__)
+
+
+def _expressed(field: str, wanted: str, cells: Mapping[str, nn.Cell], config: DeltaConfig, problems: list[str]
+               ) -> list[str]:
+    """Return the paths that an expression matches whole; if there are none, those that it means in MindFormers."""
+    missed: list[str] = []
+    found = by_expression(field, wanted, cells, _example(cells, config), missed)
+    named = [path for path in by_own_name(wanted, cells)
+             if field == "exclude_modules" or _matches_own_name(wanted, path) or config.refusal(cells[path]) is None]
+    if found:
+        left = [path for path in named if path not in set(found) and _matches_own_name(wanted, path)
+                and config.refusal(cells[path]) is None]
+        if left:
+            warn_user(f"{field} {wanted!r} matches whole paths, so it leaves out {some_of(left)}, of which it matches "
+                      f"the last part alone: put '.*' before that alternative if they are meant too.")
+        return found
+    more = sorted({path.rpartition(".")[2] for path in named if not _matches_own_name(wanted, path)})
+    if more:
+        warn_user(f"{field} {wanted!r} matches no whole path, so it is taken as MindFormers takes it, from the start "
+                  f"of a layer's own name: it also hits {some_of(more)}. End it with '$' to leave them out.")
+    if not named:
+        problems += missed
+    return named if field == "target_modules" else _with_inner(named, cells)
+
+
+def _matches_own_name(pattern: str, path: str) -> bool:
+    return re.fullmatch(pattern, path.rpartition(".")[2]) is not None
+
+
+def _with_inner(found: Sequence[str], cells: Iterable[str]) -> list[str]:
+    """Return the paths in `found` and those of all cells below them."""
+    tops = set(found)
+    return [path for path in cells if tops.intersection(itertools.accumulate(path.split("."), "{}.{}".format))]
 
 
 def by_expression(field: str, wanted: str, cells: Iterable[str], example: str, problems: list[str]) -> list[str]:
@@ -113,11 +150,15 @@ def by_expression(field: str, wanted: str, cells: Iterable[str], example: str, p
 
 def by_name(field: str, entry: str, cells: Iterable[str], example: str, problems: list[str]) -> list[str]:
     """Return the paths that equal `entry` or end with it; add to `problems` if there are none."""
-    found = [path for path in cells if path == entry or path.endswith("." + entry)]
+    found = _named(entry, cells)
     if not found:
         problems.append(f"{field} entry {entry!r} hits nothing; it must equal a layer's path or its last parts, "
                         f"such as {example}.{did_you_mean(entry, _spellings(cells))}")
     return found
+
+
+def _named(entry: str, cells: Iterable[str]) -> list[str]:
+    return [path for path in cells if path == entry or path.endswith("." + entry)]
 
 
 def _is_chosen_block(path: str, config: DeltaConfig) -> bool:

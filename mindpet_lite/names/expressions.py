@@ -4,6 +4,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 if sys.version_info >= (3, 11):
@@ -64,3 +65,18 @@ def _parts(argument: Any) -> list[Any]:
     """Return the expressions within the argument of a group or of a look around."""
     items = argument if isinstance(argument, tuple) else (argument,)
     return [part for part in items if isinstance(part, parser.SubPattern)]
+
+
+def by_own_name(pattern: str, paths: Iterable[str]) -> list[str]:
+    """Return the paths whose last part an expression matches from its start, as MindFormers matches layers.
+
+    So ``wq`` means ``layers.0.wq`` and also ``layers.0.wq2``. Nothing is meant unless some last part matches whole.
+    """
+    try:
+        expression = re.compile(pattern)
+    except re.error:
+        return []
+    names = {path: path.rpartition(".")[2] for path in paths if path}
+    if not any(expression.fullmatch(name) for name in set(names.values())):
+        return []
+    return [path for path, name in names.items() if (found := expression.match(name)) and found.end()]

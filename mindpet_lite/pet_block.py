@@ -20,14 +20,15 @@ def pet_block(document: Mapping[Any, Any]) -> Mapping[Any, Any] | None:
     if not found:
         return None
     if len(found) > 1:
-        raise ValueError(f"{KEY} stands at {' and at '.join(found)}, but one net takes one: keep one of them, or pass "
-                         f"each block as a mapping to get_pet_model with the net it is meant for.")
+        places = " and at ".join(list(found)[:10])
+        raise ValueError(f"{KEY} stands at {places}, but one net takes one: keep one of them, or pass each block as a "
+                         f"mapping to get_pet_model with the net it is meant for.")
     place, block = next(iter(found.items()))
     if place not in PLACES:
         raise ValueError(f"{KEY} stands at {place}, but is read at {', '.join(PLACES)}: a block elsewhere is meant for "
                          f"a part of the net. Pass the block as a mapping to get_pet_model with that part.")
     if not isinstance(block, Mapping):
-        raise TypeError(f"{KEY} must be a mapping with 'pet_type', but got {block!r}.")
+        raise TypeError(f"{KEY} must be a mapping with 'pet_type', but got {block!r:.100}.")
     return block
 
 

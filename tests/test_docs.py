@@ -35,11 +35,37 @@ def test_python_blocks_run(page, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_both_languages_show_the_same_migration():
-    def code(page: str) -> list[str]:
-        return [re.sub(r"\s*#.*", "", block) for block in blocks_of(page, "python")]
+# Runs each script that it is given by itself, in a folder of its own.
+ALONE = """
+import os, runpy, sys
+for script in sys.argv[1:]:
+    print(script, file=sys.stderr, flush=True)
+    os.chdir(os.path.dirname(script))
+    runpy.run_path(script, run_name="__main__")
+"""
+SUBJECTS = ["guide", "training", "formats", "tools", "mindpet", "tasks"]
 
-    assert code("docs/mindpet.md") == code("docs/mindpet_CN.md")
+
+def test_the_first_program_of_each_page_and_each_of_the_readmes_runs_alone(tmp_path):
+    programs = {f"{page}-{number}": block for page in ("README.md", "README_CN.md")
+                for number, block in enumerate(blocks_of(page, "python"))}
+    programs |= {page: blocks_of(f"docs/{page}.md", "python")[0]
+                 for subject in SUBJECTS for page in (subject, f"{subject}_CN")}
+    scripts = []
+    for name, block in programs.items():
+        (tmp_path / name).mkdir()
+        scripts.append(tmp_path / name / "program.py")
+        scripts[-1].write_text(block, encoding="utf-8")
+    done = subprocess.run([sys.executable, "-c", ALONE, *map(str, scripts)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("page", ["README", "docs/mindpet", "docs/training", "docs/formats", "docs/tools"])
+def test_both_languages_show_the_same_code(page):
+    def code(page: str) -> list[str]:
+        return [re.sub(r"\s*#.*", "", block) for language in ("python", "yaml") for block in blocks_of(page, language)]
+
+    assert code(f"{page}.md") == code(f"{page}_CN.md")
 
 
 def test_links_between_pages_lead_somewhere():

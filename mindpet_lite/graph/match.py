@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from mindspore import nn
 
-from mindpet_lite.arguments import did_you_mean, warn_user
+from mindpet_lite.arguments import did_you_mean, some_of, warn_user
 from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.graph.linear import linear_layers
 from mindpet_lite.graph.parents import refusal_at
@@ -112,13 +112,13 @@ def _expressed(field: str, wanted: str, cells: Mapping[str, nn.Cell], config: De
         left = [path for path in named if path not in set(found) and _matches_own_name(wanted, path)
                 and config.refusal(cells[path]) is None]
         if left:
-            warn_user(f"{field} {wanted!r} matches whole paths, so it leaves out {_few(left)}, of which it matches the "
-                      f"last part alone: put '.*' before that alternative if they are meant too.")
+            warn_user(f"{field} {wanted!r} matches whole paths, so it leaves out {some_of(left)}, of which it matches "
+                      f"the last part alone: put '.*' before that alternative if they are meant too.")
         return found
     more = sorted({path.rpartition(".")[2] for path in named if not _matches_own_name(wanted, path)})
     if more:
         warn_user(f"{field} {wanted!r} matches no whole path, so it is taken as MindFormers takes it, from the start "
-                  f"of a layer's own name: it also hits {_few(more)}. End it with '$' to leave them out.")
+                  f"of a layer's own name: it also hits {some_of(more)}. End it with '$' to leave them out.")
     if not named:
         problems += missed
     return named if field == "target_modules" else _with_inner(named, cells)
@@ -132,10 +132,6 @@ def _with_inner(found: Sequence[str], cells: Iterable[str]) -> list[str]:
     """Return the paths in `found` and those of all cells below them."""
     tops = set(found)
     return [path for path in cells if tops.intersection(itertools.accumulate(path.split("."), "{}.{}".format))]
-
-
-def _few(items: Sequence[str]) -> str:
-    return ", ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "")
 
 
 def by_expression(field: str, wanted: str, cells: Iterable[str], example: str, problems: list[str]) -> list[str]:

@@ -24,6 +24,7 @@ from mindpet_lite.offline import extract as extraction
 from mindpet_lite.offline import inspect as inspection
 from mindpet_lite.offline.convert import convert
 from mindpet_lite.offline.merge import merge
+from mindpet_lite.pet_block import pet_block
 from mindpet_lite.tasks.options import PATHS, SETTINGS
 from mindpet_lite.tasks.process import echo
 from mindpet_lite.yaml_files import read_yaml
@@ -198,24 +199,28 @@ def _model_config(path: Path) -> dict[str, Any]:
 @mindpet_lite.command("estimate", epilog="\b\nExamples:\n"
                                         "  mindpet-lite estimate --config llama/config.json --batch 4 --seq 1024\n"
                                         "  mindpet-lite estimate --config wukong_full_lora.yaml --batch 3")
-@click.option("--config", required=True, type=_PATH, help="A Llama's config.json, or the YAML of examples/wukong.")
+@click.option("--config", required=True, type=_PATH, help="A Llama's config.json, the YAML of examples/wukong, or "
+                                                          "MindFormers' YAML of a Llama.")
 @click.option("--batch", required=True, type=click.IntRange(min=1), help="Samples of a step.")
 @click.option("--seq", type=click.IntRange(min=1), help="Tokens of a sample; of a U-Net, words of its text.")
 @click.option("--lora-rank", type=click.IntRange(min=1), help="LoRA's rank; the config's or 8 without it.")
 @click.option("--target-modules", help="Layers with LoRA: names and commas, an expression, or all-linear; the "
                                        "config's or the attention's without it.")
-@click.option("--lora-dropout", type=float, default=0.0, show_default=True, help="LoRA's dropout.")
+@click.option("--lora-dropout", type=float, help="LoRA's dropout; the config's or 0 without it.")
 @click.option("--dtype", type=click.Choice(list(ITEMS)), default="float32", show_default=True,
               help="Of weights and activations; what trains is float32.")
 @click.option("--optimizer", type=click.Choice(list(OPTIMIZERS)), default="adamw", show_default=True,
               help="Its state is kept for what trains.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, in bytes, instead of a table.")
 def _estimate(config: Path, batch: int, seq: int | None, lora_rank: int | None, target_modules: str | None,
-              lora_dropout: float, dtype: str, optimizer: str, as_json: bool) -> None:
+              lora_dropout: float | None, dtype: str, optimizer: str, as_json: bool) -> None:
     """Print the memory that training a model takes, with LoRA and in full, with and without recomputation."""
     document = _model_config(config)
     try:
+        if pet_block(document) is not None:
+            from mindpet_lite.config import as_config  # loads MindSpore, for which other configs need not wait
+            as_config(document)
         report = estimate(document, batch, seq, lora_rank, _targets(target_modules), lora_dropout, dtype, optimizer)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{config}: {error}") from error
     echo(json.dumps(as_dict(report), indent=2) + "\n" if as_json else plan_table(report))

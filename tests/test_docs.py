@@ -56,7 +56,8 @@ def test_the_first_program_of_each_page_and_each_of_the_readmes_runs_alone(tmp_p
         (tmp_path / name).mkdir()
         scripts.append(tmp_path / name / "program.py")
         scripts[-1].write_text(block, encoding="utf-8")
-    done = subprocess.run([sys.executable, "-c", ALONE, *map(str, scripts)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", ALONE, *map(str, scripts)], capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

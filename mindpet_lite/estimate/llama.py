@@ -1,4 +1,4 @@
-"""A Llama from the `config.json` of its checkpoint."""
+"""A Llama from the `config.json` of its checkpoint, or from MindFormers' configuration."""
 from __future__ import annotations
 
 import dataclasses
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from mindpet_lite.estimate.layers import Layers
+from mindpet_lite.estimate.mindformers import NAMES, llama_sizes
 from mindpet_lite.estimate.sizes import number, switch
 from mindpet_lite.estimate.tape import Value
 
@@ -15,7 +16,13 @@ MODEL_TYPES = ("llama", "mistral")
 
 @dataclasses.dataclass(frozen=True)
 class Llama:
-    """Sizes of a Llama, by their names in Hugging Face's `config.json`."""
+    """Sizes of a Llama, by their names in Hugging Face's `config.json`.
+
+    Attributes:
+        output_bias: whether `o_proj` has a bias.
+        length: tokens of a sample where nothing else is said.
+        names: what another library calls a part, by Hugging Face's name.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -27,10 +34,16 @@ class Llama:
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
+    output_bias: bool
+    length: int | None = None
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     kind: ClassVar[str] = "Llama"
-    # What LoRA adapts unless it is told otherwise: the attention.
-    targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What LoRA adapts unless it is told otherwise: the attention."""
+        return tuple(self._name(f"self_attn.{part}_proj").rpartition(".")[2] for part in "qkvo")
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Llama:
@@ -53,8 +66,22 @@ class Llama:
         if "head_dim" not in config and width % heads:
             raise ValueError(f"num_attention_heads must divide hidden_size where there is no head_dim, but {heads} "
                              f"does not divide {width}.")
-        return cls(width, between, layers, heads, groups, vocabulary, number(config, "head_dim", width // heads),
-                   *(switch(config, name) for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")))
+        tied, bias, mlp_bias = (switch(config, name) for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"))
+        return cls(width, between, layers, heads, groups, vocabulary, number(config, "head_dim", width // heads), tied,
+                   attention_bias=bias, mlp_bias=mlp_bias, output_bias=bias)
+
+    @classmethod
+    def of_mindformers(cls, config: Mapping[str, Any]) -> Llama:
+        """Return the sizes that MindFormers' `model_config` says.
+
+        Raises:
+            ValueError: as `of`.
+        """
+        length = None if config.get("seq_length") is None else number(config, "seq_length")
+        return dataclasses.replace(cls.of(llama_sizes(config)), output_bias=False, length=length, names=NAMES)
+
+    def _name(self, part: str) -> str:
+        return self.names.get(part, part)
 
     def forward(self, tape: Layers, batch: int, length: int | None, recompute: bool) -> Value:
         """Record the forward pass on (batch, length) ids, with the mean cross entropy of the next token.
@@ -62,20 +89,21 @@ class Llama:
         Raises:
             ValueError: there is no length.
         """
+        length = self.length if length is None else length
         if length is None:
             raise ValueError("a Llama's plan needs seq, the number of tokens of each sample.")
         width, rows = self.hidden_size, batch * length
-        table = tape.weight("model.embed_tokens.embedding_table", self.vocab_size, width)
+        table = tape.weight(self._name("model.embed_tokens.embedding_table"), self.vocab_size, width)
         x = tape.apply("Gather", [table], (batch, length, width), lambda reads, results, dy: [
             tape.run("UnsortedSegmentSum", [dy], table.shape)])
         for layer in range(self.num_hidden_layers):
             with tape.recomputed(recompute):
                 path = f"model.layers.{layer}"
-                x = tape.binary("Add", x, self._attention(tape, norm(tape, x, f"{path}.input_layernorm"),
-                                                          f"{path}.self_attn"))
-                x = tape.binary("Add", x, self._mlp(tape, norm(tape, x, f"{path}.post_attention_layernorm"),
-                                                    f"{path}.mlp"))
-        x = norm(tape, x, "model.norm")
+                before, after = (f"{path}.{self._name(part)}" for part in ("input_layernorm",
+                                                                           "post_attention_layernorm"))
+                x = tape.binary("Add", x, self._attention(tape, norm(tape, x, before), path))
+                x = tape.binary("Add", x, self._mlp(tape, norm(tape, x, after), path))
+        x = norm(tape, x, self._name("model.norm"))
         if self.tie_word_embeddings:
             logits = tape.matmul(tape.view(x, rows, width), table)
         else:
@@ -85,7 +113,8 @@ class Llama:
     def _attention(self, tape: Layers, x: Value, path: str) -> Value:
         batch, length, _ = x.shape
         heads, groups, size = self.num_attention_heads, self.num_key_value_heads, self.head_dim
-        q, k, v = (tape.transpose(tape.view(tape.dense(x, f"{path}.{name}", count * size, self.attention_bias),
+        q, k, v = (tape.transpose(tape.view(tape.dense(x, f"{path}.{self._name(f'self_attn.{name}')}", count * size,
+                                                       self.attention_bias),
                                             batch, length, count, size), batch, count, length, size)
                    for name, count in (("q_proj", heads), ("k_proj", groups), ("v_proj", groups)))
         q, k = self._rotated(tape, q), self._rotated(tape, k)
@@ -98,7 +127,7 @@ class Llama:
         scores = tape.binary("Add", tape.unary("Mul", scores), tape.input(length, length))
         mixed = tape.batched(tape.softmax(scores), v, (batch, heads, length, size), True)
         mixed = tape.view(tape.transpose(mixed, batch, length, heads, size), batch, length, heads * size)
-        return tape.dense(mixed, f"{path}.o_proj", self.hidden_size, self.attention_bias)
+        return tape.dense(mixed, f"{path}.{self._name('self_attn.o_proj')}", self.hidden_size, self.output_bias)
 
     def _rotated(self, tape: Layers, x: Value) -> Value:
         """Rotary positions: x cos + (-x₂, x₁) sin."""
@@ -109,9 +138,9 @@ class Llama:
         return tape.binary("Add", tape.binary("Mul", x, angles), tape.binary("Mul", turned, angles))
 
     def _mlp(self, tape: Layers, x: Value, path: str) -> Value:
-        gate, up = (tape.dense(x, f"{path}.{name}", self.intermediate_size, self.mlp_bias)
+        gate, up = (tape.dense(x, f"{path}.{self._name(f'mlp.{name}')}", self.intermediate_size, self.mlp_bias)
                     for name in ("gate_proj", "up_proj"))
-        return tape.dense(tape.binary("Mul", tape.silu(gate), up), f"{path}.down_proj",
+        return tape.dense(tape.binary("Mul", tape.silu(gate), up), f"{path}.{self._name('mlp.down_proj')}",
                           self.hidden_size, self.mlp_bias)
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 from mindpet_lite.estimate.cpu_operators import CpuOperators
 from mindpet_lite.estimate.layers import Lora
 from mindpet_lite.estimate.llama import Llama
+from mindpet_lite.estimate.mindformers import model_config
 from mindpet_lite.estimate.plan import ITEMS, OPTIMIZERS, Plan, plan
 from mindpet_lite.estimate.unet import UNet
+from mindpet_lite.names.expressions import by_own_name
+from mindpet_lite.pet_block import pet_block
 
 # Columns by their names: with LoRA or not, recomputed or not.
 COLUMNS = {"LoRA": (True, False), "LoRA, recompute": (True, True), "full": (False, False),
@@ -39,17 +43,18 @@ class Report:
 
 
 def estimate(config: Mapping[str, Any], batch: int, seq: int | None = None, lora_rank: int | None = None,
-             target_modules: str | Sequence[str] | None = None, lora_dropout: float = 0.0, dtype: str = "float32",
-             optimizer: str = "adamw") -> Report:
+             target_modules: str | Sequence[str] | None = None, lora_dropout: float | None = None,
+             dtype: str = "float32", optimizer: str = "adamw") -> Report:
     """Plan the memory of a training step in graph mode.
 
     Args:
-        config: a Llama's `config.json`, or the YAML of a U-Net of `examples/wukong`.
+        config: a Llama's `config.json`, the YAML of a U-Net of `examples/wukong`, or MindFormers' YAML of a Llama,
+            with its names of layers and the settings of its `pet_config`.
         batch: samples of a step.
         seq: tokens of a sample; of a U-Net the words of its text, by default what the config says.
         lora_rank: rank of LoRA; by default the config's, or that of `LoraConfig`.
         target_modules: layers with LoRA, as in `LoraConfig`; by default the config's, or the four of each attention.
-        lora_dropout: as in `LoraConfig`.
+        lora_dropout: as in `LoraConfig`; by default the `pet_config`'s, or 0.
         dtype: of weights and activations, a key of `ITEMS`; what trains is float32.
         optimizer: a key of `OPTIMIZERS`.
 
@@ -58,19 +63,28 @@ def estimate(config: Mapping[str, Any], batch: int, seq: int | None = None, lora
             is not positive, or a name is unknown.
     """
     net = net_of(config)
-    lora_rank = config.get("lora_rank", 8) if lora_rank is None else lora_rank
-    targets = config.get("target_modules", net.targets) if target_modules is None else target_modules
+    block = pet_block(config)
+    settings = config if block is None else block
+    if block is not None and str(block.get("pet_type")).lower() != "lora":
+        raise ValueError(f"pet_type is {block.get('pet_type')!r}: the plan knows LoRA alone.")
+    lora_rank = settings.get("lora_rank", settings.get("r", 8)) if lora_rank is None else lora_rank
+    lora_dropout = (0.0 if block is None else block.get("lora_dropout", 0.0)) if lora_dropout is None else lora_dropout
+    targets = settings.get("target_modules") or net.targets if target_modules is None else target_modules
+    left_out = None if block is None else block.get("exclude_layers") or block.get("exclude_modules")
     for name, value in (("batch", batch), ("seq", 1 if seq is None else seq), ("lora_rank", lora_rank)):
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
             raise ValueError(f"{name} must be a positive int, but got {value!r}.")
-    if not 0 <= lora_dropout < 1:
+    if isinstance(lora_dropout, bool) or not isinstance(lora_dropout, (int, float)) or not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout must be in [0, 1), but got {lora_dropout}.")
     for name, value, known in (("dtype", dtype, ITEMS), ("optimizer", optimizer, OPTIMIZERS)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, but got {value!r}.")
     plain = CpuOperators(1, lambda path: False, {})
     net.forward(plain, batch, seq, False)
-    layers = tuple(chosen(targets, plain.linear))
+    excluded = set(below(left_out, plain.linear)) if left_out else set()
+    layers = tuple(path for path in chosen(targets, plain.linear) if path not in excluded)
+    if not layers:
+        raise ValueError("exclude_layers leaves no layer for LoRA.")
     lora = dict.fromkeys(layers, Lora(lora_rank, lora_dropout))
     plans = {name: plan(lambda tape, again=again: net.forward(tape, batch, seq, again),  # type: ignore[misc]
                         lora if adapts else None, dtype, optimizer)
@@ -87,6 +101,9 @@ def net_of(config: Mapping[str, Any]) -> Llama | UNet:
     for place in (config, config.get("model")):
         if isinstance(place, Mapping) and isinstance(place.get("unet"), Mapping):
             return UNet.of(place)
+    inner = model_config(config)
+    if inner is not None:
+        return Llama.of_mindformers(inner)
     if "hidden_size" in config or "model_type" in config:
         return Llama.of(config)
     raise ValueError(f"this is neither the config.json of a Llama nor a YAML with a block 'unet': its keys are "
@@ -103,7 +120,7 @@ def chosen(targets: str | Sequence[str], layers: Sequence[str]) -> list[str]:
         if targets == "all-linear":
             return list(layers)
         try:
-            found = [path for path in layers if re.fullmatch(targets, path)]
+            found = [path for path in layers if re.fullmatch(targets, path)] or by_own_name(targets, layers)
         except re.error as error:
             raise ValueError(f"target_modules {targets!r} is no regular expression: {error}.") from error
         missing = [] if found else [targets]
@@ -115,6 +132,24 @@ def chosen(targets: str | Sequence[str], layers: Sequence[str]) -> list[str]:
         raise ValueError(f"target_modules {', '.join(map(repr, missing)) or 'is empty and'} hits no linear layer; the "
                          f"model's are {', '.join(ends)}.")
     return found
+
+
+def below(excluded: str | Sequence[str], layers: Sequence[str]) -> list[str]:
+    """Return the layers that `exclude_layers` means, and all below a module that it names.
+
+    Raises:
+        ValueError: it, or an entry of it, hits nothing.
+    """
+    parts = {path: list(itertools.accumulate(path.split("."), "{}.{}".format)) for path in layers}
+    modules = list(dict.fromkeys(module for above in parts.values() for module in above))
+    hits: set[str] = set()
+    for entry in [excluded] if isinstance(excluded, str) else excluded:
+        named = [path for path in modules if (re.fullmatch(entry, path) if isinstance(excluded, str) else
+                                              f".{path}".endswith(f".{entry}"))] or by_own_name(entry, modules)
+        if not named:
+            raise ValueError(f"exclude_layers {entry!r} hits nothing.")
+        hits.update(named)
+    return [path for path, above in parts.items() if hits.intersection(above)]
 
 
 def as_dict(report: Report) -> dict[str, Any]:

@@ -91,7 +91,6 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
     if problems:
         raise ValueError(f"{type(config).__name__} does not fit the net, which is unchanged:\n  "
                          + listed(problems))
-    same_on_all_ranks([parameter for (parameter, _), value in zip(parameters, trains) if value])
     of_deltas = {id(item) for delta in [*deltas_in(cells).values(), *adapted.values()]
                  for item in delta.delta_parameters().values()}
     # What freeze_exclude names belongs to the adapter too.

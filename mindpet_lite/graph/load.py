@@ -43,6 +43,7 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     Layers that the file names and that are still plain are adapted first, with the file's settings. Where the net has
     another alpha than the file, the file's is taken. Afterwards the adapter trains and the base is frozen, as after
     :func:`mindpet_lite.get_pet_model`. New factors are float32; in a float16 layer those of a float16 file are float16.
+    All nets of the process compile again at their next call.
 
     The layers of a file are those of the net with the same path; else the one whose path ends so; else the layer that
     another library calls so (Hugging Face's Llama and BERT, diffusers' U-Net, Stable Diffusion's own names).

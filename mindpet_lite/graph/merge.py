@@ -38,6 +38,8 @@ def merge(net: nn.Cell) -> nn.Cell:
     by `set_lora_scale` goes in. What was there before is kept on the layers for :func:`unmerge`; to free that memory,
     save the merged net and load it into a fresh one.
 
+    All nets of the process compile again at their next call.
+
     Args:
         net: a net with adapted layers. If it is an adapted layer itself, the plain layer is returned.
 
@@ -87,6 +89,8 @@ def merge(net: nn.Cell) -> nn.Cell:
 
 def unmerge(net: nn.Cell) -> nn.Cell:
     """Undo :func:`merge`: put back the adapted layers and the base weights, bit for bit, in place.
+
+    All nets of the process compile again at their next call.
 
     Args:
         net: a net that `merge` changed, or the plain layer it returned.

@@ -29,7 +29,8 @@ PATHS = {
     "data_path": Option("dp", "Folder or file of the data."),
     "output_path": Option("op", "Folder that exists; every run makes a new folder MINDPET_<ID> in it.", writable=True),
     "boot_file_path": Option("bp", "Your Python script (.py).", suffixes=(".py",)),
-    "model_config_path": Option("mc", "YAML file with params (flags for the script) and freeze.", (".yaml", ".yml")),
+    "model_config_path": Option("mc", "YAML file with params (flags for the script), freeze and pet_config.",
+                                (".yaml", ".yml")),
     "pretrained_model_path": Option("pm", "Folder or file of the pretrained model."),
     "ckpt_path": Option("cp", "Folder or file of the checkpoint."),
 }
@@ -41,7 +42,7 @@ SETTINGS = {
                          "input."),
     "no_follow": Option("", "Refuse symlinks anywhere in a path; they are followed otherwise."),
 }
-# The script gets the YAML file with the `freeze` block under this name.
+# The script gets the YAML file with a `freeze` or `pet_config` block under this name.
 FREEZE_FLAG = "advanced_config"
 # MindPet's options: `params` must not hold them. Its other names are free, for the script never sees ours.
 RESERVED = {FREEZE_FLAG} | {name for long, option in {**PATHS, **SETTINGS}.items() if option.short

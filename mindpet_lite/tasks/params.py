@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mindpet_lite.arguments import did_you_mean
+from mindpet_lite.pet_block import KEY, pet_block
 from mindpet_lite.tasks.options import FREEZE_FLAG, RESERVED
 from mindpet_lite.yaml_files import read_freeze, read_yaml
 
@@ -13,20 +14,26 @@ def flags_of(path: Path, blocks: tuple[str, ...]) -> list[str]:
     """Return the command-line arguments for the script that a YAML file describes.
 
     Each entry of `params` becomes `--key value`, a list `--key first second ...`; no shell reads them, so spaces and
-    quotes stay as they are. A `freeze` block becomes `--advanced_config <path>`: the script hands that path to
-    `freeze_from_config`.
+    quotes stay as they are. A `freeze` or `pet_config` block becomes `--advanced_config <path>`: the script hands that
+    path to `freeze_from_config` or `get_pet_model`. In MindFormers' own configuration, whose `pet_config` stands below
+    `model`, other keys are the script's.
 
     Args:
         path: the YAML file; it is only read.
-        blocks: the blocks that it may hold.
+        blocks: the blocks that it may hold besides `pet_config`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no YAML, holds other or no blocks, or a value that no flag can carry.
     """
     document = read_yaml(path)
+    try:
+        block = pet_block(document)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    of_mindformers = block is not None and KEY not in document
     for key in document:
-        if key not in blocks:
+        if key not in blocks and (key == "freeze" or key != KEY and not of_mindformers):
             raise ValueError(f"{path}: expected only {' and '.join(map(repr, blocks))} at the top, but got {key!r}."
                              f"{did_you_mean(key, blocks)}")
     if not document:
@@ -40,6 +47,7 @@ def flags_of(path: Path, blocks: tuple[str, ...]) -> list[str]:
             flags += [f"--{_key(path, key)}", *_values(path, key, value)]
     if "freeze" in document:
         read_freeze(path)
+    if "freeze" in document or block is not None:
         flags += [f"--{FREEZE_FLAG}", str(path)]
     return flags
 

@@ -55,15 +55,15 @@ def finetune(data_path: _PathLike, output_path: _PathLike, boot_file_path: _Path
     """Run your training script.
 
     The script runs under this Python and gets `--output_path <new folder> --data_path ...`, where given
-    `--pretrained_model_path ...`, the entries of the config's `params` as flags, and for its `freeze` block
-    `--advanced_config <config>`. Its output is written to `sys.stdout` as it comes.
+    `--pretrained_model_path ...`, the entries of the config's `params` as flags, and for a `freeze` or
+    `pet_config` block `--advanced_config <config>`. Its output is written to `sys.stdout` as it comes.
 
     Args:
         data_path: folder or file of the data.
         output_path: folder that exists; every run makes a new folder `MINDPET_<ID>` in it.
         boot_file_path: your script (.py).
         pretrained_model_path: folder or file of the pretrained model.
-        model_config_path: YAML file with `params` and `freeze`.
+        model_config_path: YAML file with `params`, `freeze` and `pet_config`, or MindFormers' own configuration.
         timeout: end the script and its children after this time: `1d2h`, `30m`, `45s`.
         quiet: no notes of our own; with `strict`, warn of owners and modes instead of refusing, but for the script.
         strict: MindPet's rules: absolute paths, yours, mode 750 at most, no link, output not inside an input.
@@ -84,7 +84,7 @@ def evaluate(data_path: _PathLike, ckpt_path: _PathLike, output_path: _PathLike,
     """Run your evaluation script and return what it wrote to `eval_result.json` in its output folder.
 
     The arguments are those of `finetune`, with `ckpt_path` (folder or file of the checkpoint), which the script gets
-    as `--ckpt_path`. The config has `params` only.
+    as `--ckpt_path`. The config has `params` and `pet_config` only.
 
     Raises:
         OSError, ValueError, TypeError: as `finetune`; or the script succeeded but its result is missing or no JSON.

@@ -91,7 +91,7 @@ def test_settings_reach_the_layer():
 
 def test_defaults_are_rank_8_alpha_16_no_dropout():
     layer = mp.get_pet_model(nn.SequentialCell(nn.Dense(8, 8)), mp.LoraConfig(target_modules=["0"]))[0]
-    assert (layer.lora_rank, layer.lora_alpha, layer.lora_dropout.p) == (8, 16, 0)
+    assert (layer.lora_rank, layer.lora_alpha, layer.dropout_rate, layer.has_dropout) == (8, 16, 0, False)
 
 
 # YAML

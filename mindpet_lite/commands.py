@@ -19,7 +19,8 @@ from mindpet_lite.estimate.plan import ITEMS, OPTIMIZERS
 from mindpet_lite.formats.adapters import TARGETS
 from mindpet_lite.formats.detect import FORMATS
 from mindpet_lite.formats.strict_json import parse_object
-from mindpet_lite.names.placing import Table, check_table
+from mindpet_lite.names.components import COMPONENTS
+from mindpet_lite.names.table import Table, check_table
 from mindpet_lite.offline import extract as extraction
 from mindpet_lite.offline import inspect as inspection
 from mindpet_lite.offline.convert import convert
@@ -89,6 +90,8 @@ _PATH = _Place(path_type=Path)
 _FROM = click.option("--from", "kind", type=click.Choice(FORMATS), help="The adapter's format; detected without it.")
 _NAMES = click.option("--names", type=_PATH, help="YAML or JSON file: names of layers in the result by those in the "
                                                   "adapter, or 'patterns'.")
+_COMPONENT = click.option("--component", type=click.Choice(COMPONENTS), help="Of a diffusion pipeline: its part of an "
+                          "adapter of several, or the one that the adapter is of.")
 _QUIET = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 
 
@@ -135,13 +138,14 @@ def _inspect(path: Path, kind: str | None, as_json: bool) -> None:
 @click.option("--out", required=True, type=_PATH, help="New directory for the merged model.")
 @_FROM
 @_NAMES
+@_COMPONENT
 @click.option("--strict-base", is_flag=True, help="Refuse an adapter that was trained on another base.")
 @_QUIET
-def _merge(base: Path, adapter: Path, out: Path, kind: str | None, names: Path | None, strict_base: bool,
-           quiet: bool) -> None:
+def _merge(base: Path, adapter: Path, out: Path, kind: str | None, names: Path | None, component: str | None,
+           strict_base: bool, quiet: bool) -> None:
     """Write a base with an adapter merged into its weights, file to file."""
     with _warnings_as_lines():
-        done = merge(base, adapter, out, kind, _table(names), strict_base, quiet)
+        done = merge(base, adapter, out, kind, _table(names), strict_base, quiet, component)
     for path in done.left_behind:
         sys.stderr.write(f"mindpet-lite: {path} was left behind: it is not merged.\n")
     echo(f"merged {len(done.changed)} of {done.tensors} tensors into {out}\n")
@@ -156,11 +160,13 @@ def _merge(base: Path, adapter: Path, out: Path, kind: str | None, names: Path |
 @click.option("--to", required=True, type=click.Choice(TARGETS), help="The format of DST.")
 @_FROM
 @_NAMES
+@_COMPONENT
 @click.option("--base", type=_PATH, help="The base whose layers' names DST gets.")
-def _convert(source: Path, target: Path, to: str, kind: str | None, names: Path | None, base: Path | None) -> None:
+def _convert(source: Path, target: Path, to: str, kind: str | None, names: Path | None, component: str | None,
+             base: Path | None) -> None:
     """Write the adapter at SRC to DST in another format, all of it or nothing."""
     from mindpet_lite.delta import METHODS  # as in inspect
-    done = convert(source, target, to, kind, _table(names), base, METHODS)
+    done = convert(source, target, to, kind, _table(names), base, METHODS, component)
     echo(f"converted {done.layers} layers from {done.kind} to {to}: {', '.join(map(str, done.files))}\n")
 
 

@@ -583,20 +583,21 @@ class Renamed(nn.Cell):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = Attention()
+        self.network = Attention()
 
     def construct(self, x):
-        return self.inner(x)
+        return self.network(x)
 
 
-@pytest.mark.parametrize("name_map", [None, {path: f"inner.{path}" for path in TARGETS}, [(r"^(.*)$", r"inner.\1")]])
-def test_names_are_mapped_by_their_end_or_a_table(name_map):
+@pytest.mark.parametrize("name_map", [None, {path: f"network.{path}" for path in TARGETS},
+                                      [(r"^(.*)$", r"network.\1")]])
+def test_names_are_mapped_without_wrappers_or_by_a_table(name_map):
     net = adapted()
     randomise(net)
     mp.save_adapter(net, "adapter")
     other = Renamed()
-    load_values(other.inner, net)
-    for path, item in other.inner.parameters_and_names():
+    load_values(other.network, net)
+    for path, item in other.network.parameters_and_names():
         item.set_data(dict(net.parameters_and_names())[path])
     mp.load_adapter(other, "adapter", name_map=name_map, strict_base=True)
     x = inputs(5, 6)

@@ -39,7 +39,9 @@ def test_layouts_of_the_unet(spelling):
     f"text_encoder.{TEXT[:-9]}.to_out_lora.down.weight|text_encoder.{TEXT[:-9]}.to_out_lora.up.weight"])
 def test_layouts_of_text_encoders(spelling):
     layer = dense(2, 2)
-    assert_same(diffusers.decode(keys(layer, spelling), {}), lora({f"text_encoder.{TEXT}": layer}))
+    state = diffusers.decode(keys(layer, spelling), {})
+    assert_same(state, lora({TEXT: layer}))
+    assert state.component == "text_encoder"
 
 
 def test_alpha_of_each_layer():

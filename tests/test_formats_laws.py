@@ -70,8 +70,9 @@ def test_several_components(codec, heads):
     if codec is diffusers:
         assert {name.split(".")[0] for name in tensors} == set(heads)
         found = diffusers.decode(tensors, foreign)
-        assert_same(found, state if heads != ["unet"] else lora(
-            {path.removeprefix("unet."): layer for path, layer in state.layers.items()}), config=False)
+        assert_same(found, state if len(heads) > 1 else lora(
+            {path.partition(".")[2]: layer for path, layer in state.layers.items()}), config=False)
+        assert found.component == (heads[0] if len(heads) == 1 else "")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -155,7 +156,7 @@ def test_kohya_without_alpha_is_alpha_of_the_rank():
 
 
 def test_kohyas_metadata_is_kept():
-    state = lora({"text_encoder.text_model.encoder.layers.0.mlp.fc1": dense()},
+    state = lora({"text_model.encoder.layers.0.mlp.fc1": dense()}, component="text_encoder",
                  config={"ss_base_model_version": "sdxl_base_v1-0", "text_encoder_prefix": "lora_te1"})
     tensors, metadata = kohya.encode(state)
     assert "lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha" in tensors

@@ -153,7 +153,7 @@ def test_new_names_by_table_patterns_and_base():
     Path("wq.safetensors").write_bytes(to_bytes({"layers.0.attention.wq.weight": np.ones((24, 24), np.float32)}))
     convert(source, Path("three"), "mindformers", base=Path("wq.safetensors"))
     assert paths("three") == ["layers.0.attention.wq"]
-    with pytest.raises(ValueError, match="no layer model.layers.1"):
+    with pytest.raises(ValueError, match="renames model.layers.1, but the adapter has no such layer"):
         convert(source, Path("four"), "peft", table={"model.layers.1": "x"})
     write_shards(Path("base"), weights(layers=1), 1)
     with pytest.raises(ValueError, match="does not fit"):

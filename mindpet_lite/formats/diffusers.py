@@ -28,7 +28,7 @@ from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.stated_alpha import stated_alpha, warn_of_unused
 from mindpet_lite.formats.strict_json import parse_object
 from mindpet_lite.names import components
-from mindpet_lite.names.underscores import in_own_names, is_transformer
+from mindpet_lite.names.underscores import in_own_names
 
 # The metadata that holds the config: PEFT's fields, each behind its component's name.
 CONFIG_ENTRY = "lora_adapter_metadata"
@@ -46,14 +46,14 @@ _LAYOUTS = [re.compile(pattern) for pattern in (
     r"(?P<path>.+)\.(?P<old>to_q|to_k|to_v|to_out)_lora\.(?P<factor>down|up)\.(?P<kind>weight)",
     r"(?P<path>.+)\.(?P<aside>alpha|dora_scale|scalar)")]
 _FACTORS = {"A": "lora_A", "B": "lora_B", "down": "lora_A", "up": "lora_B"}
-# What others put before a component's layers: kohya's prefixes with a dot, and ComfyUI's names. What it calls the
-# diffusion model is the U-Net or the transformer, as the layers' names say.
-_DENOISER = ("model.diffusion_model.", "diffusion_model.")
+# What stands before a component's layers, kohya's prefixes with a dot too. What is called the diffusion model is the
+# U-Net or the transformer, as the layers' names say.
+_DENOISER = tuple(f"{'.'.join(name)}." for name, component in components.SPELLINGS.items()
+                  if component == components.DENOISER)
 _HEADS = {"lora_unet.": components.UNET, "lora_transformer.": "transformer", "lora_te.": "text_encoder",
           "lora_te1.": "text_encoder", "lora_te2.": "text_encoder_2", "lora_te3.": "text_encoder_3",
-          "text_encoders.clip_l.transformer.": "text_encoder", "text_encoders.clip_g.transformer.": "text_encoder_2",
-          "clip_l.": "text_encoder", "clip_g.": "text_encoder_2",
-          **{f"{name}.": name for name in components.COMPONENTS}}
+          **{f"{'.'.join(name)}.": component for name, component in components.SPELLINGS.items()
+             if component != components.DENOISER}}
 # The attention processors of old files name the layers of text encoders as those of the U-Net.
 _OLD_UNET = {"to_out": "to_out.0"}
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -68,7 +68,7 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     problems = refusals(state, "diffusers' LoRA files", _TENSORS, _SETTINGS) + without_settings(state)
     if problems:
         raise ValueError("\n  ".join(problems))
-    places = components.split(state.layers)
+    places = components.split(state.layers, state.component)
     names = sorted({component for component, _ in places.values()})
     problems = [f"{path} has its name in the network's own code, and diffusers has another name for it or several "
                 f"layers in its place: give the layers diffusers' names with a table (--names)."
@@ -89,7 +89,7 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         config.update({f"{component}.{field}": value for field, value in fields.items() if field in PEFT_FIELDS})
     if problems:
         raise ValueError("\n  ".join(problems))
-    own = {"component_in_paths": components.in_paths(state.layers), "config": state.config}
+    own = {"component_in_paths": not state.component and components.in_paths(state.layers), "config": state.config}
     return tensors, {"format": "pt", CONFIG_ENTRY: json.dumps(config, indent=2, sort_keys=True),
                      OWN_ENTRY: json.dumps(own, sort_keys=True)}
 
@@ -151,7 +151,8 @@ def decode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> Ad
         kept.update({components.join(component, field, parts): value for field, value in fields.items()})
     if problems:
         raise ValueError("\n  ".join(problems))
-    return AdapterState("lora", layers, config=own.get("config", {} if config is None else kept))
+    component = "" if len(parts) > 1 or own["component_in_paths"] else _component(tensors, layers, next(iter(parts)))
+    return AdapterState("lora", layers, config=own.get("config", {} if config is None else kept), component=component)
 
 
 # The tensors of a component by PEFT's keys, and beside them by kind (`alpha`, `dora_scale`, `scalar`) those by path.
@@ -193,15 +194,26 @@ def _sorted_out(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, _Parts], d
 
 def _by_component(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Return the component of each key and the key below it."""
-    found = {}
-    for key in keys:
-        head = next((head for head in (*_DENOISER, *_HEADS) if key.startswith(head)), "")
-        found[key] = _HEADS.get(head, components.UNET), key.removeprefix(head)
-    inner = [below for key, (_, below) in found.items() if key.startswith(_DENOISER)]
-    paths = {re.sub(r"\.(lora_(A|B|down|up)\..*|alpha|dora_scale|scalar)$", "", below) for below in inner}
-    if is_transformer(paths):
-        found |= {key: ("transformer", below) for key, (_, below) in found.items() if key.startswith(_DENOISER)}
+    found = {key: (_HEADS.get(head, components.UNET), key.removeprefix(head))
+             for key in keys for head in [_head(key)]}
+    inner = {key: below for key, (_, below) in found.items() if key.startswith(_DENOISER)}
+    paths = {re.sub(r"\.(lora_(A|B|down|up)\..*|alpha|dora_scale|scalar)$", "", below) for below in inner.values()}
+    if components.component_of(paths) == components.TRANSFORMER:
+        found |= {key: (components.TRANSFORMER, below) for key, below in inner.items()}
     return found
+
+
+def _head(key: str) -> str:
+    """Return what a key has before the layer's path to say the component, empty for nothing."""
+    return next((head for head in (*_DENOISER, *_HEADS) if key.startswith(head)), "")
+
+
+def _component(keys: Iterable[str], paths: Iterable[str], component: str) -> str:
+    """Return which component a file of one is of, as far as its keys say so."""
+    heads = set(map(_head, keys))
+    if heads == {""}:
+        return ""
+    return components.denoiser_of(paths) if heads & set(_DENOISER) else component
 
 
 def _what(key: str) -> str:

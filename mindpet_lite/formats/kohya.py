@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from mindpet_lite.formats.lora import (
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.stated_alpha import warn_of_unused
 from mindpet_lite.names import components
-from mindpet_lite.names.underscores import Paths, cut_together, in_own_names, is_transformer
+from mindpet_lite.names.underscores import Paths, cut_together, in_own_names
 
 # By prefix, that which is written first: LyCORIS trains what it is given, of diffusers most of the time.
 _COMPONENTS = {"lora_unet": components.UNET, "lycoris": components.UNET, "lora_te": "text_encoder",
@@ -116,7 +116,16 @@ def decode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
             and (key, value) != (_MODULE, _module(layers))}
     if any(name.startswith("lora_te1_") for name in parts) and not any(name.startswith("lora_te2_") for name in parts):
         kept[_TEXT_PREFIX] = "lora_te1"
-    return AdapterState("lora", layers, config=kept | config)
+    return AdapterState("lora", layers, config=kept | config, component=_component(parts, layers))
+
+
+def _component(names: Iterable[str], paths: Collection[str]) -> str:
+    """Return which component a file of one is of, empty where the paths say it."""
+    found = {_COMPONENTS[match[1]] for name in names if (match := _NAME.fullmatch(name)) is not None}
+    if len(found) > 1 or components.in_paths(paths):
+        return ""
+    (component,) = found
+    return components.denoiser_of(paths) if component == components.UNET else component
 
 
 def without_prefix(key: str) -> str | None:
@@ -127,7 +136,7 @@ def without_prefix(key: str) -> str | None:
 
 def _names(state: AdapterState, problems: list[str]) -> dict[str, str]:
     """Return kohya's name of each layer by path."""
-    places = components.split(state.layers)
+    places = components.split(state.layers, state.component)
     several = any(component == "text_encoder_2" for component, _ in places.values())
     first = "lora_te1" if several or state.config.get(_TEXT_PREFIX) == "lora_te1" else "lora_te"
     prefixes = {component: prefix for prefix, component in reversed(_COMPONENTS.items())} | {"text_encoder": first}
@@ -169,23 +178,21 @@ def _places(names: Iterable[str], own: Mapping[str, str], paths: Iterable[str] |
     cuts = {prefix: cut_together(below for own_prefix, below in split.values() if own_prefix == prefix)
             for prefix in {prefix for prefix, _ in split.values()}}
     # kohya's trainers call a transformer of diffusion the U-Net, too.
-    kinds = {prefix: "transformer" if _COMPONENTS[prefix] == components.UNET
-             and is_transformer(path for paths in those.values() for path in paths) else _COMPONENTS[prefix]
-             for prefix, those in cuts.items()}
+    kinds = {prefix: components.TRANSFORMER if _COMPONENTS[prefix] == components.UNET and components.component_of(
+        path for paths in those.values() for path in paths) == components.TRANSFORMER else _COMPONENTS[prefix]
+        for prefix, those in cuts.items()}
     present = set(kinds.values())
     found: dict[str, str] = {}
     for name, (prefix, below) in split.items():
         component = kinds[prefix]
         try:
-            path = own.get(name) or net.known(below, f"{component}_{below}")
+            path = net.known(below, f"{component}_{below}")
         except ValueError as error:
             problems.append(str(error))
             continue
-        cut = [] if path else cuts[prefix][below]
-        if len(cut) == 1:
-            path = components.join(component, cut[0], present)
-        if path:
-            found[name] = path
+        cut = [path.removeprefix(f"{component}.")] if path else cuts[prefix][below]
+        if name in own or len(cut) == 1:
+            found[name] = own.get(name) or components.join(component, cut[0], present)
         elif cut:
             problems.append(f"{name} may be {' or '.join(cut)}: the underscores do not say. {_CURE}")
         else:

@@ -32,6 +32,8 @@ class AdapterState:
         trained: base parameters that trained beside the deltas, by their path in the net.
         config: fields of the source's config that are no setting of a layer, kept for writing the same format again.
         carried: tensors that change nothing, by the source's own keys, kept likewise.
+        component: of a diffusion pipeline, which the whole adapter is of (`names.components`). Empty where the file
+            does not say, or is of several: these stand in the paths.
     """
 
     method: str
@@ -39,3 +41,4 @@ class AdapterState:
     trained: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     carried: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    component: str = ""

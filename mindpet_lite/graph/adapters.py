@@ -61,12 +61,14 @@ class Adapter:
     Args:
         config: fields of the config it was loaded with, which are written again.
         carried: tensors of its file that have no place in a net, likewise.
+        component: of a diffusion pipeline that its file is of, where the net's paths do not say it.
         saved: the base Parameters that belong to it.
     """
 
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     carried: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     saved: list[SavedParameter] = dataclasses.field(default_factory=list)
+    component: str = ""
 
     def save(self, parameters: Iterable[Parameter]) -> None:
         """Make base Parameters part of the adapter; their values now are kept as the base's."""

@@ -17,6 +17,7 @@ from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.delta.parts import put
 from mindpet_lite.formats.adapters import read_adapter
 from mindpet_lite.formats.base_hash import differing
+from mindpet_lite.formats.component import part
 from mindpet_lite.formats.peft import unsaved_modules
 from mindpet_lite.formats.placed import placed
 from mindpet_lite.formats.problems import listed
@@ -31,13 +32,14 @@ from mindpet_lite.graph.peft_semantics import remarks, tied_tokens
 from mindpet_lite.graph.put_in import adapt, put_in
 from mindpet_lite.graph.shapes import shape_problems
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, without_inner
-from mindpet_lite.names.placing import Table, check_table
+from mindpet_lite.names.table import Table, check_table
 
 TRAINABLE = ("adapter", "keep")
 
 
 def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None = None,
-                 name_map: Table | None = None, strict_base: bool = False, trainable: str = "adapter") -> nn.Cell:
+                 name_map: Table | None = None, strict_base: bool = False, trainable: str = "adapter",
+                 component: str | None = None) -> nn.Cell:
     """Load an adapter into `net`, all of it or nothing, in place.
 
     Layers that the file names and that are still plain are adapted first, with the file's settings. Where the net has
@@ -45,8 +47,10 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     :func:`mindpet_lite.get_pet_model`. New factors are float32; in a float16 layer those of a float16 file are float16.
     All nets of the process compile again at their next call.
 
-    The layers of a file are those of the net with the same path; else the one whose path ends so; else the layer that
-    another library calls so (Hugging Face's Llama and BERT, diffusers' U-Net, Stable Diffusion's own names).
+    The layers of a file are those of the net with the same path; else with a path that is the same but for parts known
+    to mean nothing (``model``, ``base_model.model``, ``module``, ``network``...) and other names of a pipeline's
+    component; else the layer that another library calls so (Hugging Face's Llama and BERT, diffusers' U-Net, Stable
+    Diffusion's own names). Anything else is refused.
 
     Args:
         net: the base, adapted or not.
@@ -54,9 +58,12 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
             it. MindPet's checkpoints hold no rank and alpha, so they fit a net that is adapted already.
         format: "peft", "diffusers", "kohya", "mindpet" or "mindformers"; told by keys and files without it.
         name_map: for layers that are called otherwise: ``{path in the file: path in the net}``, or pairs of a regular
-            expression and what to put in its place.
+            expression and what to put in its place. An entry that renames nothing is an error.
         strict_base: refuse an adapter that was trained on another base, instead of a warning.
         trainable: "adapter", or "keep": Parameters that were trainable or frozen stay so, and new ones train.
+        component: of a diffusion pipeline: "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer",
+            "transformer_2" or "vae". Takes its part of a file of several, and says that the net is that component, or
+            has it.
 
     Returns:
         `net`.
@@ -72,9 +79,8 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     if trainable not in TRAINABLE:
         raise ValueError(f"trainable must be one of {', '.join(map(repr, TRAINABLE))}, but got {trainable!r}.")
     source = read_adapter(Path(path), format, METHODS, list(without_inner(cells)))
-    state = source.state
     problems: list[str] = []
-    state = _under_paths(state, source.kind, cells, name_map, problems)
+    state = _under_paths(part(source.state, component), source.kind, cells, name_map, component, problems)
     values = in_float32(state, str(path))
     adapted = _adapted(values, cells, problems)
     trained = find_trained(values, net, problems)
@@ -103,34 +109,30 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
         _fill(delta, values.layers[place], state.layers[place])
     _fill_saved(record, values, state, {name: (place, untied.get(place, item))
                                         for name, (place, item) in trained.items()}, unchanged)
-    record.config, record.carried = state.config, state.carried
+    record.config, record.carried, record.component = state.config, state.carried, state.component
     return net
 
 
 def _under_paths(state: AdapterState, kind: str, cells: Mapping[str, nn.Cell], name_map: Table | None,
-                 problems: list[str]) -> AdapterState:
+                 component: str | None, problems: list[str]) -> AdapterState:
     """Return the adapter under the net's paths; add to `problems` what has no place."""
     if kind == "mindpet":
         state = _by_parameter_name(state, cells)
-    paths = [path for path in without_inner(cells) if path]
-    # Nothing to ask where every layer has its own path and holds no other.
-    leaves = set(paths).difference(path.rpartition(".")[0] for path in paths) | {""}
-    if name_map is None and set(state.layers) <= leaves:
-        return state
     try:
-        return placed(state, paths, name_map)
+        return placed(state, without_inner(cells), name_map, component)
     except ValueError as error:
-        problems += [f"unexpected: {line.strip()}" for line in str(error).splitlines()]
+        problems += [line if line.startswith("the ") else f"unexpected: {line}"
+                     for line in map(str.strip, str(error).splitlines())]
         # What is found is checked all the same, for one message.
         return dataclasses.replace(state, trained={}, layers={path: layer for path, layer in state.layers.items()
                                                               if path in cells})
 
 
 def _by_parameter_name(state: AdapterState, cells: Mapping[str, nn.Cell]) -> AdapterState:
-    """Return the adapter with paths: MindPet names layers by `Parameter.name`, which may not be the path."""
+    """Return the adapter with paths: MindPet names layers by `Parameter.name`, which may not be the path; we do not."""
     path_of = {parameter.name.removesuffix(name).removesuffix("."): place
                for place, delta in deltas_in(cells).items() for name, parameter in delta.delta_parameters().items()}
-    return dataclasses.replace(state, layers={name if name in cells else path_of.get(name, name): layer
+    return dataclasses.replace(state, layers={name if layer.settings is not None else path_of.get(name, name): layer
                                               for name, layer in state.layers.items()})
 
 

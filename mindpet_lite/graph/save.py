@@ -12,6 +12,7 @@ from mindspore import dtype as mstype
 from mindpet_lite.delta.base import Delta
 from mindpet_lite.formats.adapters import to_files, write_files
 from mindpet_lite.formats.base_hash import FIELD
+from mindpet_lite.formats.component import part
 from mindpet_lite.formats.problems import first_of
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.values import in_type
@@ -21,7 +22,8 @@ from mindpet_lite.graph.parameters import STATISTICS, net_parameters
 from mindpet_lite.graph.tree import cells_by_path, require_cell
 
 
-def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft") -> Path:
+def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft",
+                 component: str | None = None) -> Path:
     """Write the deltas of `net` as an adapter, and what trains with them; the frozen base is not in it.
 
     What is written is written whole or not at all. The strength of :func:`mindpet_lite.set_lora_scale` is a state of
@@ -36,7 +38,11 @@ def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft
         format: "peft": a directory with ``adapter_config.json`` and ``adapter_model.safetensors``, LoRA with PEFT's
             keys ``base_model.model.<path>.lora_A.weight``, other methods, and several on one net, under
             ``<path>.<our parameter name>``; "diffusers" or "kohya": a ``.safetensors`` file for a U-Net or text
-            encoder; "mindpet": a ``.ckpt`` or ``.safetensors`` file; "mindformers": a directory.
+            encoder or transformer; "mindpet": a ``.ckpt`` or ``.safetensors`` file; "mindformers": a directory.
+        component: of a diffusion pipeline that the net is, for "diffusers" and "kohya", which say it in each key:
+            "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "transformer_2" or "vae". Without
+            it, the net is what the file said that it was loaded from; else the U-Net, unless the names of its layers
+            are those of something else. Of a net whose paths say the component, the part to save, in any format.
 
     Returns:
         The path.
@@ -57,7 +63,7 @@ def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft
         state.config[FIELD] = {place: value for place in state.layers
                                if (value := layer_hash(cells[place], found[place]))}
     try:
-        files = to_files(state, format, Path(path))
+        files = to_files(part(state, component, format), format, Path(path))
     except ValueError as error:
         raise ValueError(f"The adapter was not written to {path}:\n  {first_of(error)}") from error
     write_files(files)
@@ -78,7 +84,8 @@ def adapter_state(net: nn.Cell) -> AdapterState:
     records = adapters_of(found.values())
     config = next((record.config for record in records if record.config), {})
     carried = next((record.carried for record in records if record.carried), {})
-    return AdapterState("+".join(methods), layers, _trained(net, found), dict(config), dict(carried))
+    component = next((record.component for record in records if record.component), "")
+    return AdapterState("+".join(methods), layers, _trained(net, found), dict(config), dict(carried), component)
 
 
 def _trained(net: nn.Cell, found: Mapping[str, Delta]) -> dict[str, np.ndarray]:

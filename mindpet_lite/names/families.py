@@ -1,15 +1,16 @@
 """The same layer under other names: one network as several libraries name it.
 
-A family has one function for each library; it takes the path of a layer and gives what all libraries would call it, or
-None for a path that the library does not have. Two paths are one layer where both give the same. What stands before
-the network itself (``unet.``, ``model.diffusion_model.``) does not count.
+A family has one function for each library; it takes the path of a layer and gives what stands before the network itself
+(``unet.``, ``model.diffusion_model.``) and what all libraries would call the layer, or None for a path that the library
+does not have. Two paths are one layer where both are called the same and the same net is meant by what stands before.
 """
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
 
-Spelling = Callable[[str], "str | None"]
+Spelling = Callable[[str], "tuple[str, str] | None"]
+_HEAD = r"(?P<head>(?:.*\.)?)"
 
 # Hugging Face | MindFormers and Meta.
 _LLAMA = [(f"layers.#.{ours}", f"layers.#.{theirs}") for ours, theirs in (
@@ -41,20 +42,21 @@ _ENDS = [("conv_in", "input_blocks.0.0", "input_blocks.0.0.conv"), ("conv_norm_o
          ("add_embedding.linear_1", "label_emb.0.0", "label_emb.0.0"),
          ("add_embedding.linear_2", "label_emb.0.2", "label_emb.0.2")]
 _MIDDLE = {("resnets", "0"): "0", ("attentions", "0"): "1", ("resnets", "1"): "2"}
-_DIFFUSERS = re.compile(r"(?:.*\.)?(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?"
+_DIFFUSERS = re.compile(_HEAD + r"(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?"
                         r"(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
-_ORIGINAL = re.compile(r"(?:.*\.)?(?:(input|output)_blocks\.(\d+)\.\d+|middle_block\.\d+)\.(.+)")
+_ORIGINAL = re.compile(_HEAD + r"(?P<block>(?:(input|output)_blocks\.(\d+)\.\d+|middle_block\.\d+)\.)(.+)")
 
 
 def _column(rows: Sequence[tuple[str, ...]], place: int) -> Spelling:
     """Return the spelling in one column of a table; what is common to all is the first column."""
-    patterns = [(re.compile(r"(?:.*\.)?" + re.escape(row[place]).replace(r"\#", r"(\d+)")), row[0]) for row in rows]
+    patterns = [(re.compile(_HEAD + re.escape(row[place]).replace(r"\#", r"(\d+)")), row[0]) for row in rows]
 
-    def spelling(path: str) -> str | None:
+    def spelling(path: str) -> tuple[str, str] | None:
         for pattern, first in patterns:
             match = pattern.fullmatch(path)
             if match:
-                return first.replace("#", match[1]) if match.groups() else first
+                head, *numbers = match.groups()
+                return head, first.replace("#", numbers[0]) if numbers else first
         return None
     return spelling
 
@@ -68,43 +70,47 @@ def _original(place: int) -> Spelling:
     """Return the spelling of the original U-Net (place 1) or of Wukong (place 2)."""
     ends = _column([(row[1], row[place]) for row in _ENDS], 1)
 
-    def spelling(path: str) -> str | None:
+    def spelling(path: str) -> tuple[str, str] | None:
         match = _ORIGINAL.fullmatch(path)
         if not match or ends(path):
             return ends(path)
-        way, number, part = match.groups()
+        head, block, way, number, part = match.groups()
         if way == "output" and part == ("conv" if place == 1 else "conv.conv"):
             # An upsampler comes after the attention if there is one.
-            return f"output_blocks.{number}.up"
-        block = path[path.index(f"{way or 'middle'}_block"):match.start(3)]
-        return block + ("op" if part == ("op" if place == 1 else "op.conv") else _in_block(part, place))
+            return head, f"output_blocks.{number}.up"
+        return head, block + ("op" if part == ("op" if place == 1 else "op.conv") else _in_block(part, place))
     return spelling
+
+
+def _in_original(depth: int, block: str, number: str | None, kind: str, item: str, part: str) -> str | None:
+    """Return what the original U-Net calls a layer of diffusers', None where it has none."""
+    if block == "mid_block":
+        place = _MIDDLE.get((kind, item))
+        return None if place is None or number else f"middle_block.{place}.{_in_block(part, 0)}"
+    if number is None:
+        return None
+    # The way up has one residual block more, so that both ways go up by depth + 1 with each block.
+    first = int(number) * (depth + 1)
+    if kind in ("downsamplers", "upsamplers"):
+        return {("down_blocks", "conv"): f"input_blocks.{first + depth + 1}.0.op",
+                ("up_blocks", "conv"): f"output_blocks.{first + depth}.up"}.get((block, part))
+    if int(item) >= depth + (block == "up_blocks"):
+        return None
+    name = f"input_blocks.{first + 1 + int(item)}" if block == "down_blocks" else f"output_blocks.{first + int(item)}"
+    return f"{name}.{0 if kind == 'resnets' else 1}.{_in_block(part, 0)}"
 
 
 def _diffusers(depth: int) -> Spelling:
     """Return the spelling of diffusers for a U-Net with `depth` residual blocks in each block of the way down."""
     ends = _column([(row[1], row[0]) for row in _ENDS], 1)
 
-    def spelling(path: str) -> str | None:
+    def spelling(path: str) -> tuple[str, str] | None:
         match = _DIFFUSERS.fullmatch(path)
         if not match:
             return ends(path)
-        block, number, kind, item, part = match.groups()
-        if block == "mid_block":
-            place = _MIDDLE.get((kind, item))
-            return None if place is None or number else f"middle_block.{place}.{_in_block(part, 0)}"
-        if number is None:
-            return None
-        # The way up has one residual block more, so that both ways go up by depth + 1 with each block.
-        first = int(number) * (depth + 1)
-        if kind in ("downsamplers", "upsamplers"):
-            return {("down_blocks", "conv"): f"input_blocks.{first + depth + 1}.0.op",
-                    ("up_blocks", "conv"): f"output_blocks.{first + depth}.up"}.get((block, part))
-        if int(item) >= depth + (block == "up_blocks"):
-            return None
-        head = f"input_blocks.{first + 1 + int(item)}" if block == "down_blocks" else \
-            f"output_blocks.{first + int(item)}"
-        return f"{head}.{0 if kind == 'resnets' else 1}.{_in_block(part, 0)}"
+        head, *parts = match.groups()
+        name = _in_original(depth, *parts)
+        return None if name is None else (head, name)
     return spelling
 
 

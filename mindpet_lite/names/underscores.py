@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-from mindpet_lite.names.layouts import IN_DIFFUSERS, NETWORKS, TEXT_ENCODERS, UNETS, expanded
+from mindpet_lite.names.layouts import IN_DIFFUSERS, NETWORKS, TEXT_ENCODERS, expanded
 
 _NUMBERS = re.compile(r"\d+")
 
@@ -67,12 +67,6 @@ def cut_together(names: Iterable[str]) -> dict[str, list[str]]:
 def networks_of(path: str) -> set[str]:
     """Return the known networks that have a layer of this path."""
     return {network for network, found in cut(path.replace(".", "_")).items() if found == path}
-
-
-def is_transformer(paths: Iterable[str]) -> bool:
-    """Tell whether layers are those of a known transformer of diffusion, and of no U-Net."""
-    networks = set().union(*map(networks_of, paths)) - TEXT_ENCODERS
-    return bool(networks) and not networks & UNETS
 
 
 def in_own_names(path: str) -> bool:

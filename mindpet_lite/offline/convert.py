@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from mindpet_lite.formats.adapters import Adapter, read_adapter, to_files, write_files
+from mindpet_lite.formats.component import part
 from mindpet_lite.formats.files import as_float
 from mindpet_lite.formats.placed import placed
 from mindpet_lite.formats.problems import first_of, listed
 from mindpet_lite.formats.state import AdapterState
-from mindpet_lite.names.placing import Table, check_table
+from mindpet_lite.names.table import Table, check_table, renamed
 from mindpet_lite.offline.base import open_base
 
 
@@ -34,7 +34,7 @@ class Converted:
 
 
 def convert(source: Path, target: Path, to: str, kind: str | None = None, table: Table | None = None,
-            base: Path | None = None, methods: Iterable[str] = ("lora",)) -> Converted:
+            base: Path | None = None, methods: Iterable[str] = ("lora",), component: str | None = None) -> Converted:
     """Write an adapter in another format, with its tensors bit for bit and all its settings, or not at all.
 
     The new files are read again before they take their place.
@@ -47,6 +47,7 @@ def convert(source: Path, target: Path, to: str, kind: str | None = None, table:
         table: new names of layers: by the old ones, or pairs of a regular expression and its replacement.
         base: the base whose names the layers get; a name that `table` gives is one of the base then.
         methods: names of the methods, see `adapters.read_adapter`.
+        component: of a diffusion pipeline: its part of an adapter of several; else that which the adapter is of.
 
     Raises:
         OSError: there is no adapter, or the target cannot be written.
@@ -54,7 +55,7 @@ def convert(source: Path, target: Path, to: str, kind: str | None = None, table:
             the message says what; a name has no place in the base; or the target is the source.
     """
     check_table(table)
-    found, state = _read(source, kind, table, base, methods)
+    found, state = _read(source, kind, table, base, methods, component, to)
     broken = [f"{name} holds NaN or infinite values." for name, value in _values(state) if not np.isfinite(value).all()]
     if broken:
         raise ValueError(f"The adapter in {source} is damaged:\n  {listed(broken)}")
@@ -106,37 +107,27 @@ def _changed_values(path: str, one: Mapping[str, np.ndarray], other: Mapping[str
 
 
 def _read(source: Path, kind: str | None, table: Table | None, base: Path | None,
-          methods: Iterable[str]) -> tuple[Adapter, AdapterState]:
-    """Return the adapter as it is, and with its new names."""
+          methods: Iterable[str], component: str | None, to: str) -> tuple[Adapter, AdapterState]:
+    """Return the adapter as it is, and the wanted part of it with its new names."""
     if base is not None:
         with open_base(base) as tensors:
             found = read_adapter(source, kind, methods, tensors.owners)
             try:
-                return found, placed(found.state, tensors.owners, table)
+                return found, placed(part(found.state, component, to), tensors.owners, table, component)
             except ValueError as error:
                 raise ValueError(f"The adapter in {source} does not fit {base}:\n  {first_of(error)}") from error
     wanted = table.values() if isinstance(table, Mapping) else ()
     found = read_adapter(source, kind, methods, wanted)
-    if table is None:
-        return found, found.state
-    own = {path: table.get(path, path) if isinstance(table, Mapping) else _by_patterns(path, table)
-           for path in _owners(found.state)}
-    # Names of kohya's whose underscores the table explained are the new ones already.
-    unused = [path for path, name in table.items() if path not in own and name not in own] \
-        if isinstance(table, Mapping) else []
-    if unused:
-        raise ValueError(f"The adapter in {source} has no layer {', '.join(map(str, unused[:3]))} to give a new name.")
-    return found, placed(found.state, own.values(), own)
-
-
-def _owners(state: AdapterState) -> list[str]:
-    return [*state.layers, *(owner for name in state.trained if (owner := name.rpartition(".")[0]))]
-
-
-def _by_patterns(path: str, table: Iterable[tuple[str, str]]) -> str:
-    for pattern, replacement in table:
-        path = re.sub(pattern, replacement, path)
-    return path
+    try:
+        state = part(found.state, component, to)
+        owners = [*state.layers, *(owner for name in state.trained if (owner := name.rpartition(".")[0]))]
+        names, problems = renamed(owners, table)
+        if problems:
+            raise ValueError("\n  ".join(problems))
+        own = {path: path for path in owners} | names
+        return found, placed(state, own.values(), own) if table is not None else state
+    except ValueError as error:
+        raise ValueError(f"The adapter in {source} cannot get its new names:\n  {first_of(error)}") from error
 
 
 def _refuse_source(source: Path, read: Iterable[Path], written: Iterable[Path]) -> None:

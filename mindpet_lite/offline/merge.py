@@ -11,10 +11,11 @@ from pathlib import Path
 from mindpet_lite.arguments import warn_user
 from mindpet_lite.formats.adapters import read_adapter
 from mindpet_lite.formats.base_hash import differing
+from mindpet_lite.formats.component import part
 from mindpet_lite.formats.placed import placed
 from mindpet_lite.formats.problems import first_of
 from mindpet_lite.formats.state import AdapterState
-from mindpet_lite.names.placing import Table
+from mindpet_lite.names.table import Table
 from mindpet_lite.offline.base import Base, open_base
 from mindpet_lite.offline.changes import Change
 from mindpet_lite.offline.float8 import Requantised
@@ -46,7 +47,7 @@ class Merged:
 
 
 def merge(base: Path, adapter: Path, out: Path, kind: str | None = None, table: Table | None = None,
-          strict_base: bool = False, quiet: bool = False) -> Merged:
+          strict_base: bool = False, quiet: bool = False, component: str | None = None) -> Merged:
     """Write to `out` the base with the adapter's update in its weights.
 
     Each weight W becomes W + s · B A (with DoRA scaled), added in float32 and rounded once to the type that the base
@@ -61,6 +62,7 @@ def merge(base: Path, adapter: Path, out: Path, kind: str | None = None, table: 
         table: names of layers, see `names.placing.map_names`.
         strict_base: refuse an adapter that was trained on another base, instead of a warning.
         quiet: show no progress.
+        component: of a diffusion pipeline: its part of the adapter, for a base that is that component or has it.
 
     Raises:
         OSError: a file is missing or cannot be read; `out` holds something, or the disk has too little space.
@@ -70,8 +72,8 @@ def merge(base: Path, adapter: Path, out: Path, kind: str | None = None, table: 
     with open_base(base) as tensors:
         found = read_adapter(adapter, kind, paths=tensors.owners)
         try:
-            state = settle_ties(placed_heads(found.state, tensors), tensors, table)
-            state = placed(state, tensors.owners, table)
+            state = settle_ties(placed_heads(part(found.state, component), tensors), tensors, table)
+            state = placed(state, tensors.owners, table, component)
             changes = plan(state, tensors)
             _compare(state, tensors, strict_base)
             _tell_of_float8(changes)

@@ -13,7 +13,8 @@ from mindpet_lite.formats.base_hash import FIELD
 from mindpet_lite.formats.files import as_float
 from mindpet_lite.formats.lora import EMBEDDING_A, EMBEDDING_B, A, B
 from mindpet_lite.formats.state import AdapterState, LayerState
-from mindpet_lite.names.placing import Table, map_names
+from mindpet_lite.names.placing import map_names
+from mindpet_lite.names.table import Table, renamed
 from mindpet_lite.offline.base import WEIGHTS, Base
 from mindpet_lite.offline.model_config import architectures, model_types, ties, vocabularies
 from mindpet_lite.offline.numbers import FLOATS, rounded, widened
@@ -92,13 +93,13 @@ def _parts(state: AdapterState, base: Base, table: Table | None) -> list[_Part]:
     found = []
     for path, layer in state.layers.items():
         if not _in_block(path):
-            weight = _weight(path, "weight", base, table)
+            weight = _weight(path, "weight", base, table, state.component)
             shape = _shape(layer) or (base.shape(weight) if weight else None)
             found.append(_Part(path, weight, shape, None, A not in layer.tensors))
     for name, value in state.trained.items():
         path, _, last = name.rpartition(".")
         if last in WEIGHTS and value.ndim == 2 and not _in_block(path):
-            found.append(_Part(name, _weight(path, last, base, table), value.shape, value))
+            found.append(_Part(name, _weight(path, last, base, table, state.component), value.shape, value))
     return found
 
 
@@ -117,10 +118,11 @@ def _shape(layer: LayerState) -> tuple[int, ...] | None:
     return (one.shape[0], other.shape[1]) if A in tensors else (one.shape[1], other.shape[0])
 
 
-def _weight(path: str, last: str, base: Base, table: Table | None) -> str | None:
+def _weight(path: str, last: str, base: Base, table: Table | None, component: str) -> str | None:
     """Return the base's name of a layer's weight, None where it lacks the layer or its weight."""
     try:
-        place = map_names([path], base.owners, table)[path]
+        # An entry of the table that is about another layer is none too many.
+        place = renamed([path], table)[0].get(path) or map_names([path], base.owners, component=component)[path]
     except ValueError:
         return None
     return base.parameter(f"{place}.{last}")

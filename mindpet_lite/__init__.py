@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         load_adapter,
         merge,
         net_recompute,
+        refresh_base,
         save_adapter,
         set_lora_scale,
         summary,
@@ -61,7 +62,8 @@ __all__ = ["AdapterConfig", "AdapterDense", "AdapterLayer", "BitFitConfig", "Del
            "TrainableParamsCheckPoint", "adapters_disabled", "check_adapters", "check_optimizer", "clip_global_norm",
            "fold_prefixes", "freeze_delta", "freeze_from_config", "freeze_modules", "freeze_statistics",
            "get_pet_model", "install_as_mindpet", "load_adapter", "lora_plus_groups", "merge", "net_recompute",
-           "prefix_mask", "prepend_prefix", "save_adapter", "set_lora_scale", "summary", "undo_recompute", "unmerge"]
+           "prefix_mask", "prepend_prefix", "refresh_base", "save_adapter", "set_lora_scale", "summary",
+           "undo_recompute", "unmerge"]
 
 # The rooms with these names. They are opened when a name is first asked for, because they load MindSpore, for which
 # what works on files alone (`mindpet-lite merge`, `run`, `--help`) need not wait.

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from types import FrameType
 
 # What adapters' files may say of alpha is bounded, so what a layer can have is, too: what is made can be read again.
 MAX_ALPHA = 1e9
@@ -111,9 +112,21 @@ def number_hint(value: object) -> str:
 
 
 def warn_user(message: str) -> None:
-    """Warn at the line of the caller's own code: the nearest one outside this package."""
-    package = str(Path(__file__).parent) + os.sep
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+    """Warn at the line of the caller's own code: the nearest one outside this package and MindSpore's."""
+    warnings.warn(message, stacklevel=_user_frame()[0])
+
+
+def user_line() -> tuple[str, int]:
+    """Return the file and line of the caller's own code."""
+    frame = _user_frame()[1]
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+def _user_frame() -> tuple[int, FrameType]:
+    """Return the frame of the caller's own code, and how far it is from the function that asks."""
+    mindspore = getattr(sys.modules.get("mindspore"), "__file__", None) or __file__
+    packages = tuple(str(Path(file).parent) + os.sep for file in (__file__, mindspore))
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(packages):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
+    return level, frame

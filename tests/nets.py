@@ -44,6 +44,12 @@ def inputs(*shape: int, dtype=ms.float32, seed: int = 0) -> Tensor:
     return Tensor(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).astype(dtype)
 
 
+def base_parameters(net: nn.Cell) -> list[Parameter]:
+    """Return what a net with LoRA has from its base."""
+    return [item for item in net.get_parameters()
+            if "lora" not in item.name and item.name.rpartition(".")[2] not in ("scaling", "strength_factor")]
+
+
 def randomise(cell: nn.Cell, seed: int = 0) -> None:
     """Give every delta of a net random values that are not zero."""
     rng = np.random.default_rng(seed)

@@ -228,7 +228,7 @@ def test_injection_starts_as_the_base_and_names_stand_beside_its(method, mode):
     assert np.array_equal(net(x).asnumpy(), base)
     new = {item.name for item in net.get_parameters()} - names
     assert {name.partition(f".mindpet_delta_{method}.")[0] for name in new if "mindpet" in name} == {"to_q", "to_out.0"}
-    live = {"to_q.adapter_scaling", "to_out.0.adapter_scaling"}
+    live = {"to_q.scaling", "to_out.0.scaling"}
     assert {name for name in new if "mindpet" not in name} == live
     assert {item.name for item in net.trainable_params()} == new - live
     assert isinstance(net.to_q, nn.Dense) and net.to_out[0].activation_flag
@@ -292,7 +292,7 @@ def test_checkpoints_by_mindpets_names_load(method, tmp_path, mode):
                        zip(first.trainable_params(), net.trainable_params())])
     mp.load_adapter(first, tmp_path / "x.ckpt")
     missing, unused = ms.load_param_into_net(second, ms.load_checkpoint(str(tmp_path / "x.ckpt")))
-    assert not unused and {name.rpartition(".")[2] for name in missing} == {"weight", "bias", "adapter_scaling"}
+    assert not unused and {name.rpartition(".")[2] for name in missing} == {"weight", "bias", "scaling"}
     for other in (first, second):
         for ours, theirs in zip(other.trainable_params(), net.trainable_params()):
             assert np.array_equal(ours.asnumpy(), theirs.asnumpy()), ours.name
@@ -307,7 +307,7 @@ def test_a_copy_is_independent_and_whole(method, mode):
     with mp.adapters_disabled(other):
         assert not np.allclose(other(x).asnumpy(), full) and np.array_equal(net(x).asnumpy(), full)
     assert np.array_equal(other(x).asnumpy(), full)
-    assert other[0].adapter_scaling is other[0].bottleneck.adapter_scaling is not net[0].adapter_scaling
+    assert other[0].scaling is other[0].bottleneck.scaling is not net[0].scaling
 
 
 # Sharding
@@ -434,8 +434,8 @@ def test_names_shapes_and_start():
     assert {item.name: item.shape for item in net.trainable_params()} == {
         "0.weight": (8, 6), "0.bias": (8,), **{f"1.{name}": shape for name, shape in inside.items()},
         **{f"0.mindpet_delta_adapter.{name}": shape for name, shape in inside.items()}}
-    assert {item.name for item in net.get_parameters() if not item.requires_grad} == {"0.adapter_scaling",
-                                                                                      "1.adapter_scaling"}
+    assert {item.name for item in net.get_parameters() if not item.requires_grad} == {"0.scaling",
+                                                                                      "1.scaling"}
     dense, layer = net
     assert isinstance(dense, Delta) and isinstance(dense.mindpet_delta_adapter, AdapterLayer)
     assert isinstance(layer.mindpet_delta_adapter_block, nn.SequentialCell)

@@ -36,7 +36,7 @@ def thaw(net: nn.Cell) -> nn.Cell:
 
 
 def training(net: nn.Cell) -> set[str]:
-    return {path for path, item in net.parameters_and_names() if item.requires_grad and "lora_scaling" not in path}
+    return {path for path, item in net.parameters_and_names() if item.requires_grad and "scaling" not in path}
 
 
 LORA = {"attention.to_q.mindpet_delta_lora_a", "attention.to_q.mindpet_delta_lora_b",
@@ -173,9 +173,9 @@ def test_the_steering_parameter_is_never_thawed():
     net = adapted()
     freeze_modules(net, exclude=["*"])
     freeze_delta(net, "lora", exclude=["*lora*"])
-    assert not net.attention.to_q.lora_scaling.requires_grad
+    assert not net.attention.to_q.scaling.requires_grad
     with pytest.raises(ValueError, match="matches no parameter"):
-        freeze_modules(net, exclude=["*lora_scaling"])
+        freeze_modules(net, exclude=["*scaling"])
 
 
 def write(text: str) -> Path:

@@ -64,7 +64,7 @@ def test_shapes_are_pefts_and_the_base_keeps_its_parameters(adapted, plain, spac
     assert isinstance(net.layer, adapted) and isinstance(net.layer, plain)
     assert net.layer.weight is weight and net.layer.bias is bias
     assert [item.name for item in net.get_parameters()] == [
-        "layer.weight", "layer.bias", "layer.mindpet_delta_lora_a", "layer.mindpet_delta_lora_b", "layer.lora_scaling"]
+        "layer.weight", "layer.bias", "layer.mindpet_delta_lora_a", "layer.mindpet_delta_lora_b", "layer.scaling"]
     assert net.layer.mindpet_delta_lora_a.shape == (2, 4, *[3] * len(space))
     assert net.layer.mindpet_delta_lora_b.shape == (6, 2, *[1] * len(space))
     assert not net.layer.mindpet_delta_lora_b.asnumpy().any() and net.layer.mindpet_delta_lora_a.asnumpy().any()

@@ -57,7 +57,7 @@ def test_names_shapes_and_start_are_pefts(how):
     assert isinstance(layer, nn.Embedding) and layer.weight is layer.embedding_table
     assert [item.name for item in net.get_parameters()] == [
         "layer.embedding_table", "layer.mindpet_delta_lora_embedding_a", "layer.mindpet_delta_lora_embedding_b",
-        "layer.lora_scaling"]
+        "layer.scaling"]
     a, b = layer.mindpet_delta_lora_embedding_a.asnumpy(), layer.mindpet_delta_lora_embedding_b.asnumpy()
     assert a.shape == (8, 400) and b.shape == (50, 8)
     assert not a.any() and abs(b.std() - 1) < 0.15 and abs(b.mean()) < 0.15

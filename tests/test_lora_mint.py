@@ -183,7 +183,7 @@ def test_conv_without_kernels_names_shapes_and_merge(adapted, plain, space):
     before = numbers(layer.weight)
     net = injected(layer)
     assert [item.name for item in net.get_parameters()] == [
-        "layer.weight", "layer.mindpet_delta_lora_a", "layer.mindpet_delta_lora_b", "layer.lora_scaling"]
+        "layer.weight", "layer.mindpet_delta_lora_a", "layer.mindpet_delta_lora_b", "layer.scaling"]
     randomise(net)
     a, b = numbers(net.layer.mindpet_delta_lora_a), numbers(net.layer.mindpet_delta_lora_b)
     assert a.shape == (2, 4, *[3] * len(space)) and b.shape == (6, 2, *[1] * len(space))
@@ -243,7 +243,7 @@ def test_embedding_without_kernels_names_shapes_and_merge():
     assert isinstance(net.layer, LoRAMintEmbedding) and net.layer.weight is layer.weight
     assert [item.name for item in net.get_parameters()] == [
         "layer.weight", "layer.mindpet_delta_lora_embedding_a", "layer.mindpet_delta_lora_embedding_b",
-        "layer.lora_scaling"]
+        "layer.scaling"]
     randomise(net)
     a, b = (numbers(item) for item in net.layer.delta_parameters().values())
     mp.merge(net)

@@ -38,7 +38,7 @@ def values_of(layer: LoRADense) -> tuple:
 def test_output_and_every_gradient_equal_the_reference(mode, shape, settings):
     rng = np.random.default_rng(3)
     layer = make(rng, **settings)
-    scale, activation = float(layer.lora_scaling.asnumpy()), settings.get("activation")
+    scale, activation = float(layer.scaling.asnumpy()), settings.get("activation")
     x = rng.standard_normal(shape).astype(np.float32)
     upstream = rng.standard_normal((*shape[:-1], 5)).astype(np.float32)
     np.testing.assert_allclose(layer(Tensor(x)).asnumpy(), reference.forward(x, *values_of(layer), scale, activation),

@@ -4,8 +4,8 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Parameter, Tensor, nn
-from nets import LINEAR_PATHS, MERGED, Attention, config, inputs, numbers, randomise, unchanged
+from mindspore import Parameter, Tensor, nn, ops
+from nets import LINEAR_PATHS, MERGED, Attention, config, inputs, load_values, numbers, randomise, unchanged
 
 import mindpet_lite as mp
 from mindpet_lite.delta import LoRADense
@@ -75,10 +75,11 @@ def test_the_scale_goes_in(mode):
     assert not np.allclose(net(inputs(5, 6)).asnumpy(), before)
 
 
-def test_what_runs_is_what_is_merged_even_after_a_checkpoint_changed_the_factor(pynative_mode):
+def test_what_runs_is_what_is_merged_even_after_a_checkpoint_of_another_alpha(pynative_mode):
     net, other = adapted(), adapted(lora_alpha=9)
     ms.save_checkpoint(net, "net.ckpt")
-    ms.load_param_into_net(other, ms.load_checkpoint("net.ckpt"))
+    with pytest.warns(UserWarning, match="another scaling"):
+        ms.load_param_into_net(other, ms.load_checkpoint("net.ckpt"))
     before = other(inputs(5, 6)).asnumpy()
     np.testing.assert_allclose(mp.merge(other)(inputs(5, 6)).asnumpy(), before, **MERGED[ms.float32])
 
@@ -256,3 +257,93 @@ def test_a_tuple_of_parameters_does_not_tie_weights(pynative_mode):
     before = net(inputs(5, 6)).asnumpy()
     np.testing.assert_allclose(mp.merge(net)(inputs(5, 6)).asnumpy(), before, **MERGED[ms.float32])
     assert isinstance(net.all[0], Parameter)
+
+
+def test_unmerge_keeps_the_mode_and_flags_of_the_merged_net(mode):
+    x = inputs(5, 6)
+    for merged_in, now in ((True, False), (False, True)):
+        net = adapted(lora_dropout=0.5).set_train(merged_in)
+        mp.merge(net).set_train(now)
+        mp.unmerge(net)
+        layers = [net.to_q, net.to_q.lora_dropout, net.to_out[0]]
+        assert [layer.training for layer in layers] == [now] * 3
+        assert np.array_equal(net(x).asnumpy(), net(x).asnumpy()) != now
+    net, other = adapted(), adapted().to_float(ms.float16)
+    load_values(other, net)
+    mp.merge(net).to_float(ms.float16)
+    mp.unmerge(net)
+    assert np.array_equal(net(x).asnumpy(), other(x).asnumpy())
+
+
+def test_unmerge_keeps_recomputation_and_hooks_that_were_set_or_taken_back(pynative_mode):
+    net, calls = adapted(), []
+    mp.merge(net)
+    net.to_q.recompute()
+    handle = net.to_k.register_forward_hook(lambda cell, inputs, output: calls.append(type(cell)))
+    mp.unmerge(net)
+    assert net.to_q._recompute_cell is not None and net.to_k._recompute_cell is None
+    net(inputs(5, 6))
+    assert calls == [LoRADense]
+    mp.merge(net)
+    mp.undo_recompute(net)
+    handle.remove()
+    mp.unmerge(net)
+    net(inputs(5, 6))
+    assert net.to_q._recompute_cell is None and calls == [LoRADense]
+
+
+class Tied(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.q, self.head = nn.Embedding(8, 6), nn.Dense(6, 6), nn.Dense(6, 8, has_bias=False)
+        self.head.weight = self.embed.embedding_table
+
+    def construct(self, ids):
+        return self.head(self.q(self.embed(ids)))
+
+
+def same_base(source: nn.Cell) -> nn.Cell:
+    net = Tied()
+    for parameter in net.get_parameters():
+        parameter.set_data(Tensor(source.parameters_dict()[parameter.name].asnumpy()))
+    return net
+
+
+def trained_tied(**settings) -> tuple[nn.Cell, nn.Cell, np.ndarray]:
+    """Return an adapted net with values, its base, and its output."""
+    base = Tied()
+    net = mp.get_pet_model(same_base(base), config(["q"], **settings))
+    rng = np.random.default_rng(0)
+    for parameter in net.trainable_params():
+        ops.assign(parameter, Tensor(rng.standard_normal(parameter.shape), ms.float32))
+    return net, base, net(IDS).asnumpy()
+
+
+IDS = Tensor([1, 2, 5], ms.int32)
+
+
+@pytest.mark.parametrize("side, other", [("embed.embedding_table", "head.weight"),
+                                         ("head.weight", "embed.embedding_table")])
+def test_a_net_with_one_side_of_a_tie_is_not_merged(side, other, pynative_mode):
+    net, base, output = trained_tied(modules_to_save=[side.partition(".")[0]])
+    mp.save_adapter(net, "out")
+    loaded = mp.load_adapter(same_base(base), "out")
+    assert np.array_equal(loaded(IDS).asnumpy(), output)
+    for one in (net, loaded):
+        with unchanged(one), pytest.raises(ValueError, match=f"tied weights.*read wrongly(.|\n)*{side} was one weight "
+                                                             f"with {other}"):
+            mp.merge(one)
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["embed", "head"]}, {"freeze_exclude": ["head*"]},
+                                      {"freeze_exclude": ["embed*"]}])
+def test_a_tie_that_trains_on_both_sides_stays_one_in_files_and_merged(settings, pynative_mode):
+    net, base, output = trained_tied(**settings)
+    mp.save_adapter(net, "out")
+    loaded = mp.load_adapter(same_base(base), "out")
+    assert loaded.head.weight is loaded.embed.embedding_table and np.array_equal(loaded(IDS).asnumpy(), output)
+    for one in (net, loaded):
+        ms.save_checkpoint(mp.merge(one), "merged.ckpt")
+        fresh = Tied()
+        assert ms.load_param_into_net(fresh, ms.load_checkpoint("merged.ckpt")) == ([], [])
+        np.testing.assert_allclose(fresh(IDS).asnumpy(), output, rtol=1e-5, atol=1e-5)

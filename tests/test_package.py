@@ -21,8 +21,8 @@ METHOD_NAMES = {"LoRADense", "LoraConfig", "LoRAConv1d", "LoRAConv2d", "LoRAConv
 TRAIN_NAMES = {"DeltaEMA", "GradientAccumulation", "HealthCallback", "clip_global_norm", "lora_plus_groups"}
 PUBLIC = METHOD_NAMES | TRAIN_NAMES | {
     "install_as_mindpet", "get_pet_model", "merge", "unmerge", "net_recompute", "undo_recompute", "summary",
-    "save_adapter", "load_adapter", "set_lora_scale", "adapters_disabled", "check_adapters", "fold_prefixes",
-    "TrainableParamsCheckPoint", "freeze_delta",
+    "save_adapter", "load_adapter", "refresh_base", "set_lora_scale", "adapters_disabled", "check_adapters",
+    "fold_prefixes", "TrainableParamsCheckPoint", "freeze_delta",
     "freeze_modules", "freeze_from_config", "freeze_statistics", "check_optimizer"}
 
 IMPORT = """
@@ -115,12 +115,12 @@ def test_arrows_point_one_way():
         elif room == "delta" and path != ROOT / "delta" / "__init__.py":
             # The shared rooms, and in a method of several files its own folder: never another method.
             shared = {"mindpet_lite.arguments", *(f"mindpet_lite.delta.{item}" for item in (
-                "base", "parts", "activation", "dense", "bottleneck", "mixed_precision", "prefix_dense"))}
+                "base", "parts", "values", "activation", "dense", "bottleneck", "mixed_precision", "prefix_dense"))}
             folder = "mindpet_lite." + ".".join(name.parts[:2]) + "."
             assert all(item in shared or len(name.parts) > 2 and item.startswith(folder) for item in own), name
         elif room == "graph":
             methods = {item for item in own if item.startswith("mindpet_lite.delta.")} - {
-                "mindpet_lite.delta.base", "mindpet_lite.delta.parts"}
+                "mindpet_lite.delta.base", "mindpet_lite.delta.parts", "mindpet_lite.delta.values"}
             assert not methods, f"{name} imports a method's file: {methods}"
             assert "mindpet_lite" not in own and "mindpet_lite.cli" not in own, name
         elif room == "train":

@@ -139,7 +139,7 @@ def load_base(folder: str | Path, **unet_options: object) -> Base:
         tokenizer = CharTokenizer(config["vocabulary"], config["text_encoder"]["context_length"])
     except (TypeError, ValueError) as error:
         raise BaseError(f"{where}: {error}") from None
-    load_weights(unet, folder / "unet.safetensors", ("mindpet_delta_lora_a", "mindpet_delta_lora_b", "lora_scaling"))
+    load_weights(unet, folder / "unet.safetensors", ("mindpet_delta_lora_a", "mindpet_delta_lora_b", "scaling"))
     load_weights(text_encoder, folder / "text_encoder.safetensors")
     load_weights(autoencoder, folder / "autoencoder.safetensors")
     for net in (unet, text_encoder, autoencoder):

@@ -10,6 +10,9 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
 
+from mindpet_lite.delta.parts import put
+from mindpet_lite.delta.values import Start
+
 FLOAT_TYPES = (mstype.float16, mstype.bfloat16, mstype.float32)
 # From here on rounding gives infinity: half a step above the largest number.
 _LIMITS = {mstype.float16: 65520.0, mstype.bfloat16: 2.0 ** 128 - 2.0 ** 119, mstype.float32: 2.0 ** 128 - 2.0 ** 103}
@@ -56,6 +59,8 @@ class Delta:
     enabled: bool = True
     # The record of the adapter that this delta is a part of (`graph.adapters.Adapter`); a layer built by hand has none.
     adapter: Any = None
+    # What the start took from the base; a layer whose start takes nothing has none.
+    start: Start | None = None
     # The types in which the file that this delta was loaded from holds its tensors, by parameter path.
     file_types: Mapping[str, np.dtype] = {}
     fixed: str = ""
@@ -81,9 +86,28 @@ class Delta:
         """Return how large the delta is: the root of the sum of the squares of all it trains."""
         return math.sqrt(sum(float(np.square(float64(item)).sum()) for item in self.delta_parameters().values()))
 
+    def live_values(self) -> dict[str, Any]:
+        """Return what the live Parameters are to hold by the settings, `strength` and `enabled`, by attribute name."""
+        raise NotImplementedError(f"{type(self).__name__}.live_values() is missing: {self.fixed or 'write it'}")
+
     def refresh(self) -> None:
         """Write `strength` and `enabled` into the live Parameters; a running graph sees it at its next call."""
-        raise NotImplementedError(f"{type(self).__name__}.refresh() is missing: {self.fixed or 'write it'}")
+        for name, value in self.live_values().items():
+            put(getattr(self, name), Tensor(value, getattr(self, name).dtype))
+
+    def base_parameter(self) -> Parameter | None:
+        """Return the base Parameter that the start is made from, or None where the start takes nothing from it."""
+        return None
+
+    def watch_start(self) -> None:
+        """Let the start be made again where the base is loaded later, while nothing has trained."""
+        if self.base_parameter() is not None:
+            self.start = self.start or Start(self)
+            self.start.watch()
+
+    def start_again(self) -> None:
+        """Make what the start takes from the base again, in place, from the base's values now."""
+        raise NotImplementedError(f"{type(self).__name__}.start_again() is missing: write it")
 
     def overflows(self, strength: float) -> str:
         """Return why this strength is none for the layer, because it would not be finite in there, or nothing."""

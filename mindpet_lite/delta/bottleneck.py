@@ -13,7 +13,8 @@ from mindspore.common.initializer import HeUniform
 from mindpet_lite.delta.activation import ACTIVATIONS, check_non_linearity
 from mindpet_lite.delta.base import Delta, check_float_type, overflow
 from mindpet_lite.delta.dense import AdaptedDense, TypedCell
-from mindpet_lite.delta.parts import as_type, check_strategies, from_rows, prefix_of, put, set_strategies, to_rows
+from mindpet_lite.delta.parts import as_type, check_strategies, from_rows, prefix_of, set_strategies, to_rows
+from mindpet_lite.delta.values import setting_parameter
 
 # As A of LoRA starts: by the width of the input, so that no non-linearity starts where it is flat.
 HE_UNIFORM = HeUniform(negative_slope=math.sqrt(5))
@@ -39,12 +40,12 @@ class BottleneckSettings:
 
 
 class Steered(Delta):
-    """A delta behind the live factor `adapter_scaling`, which a running graph reads: 1 as trained, 0 the base."""
+    """A delta behind the live factor `scaling`, which a running graph reads: 1 as trained, 0 the base."""
 
-    live_names = ("adapter_scaling",)
+    live_names = ("scaling",)
     unmergeable = "the adapter applies a non-linearity to the layer's output, so no weight of the layer equals both."
 
-    adapter_scaling: Parameter
+    scaling: Parameter
 
     def overflows(self, strength: float) -> str:
         """Return why the live factor cannot be this, or nothing."""
@@ -54,9 +55,9 @@ class Steered(Delta):
         """Return the type that the delta is computed in."""
         raise NotImplementedError
 
-    def refresh(self) -> None:
-        """Set the live factor to `strength`, or 0 where switched off."""
-        put(self.adapter_scaling, Tensor(self.strength if self.enabled else 0.0, mindspore.float32))
+    def live_values(self) -> dict[str, Any]:
+        """Return `strength` for the live factor, or 0 where switched off."""
+        return {"scaling": self.strength if self.enabled else 0.0}
 
     def unlike(self, settings: Mapping[str, Any]) -> list[str]:
         """Return whether the non-linearity is another; other sizes show in the shapes."""
@@ -77,7 +78,7 @@ class BottleneckLayer(TypedCell, Steered):
         self.compute_dtype = settings.compute_dtype
         # Softmax2d works across the input's own axes, all others on rows.
         self.on_axes = settings.non_linearity == "softmax2d"
-        self.adapter_scaling = Parameter(Tensor(1.0, mindspore.float32), name="adapter_scaling", requires_grad=False)
+        self.scaling = setting_parameter(1.0, "scaling")
         self.reshape = ops.Reshape()
         self.low_mul = ops.Mul()
         self.bias_mul = ops.Mul()
@@ -116,7 +117,7 @@ class BottleneckLayer(TypedCell, Steered):
         else:
             low = non_linear(low)
         # On the [rows, bottleneck] side, which is the smaller one.
-        scale = as_type(self.adapter_scaling, dtype)
+        scale = as_type(self.scaling, dtype)
         delta = up.affine(self.low_mul(low, scale), self.bias_mul(as_type(up.bias, dtype), scale))
         return self.residual_add(rows, as_type(delta, rows.dtype))
 
@@ -147,8 +148,8 @@ class BottleneckDense(AdaptedDense, Steered):
         setattr(self, name, layer)
         layer.update_parameters_name(f"{prefix}{name}.")
         # Held here too, so that nothing takes it for one of the trained ones by its name.
-        self.insert_param_to_cell("adapter_scaling", layer.adapter_scaling)
-        self.adapter_scaling.name = f"{prefix}adapter_scaling"
+        self.insert_param_to_cell("scaling", layer.scaling)
+        self.scaling.name = f"{prefix}scaling"
         self.compute_dtype = layer.compute_dtype
         self.bottleneck_size = layer.bottleneck_size
 

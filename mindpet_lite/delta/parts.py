@@ -11,6 +11,7 @@ from mindspore.common.initializer import Initializer, initializer
 
 from mindpet_lite.arguments import did_you_mean
 from mindpet_lite.delta.activation import activation_strategies
+from mindpet_lite.delta.values import set_value
 
 
 def as_type(x: Tensor, dtype: mindspore.dtype, own: mindspore.dtype | None = None) -> Tensor:
@@ -48,7 +49,7 @@ def put(parameter: Parameter, value: Tensor) -> None:
     """
     if parameter.dtype == mindspore.bfloat16 and mindspore.get_context("device_target") == "CPU":
         # No kernel there.
-        parameter.set_data(value)
+        set_value(parameter, value)
     else:
         ops.assign(parameter, value)
 

@@ -31,6 +31,7 @@ from mindpet_lite.delta.prefix_dense import (
     folded_parameter,
     place_names,
 )
+from mindpet_lite.delta.values import setting_parameter
 
 WTE, TRANS = "mindpet_delta_prefixtuning_wte", "mindpet_delta_prefixtuning_control_trans"
 TABLE = f"{WTE}.embedding_table"
@@ -199,8 +200,8 @@ class PrefixLayer(Prefixes, nn.Cell):
             raise ValueError(f"prefix_token_num must be a multiple of batch_size, but got {prefix_token_num} and "
                              f"{batch_size}.")
         self.batch_size, self.num_heads, self.hidden_dim = batch_size, num_heads, hidden_dim
-        self.input_tokens = Parameter(Tensor(np.arange(settings.prefix_token_num), mindspore.int32),
-                                      name="mindpet_delta_prefixtuning_input_tokens", requires_grad=False)
+        self.input_tokens = setting_parameter(Tensor(np.arange(settings.prefix_token_num), mindspore.int32),
+                                              "mindpet_delta_prefixtuning_input_tokens")
         self._add_prefixes(settings, 2 * hidden_dim, (_KEY, _VALUE))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -234,6 +235,10 @@ class PrefixLayer(Prefixes, nn.Cell):
             rows = self.mindpet_delta_prefixtuning_control_trans(rows)
             return rows[:, :self.hidden_dim], rows[:, self.hidden_dim:]
         return self.mindpet_delta_prefixtuning_key, self.mindpet_delta_prefixtuning_value
+
+    def live_values(self) -> dict[str, Any]:
+        """Return the row numbers."""
+        return {"input_tokens": np.arange(self.prefix_token_num)}
 
     def _drop_projection(self) -> None:
         self._replace_projection(dict(zip((_KEY, _VALUE), self._evaluate())))

@@ -28,6 +28,7 @@ from mindpet_lite.delta.prefix_dense import (
     place_names,
     settle_table,
 )
+from mindpet_lite.delta.values import setting_parameter
 
 _EMBEDDING = "mindpet_delta_ptuning2_embedding"
 _DENSE_IN, _DENSE_OUT = "mindpet_delta_ptuning2_dense_in", "mindpet_delta_ptuning2_dense_out"
@@ -208,7 +209,7 @@ class PrefixEncoder(Prompts, nn.Cell):
         self.num_layers, self.num_heads, self.kv_channels = num_layers, num_heads, kv_channels
         self.out_perm = tuple(out_perm)
         ids = Tensor(np.arange(settings.pre_seq_len), mindspore.int64)
-        self.mindpet_delta_ptuning2_prefix = Parameter(ids, name=self.live_names[0], requires_grad=False)
+        self.mindpet_delta_ptuning2_prefix = setting_parameter(ids, self.live_names[0])
         data_parallel, model_parallel, vocab_emb_dp = _parallel(parallel_config)
         width = num_layers * 2 * num_heads * kv_channels
         # The ids are looked up once for the whole batch: nothing of them is split among the devices.
@@ -238,6 +239,10 @@ class PrefixEncoder(Prompts, nn.Cell):
                                    self.kv_channels))
         layers = self.split_layers(self.transpose(rows, self.out_perm))
         return tuple([self.cast(layer, dtype) for layer in layers])
+
+    def live_values(self) -> dict[str, Any]:
+        """Return the row numbers."""
+        return {self.live_names[0]: np.arange(self.pre_seq_len)}
 
     def shard(self, data_parallel: int, model_parallel: int) -> PrefixEncoder:
         """Set how the operators are split in (semi-)auto-parallel training.

@@ -8,6 +8,7 @@ from mindpet_lite.graph.load import load_adapter
 from mindpet_lite.graph.merge import merge, unmerge
 from mindpet_lite.graph.optimizer import check_optimizer
 from mindpet_lite.graph.recompute import net_recompute, undo_recompute
+from mindpet_lite.graph.refresh import refresh_base
 from mindpet_lite.graph.save import save_adapter
 from mindpet_lite.graph.statistics import freeze_statistics
 from mindpet_lite.graph.strength import adapters_disabled, set_lora_scale
@@ -15,5 +16,5 @@ from mindpet_lite.graph.summary import Summary, summary
 
 __all__ = ["Summary", "TrainableParamsCheckPoint", "TrainableReport", "adapters_disabled", "check_adapters",
            "check_optimizer", "fold_prefixes", "freeze_delta", "freeze_from_config", "freeze_modules",
-           "freeze_statistics", "get_pet_model", "load_adapter", "merge", "net_recompute", "save_adapter",
-           "set_lora_scale", "summary", "undo_recompute", "unmerge"]
+           "freeze_statistics", "get_pet_model", "load_adapter", "merge", "net_recompute", "refresh_base",
+           "save_adapter", "set_lora_scale", "summary", "undo_recompute", "unmerge"]

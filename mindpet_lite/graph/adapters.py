@@ -1,57 +1,23 @@
 """What an adapter is on a net: a record that its layers share."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import mindspore
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
+from mindpet_lite.arguments import some_of, warn_user
 from mindpet_lite.delta.base import Delta
-from mindpet_lite.delta.parts import put
+from mindpet_lite.delta.values import Around, Load, unwatch, watch
+from mindpet_lite.graph.base_hash import base_weight, layer_hash
+from mindpet_lite.graph.saved_parameter import SavedParameter, copy_of
 from mindpet_lite.graph.tree import cells_by_path, without_inner
 
 # Where a layer keeps the deltas of methods that add nothing to it: an attribute, so that it goes where the layer goes.
 _SELECTED = "mindpet_selected"
-
-
-@dataclasses.dataclass(eq=False)
-class SavedParameter:
-    """A base Parameter that belongs to an adapter, such as a new head.
-
-    Args:
-        parameter: of the net.
-        other: the value that is not in place now: the base's, or the adapter's while that is switched off. None for a
-            Parameter that stands in the adapter's file but is the base's own.
-        path: that the adapter means, where tied weights have several.
-        is_base: whether the base's value is in place.
-        file_type: the type that its file has it in; it is written so again where that changes nothing.
-    """
-
-    parameter: Parameter
-    other: Tensor | None
-    path: str = ""
-    is_base: bool = False
-    file_type: np.dtype | None = None
-
-    def switch(self, to_base: bool) -> None:
-        """Put the base's value or the adapter's in place, into the Parameter's own memory."""
-        if self.other is not None and to_base != self.is_base:
-            value, self.other, self.is_base = self.other, copy_of(self.parameter), to_base
-            put(self.parameter, value)
-
-    def set_trained(self, value: Tensor) -> None:
-        """Make `value` the adapter's."""
-        if self.is_base:
-            self.other = value
-        else:
-            put(self.parameter, value)
-
-    def trained(self) -> Tensor:
-        """Return the adapter's value, whichever is in place."""
-        return self.other if self.is_base and self.other is not None else self.parameter
 
 
 @dataclasses.dataclass(eq=False)
@@ -63,22 +29,93 @@ class Adapter:
         carried: tensors of its file that have no place in a net, likewise.
         component: of a diffusion pipeline that its file is of, where the net's paths do not say it.
         saved: the base Parameters that belong to it.
+        untied: the paths of tied weights of which it saves one place alone, with the path of the other: each has a
+            Parameter of its own now.
+        layer: one of its adapted layers, by whose weight it is known whether the base is another now.
+        base: the hash of that weight when the base's values of `saved` were taken.
+        replaced_base: the one before another base was loaded, and by what that was.
+        warned: whether the user was told that the base is another.
     """
 
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     carried: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     saved: list[SavedParameter] = dataclasses.field(default_factory=list)
     component: str = ""
+    untied: dict[str, str] = dataclasses.field(default_factory=dict)
+    layer: Delta | None = None
+    base: str = ""
+    replaced_base: tuple[str, Load] | None = None
+    warned: bool = False
 
     def save(self, parameters: Iterable[Parameter]) -> None:
         """Make base Parameters part of the adapter; their values now are kept as the base's."""
         known = {id(item.parameter) for item in self.saved}
-        self.saved += [SavedParameter(parameter, copy_of(parameter)) for parameter in parameters
-                       if id(parameter) not in known]
+        new = {id(parameter): parameter for parameter in parameters if id(parameter) not in known}
+        self.saved += [SavedParameter(parameter, copy_of(parameter)) for parameter in new.values()]
+
+    def base_now(self) -> str:
+        """Return the hash of the base as it is now; empty where the adapter adds nothing to a layer."""
+        return "" if self.layer is None else layer_hash(self.layer, self.layer)
+
+    def take_base_values(self) -> None:
+        """Take the values in place as the base's."""
+        self.base = self.base_now()
+        for item in self.saved:
+            if item.other is not None:
+                item.other, item.loaded = copy_of(item.parameter), False
+
+    def watch(self, found: Iterable[Delta]) -> None:
+        """Hear of values that checkpoints give the base and the deltas, while base Parameters belong to the adapter.
+
+        Args:
+            found: the deltas of the adapter.
+        """
+        for parameter, around in self._watched(found):
+            watch(parameter, around)
+
+    def unwatch(self, found: Iterable[Delta]) -> None:
+        """Undo :meth:`watch`."""
+        for parameter, around in self._watched(found):
+            unwatch(parameter, around)
+
+    def _watched(self, found: Iterable[Delta]) -> Iterator[tuple[Parameter, Around]]:
+        for item in self.saved:
+            yield item.parameter, item.base_is_loaded
+        layers = [delta for delta in found if isinstance(delta, nn.Cell)] if self.saved else []
+        for delta in layers:
+            for parameter in delta.delta_parameters().values():
+                yield parameter, self._delta_is_loaded
+        if layers:
+            self.layer = self.layer or layers[0]
+            self.base = self.base or self.base_now()
+            weight = base_weight(self.layer, self.layer)
+            if weight is not None:
+                yield weight, self._base_is_loaded
+
+    @contextlib.contextmanager
+    def _base_is_loaded(self, data: Tensor, load: Load) -> Iterator[None]:
+        """Around a `set_data` of a layer's weight: where nothing has trained, the base is that of the checkpoint."""
+        untrained = all(item.is_untrained() for item in self.saved)
+        yield
+        if untrained:
+            self.replaced_base, self.base = (self.base, load), self.base_now()
+
+    @contextlib.contextmanager
+    def _delta_is_loaded(self, data: Tensor, load: Load) -> Iterator[None]:
+        """Around a `set_data` of a delta: the checkpoint is one of the adapter, and so is all that it holds."""
+        yield
+        for item in self.saved:
+            item.adapter_is_loaded(load)
+        if self.replaced_base is not None and load.is_same(self.replaced_base[1]):
+            self.base, self.replaced_base = self.replaced_base[0], None
 
 
 def deltas(net: nn.Cell) -> dict[str, Delta]:
-    """Return the deltas of `net` by the path of their layer, each once; raise ValueError where there is none."""
+    """Return the deltas of `net` by the path of their layer, each once, and bring them up to date.
+
+    Raises:
+        ValueError: there is none.
+    """
     found = deltas_in(cells_by_path(net))
     if not found:
         trains = [item.name for item in net.trainable_params()]
@@ -87,7 +124,68 @@ def deltas(net: nn.Cell) -> dict[str, Delta]:
                          "as LoRADense. (After merge() the layers are plain.)" + (
                              f" What trains here is {', '.join(trains[:3])}{' and more' if len(trains) > 3 else ''}: "
                              f"TrainableParamsCheckPoint saves that." if some else ""))
+    bring_up_to_date(found)
     return found
+
+
+def bring_up_to_date(found: Mapping[str, Delta]) -> None:
+    """Make deltas agree with their settings and their base, whatever was loaded or trained; warn where they did not.
+
+    What a setting says is written again. What was taken from the base is taken again where nothing has trained since.
+    """
+    changed = [path for path, delta in found.items() if _restore_settings(delta)]
+    if changed:
+        warn_user(f"The scaling of {some_of(changed)} was not what the settings say, such as lora_alpha and "
+                  f"set_lora_scale(): an optimizer or an assignment changed it. It is written again.")
+    stale = [path for path, delta in found.items() if _of_another_base(delta)]
+    for record in adapters_of(found.values()):
+        stale += _saved_of_another_base(record, [delta for delta in found.values() if delta.adapter is record])
+    if stale:
+        warn_user(f"The base of the net is another than when the adapter was put in, and the adapter has trained or "
+                  f"was loaded since. What {some_of(stale)} took from the base is of the weights before. Where it was "
+                  f"trained on the base that is in the net now, nothing is to be done; else refresh_base(net) takes it "
+                  f"anew.")
+
+
+def _restore_settings(delta: Delta) -> bool:
+    """Write what the settings say where something else stands, and tell whether that was so."""
+    wanted = delta.live_values() if delta.live_names else {}
+    now = {name: getattr(delta, name).asnumpy() for name in wanted}
+    if all(np.array_equal(now[name], np.asarray(value, now[name].dtype)) for name, value in wanted.items()):
+        return False
+    delta.refresh()
+    return True
+
+
+def _of_another_base(delta: Delta) -> bool:
+    """Make a start again that has not trained and is of another base; tell, once, of one that has trained."""
+    delta.watch_start()
+    start = delta.start
+    if start is None:
+        return False
+    start.given = start.load = None
+    if not start.is_stale():
+        return False
+    if start.is_untrained():
+        start.make_again()
+        return False
+    was_warned, start.warned = start.warned, True
+    return not was_warned
+
+
+def _saved_of_another_base(record: Adapter, found: list[Delta]) -> list[str]:
+    """Return, once, which base Parameters of an adapter have kept a value of another base than the net has now."""
+    record.watch(found)
+    now = record.base_now()
+    stale = [item.path or item.parameter.name for item in record.saved
+             if now != record.base and item.other is not None and item.replaced is None and not item.is_untrained()]
+    for item in record.saved:
+        item.replaced = None
+    record.replaced_base = None
+    if not stale:
+        record.base = now
+    was_warned, record.warned = record.warned, bool(stale)
+    return [] if was_warned else stale
 
 
 def deltas_in(cells: Mapping[str, nn.Cell]) -> dict[str, Delta]:
@@ -135,10 +233,3 @@ def of_method(found: Mapping[str, Delta]) -> Iterator[tuple[str, dict[str, Delta
     """Yield each method of a net's deltas with its own."""
     for method in dict.fromkeys(delta.method for delta in found.values()):
         yield method, {path: delta for path, delta in found.items() if delta.method == method}
-
-
-def copy_of(parameter: Parameter) -> Tensor:
-    """Return the value in memory of its own: an operator's copy would be lazy, and see the new value."""
-    if parameter.dtype == mindspore.bfloat16:
-        return Tensor(parameter.astype(mindspore.float32).asnumpy().copy()).astype(mindspore.bfloat16)
-    return Tensor(parameter.asnumpy().copy())

@@ -11,16 +11,21 @@ from mindpet_lite.formats.base_hash import sample_places, weight_hash
 
 def layer_hash(cell: nn.Cell, delta: Delta | None = None) -> str:
     """Return the hash of the layer's largest base Parameter that `delta` does not train; empty if it has none."""
-    own = {} if delta is None else {**delta.delta_parameters(), **delta.live_parameters()}
-    trained = {id(item) for item in own.values()}
-    base = [item for _, item in cell.parameters_and_names(expand=False) if id(item) not in trained]
-    if not base:
+    weight = base_weight(cell, delta)
+    if weight is None:
         return ""
-    weight = max(base, key=lambda item: item.size)
     sample = _values(weight).reshape(-1)[sample_places(weight.size)]
     # numpy knows MindSpore's bfloat16 by its bytes only.
     sample = sample.astype(np.float32) if weight.dtype == mindspore.bfloat16 else sample
     return weight_hash(tuple(weight.shape), sample)
+
+
+def base_weight(cell: nn.Cell, delta: Delta | None) -> Parameter | None:
+    """Return the largest base Parameter of a layer that `delta` does not train; None if it has none."""
+    own = {} if delta is None else {**delta.delta_parameters(), **delta.live_parameters()}
+    trained = {id(item) for item in own.values()}
+    base = [item for _, item in cell.parameters_and_names(expand=False) if id(item) not in trained]
+    return max(base, key=lambda item: item.size) if base else None
 
 
 def _values(weight: Parameter) -> np.ndarray:

@@ -15,7 +15,7 @@ from mindspore.train import Callback, CheckpointConfig
 from mindpet_lite.arguments import WrongArgumentError
 from mindpet_lite.formats.atomic import atomic_file
 from mindpet_lite.formats.mindpet import SETTINGS_KEY
-from mindpet_lite.graph.adapters import deltas_in
+from mindpet_lite.graph.adapters import bring_up_to_date, deltas_in
 from mindpet_lite.graph.optimizer import check_optimizers_of
 from mindpet_lite.graph.tree import cells_by_path
 
@@ -143,6 +143,7 @@ def save_trainable(network: nn.Cell, path: Path, more: Mapping[str, Any]) -> Non
     """
     chosen = trainable_parameters(network)
     found = deltas_in(cells_by_path(network))
+    bring_up_to_date(found)
     layers: dict[str, dict[str, Any]] = {
         place: {"method": cell.method, "settings": cell.settings(),
                 "parameters": {own: parameter.name for own, parameter in cell.delta_parameters().items()}}

@@ -11,7 +11,8 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mindpet_lite.delta.parts import put
-from mindpet_lite.graph.adapters import copy_of, deltas
+from mindpet_lite.graph.adapters import deltas
+from mindpet_lite.graph.saved_parameter import copy_of
 from mindpet_lite.graph.strength import adapters_are_disabled
 
 _SHOWN = 10

@@ -23,13 +23,14 @@ from mindpet_lite.formats.placed import placed
 from mindpet_lite.formats.problems import listed
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.values import in_float32
-from mindpet_lite.graph.adapters import Adapter, SavedParameter, deltas_in
+from mindpet_lite.graph.adapters import Adapter, deltas_in
 from mindpet_lite.graph.base_hash import layer_hash
 from mindpet_lite.graph.modules_to_save import Found, find_trained, of_the_base, ties, value_problems
 from mindpet_lite.graph.parameters import apply_trains, parameters_with, what_trains
 from mindpet_lite.graph.parents import refusal_at
 from mindpet_lite.graph.peft_semantics import remarks, tied_tokens
 from mindpet_lite.graph.put_in import adapt, put_in
+from mindpet_lite.graph.saved_parameter import SavedParameter
 from mindpet_lite.graph.shapes import shape_problems
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, without_inner
 from mindpet_lite.names.table import Table, check_table

@@ -8,8 +8,10 @@ from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
 
 from mindpet_lite.delta.base import Delta
+from mindpet_lite.delta.values import set_value
 from mindpet_lite.formats.problems import listed
-from mindpet_lite.graph.adapters import copy_of, deltas, select
+from mindpet_lite.graph.adapters import adapters_of, bring_up_to_date, deltas, deltas_in, select
+from mindpet_lite.graph.saved_parameter import copy_of
 from mindpet_lite.graph.strength import adapters_are_disabled
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, replace
 
@@ -49,8 +51,9 @@ def merge(net: nn.Cell) -> nn.Cell:
     Raises:
         TypeError: `net` is no Cell.
         ValueError: there is nothing to merge, a method cannot be merged, the adapters are switched off, or a merged
-            weight would not be finite. So is a weight that another layer of the net uses too (tied weights): merged,
-            it would change that layer. The net is unchanged.
+            weight would not be finite. So are tied weights: a weight that another layer of the net uses too, which
+            merged would change that layer; and one of which the adapter saves one place alone, because a fresh net,
+            where both are one, would read the merged net's checkpoint wrongly. The net is unchanged.
     """
     found = deltas(net)
     fixed = [f"{path or type(delta).__name__}: {delta.unmergeable}" for path, delta in found.items()
@@ -71,6 +74,19 @@ def merge(net: nn.Cell) -> nn.Cell:
     if tied:
         raise ValueError("Merging would change other layers that use the same weight. The net is unchanged: use it "
                          "unmerged, or give each layer a weight of its own first.\n  " + listed(tied))
+    records = adapters_of(found.values())
+    parted = [f"{path} was one weight with {other}." for record in records for path, other in record.untied.items()]
+    if parted:
+        raise ValueError("The adapter has values for one of several layers with one weight (tied weights), which each "
+                         "have a weight of their own in this net. A checkpoint of the merged net would be read wrongly "
+                         "by a net in which they are one. The net is unchanged: use it unmerged and save_adapter(net), "
+                         "which a tied net loads rightly; or name all the layers in modules_to_save; or adapt a net "
+                         "in which they are not tied.\n  " + listed(parted))
+    for delta in found.values():
+        if delta.start is not None:
+            delta.start.unwatch()
+    for record in records:
+        record.unwatch(delta for delta in found.values() if delta.adapter is record)
     cells = cells_by_path(net)
     swaps = {}
     for path, delta in found.items():
@@ -78,7 +94,7 @@ def merge(net: nn.Cell) -> nn.Cell:
                      tuple((parameter, copy_of(parameter)) for parameter in merged[path]),
                      tuple(item for item in delta.delta_parameters().values() if item.requires_grad))
         for parameter, value in merged[path].items():
-            parameter.set_data(value)
+            set_value(parameter, value)
         for parameter in kept.trained:
             parameter.requires_grad = False
         select(cells[path], None)
@@ -90,7 +106,8 @@ def merge(net: nn.Cell) -> nn.Cell:
 def unmerge(net: nn.Cell) -> nn.Cell:
     """Undo :func:`merge`: put back the adapted layers and the base weights, bit for bit, in place.
 
-    All nets of the process compile again at their next call.
+    Training mode, precision, recomputation and hooks are those that the net has now. All nets of
+    the process compile again at their next call.
 
     Args:
         net: a net that `merge` changed, or the plain layer it returned.
@@ -107,12 +124,26 @@ def unmerge(net: nn.Cell) -> nn.Cell:
         raise ValueError("There is nothing to unmerge: no layer of this net was merged by merge().")
     for cell, kept in merged.items():
         for parameter, value in kept.values:
-            parameter.set_data(value)
+            set_value(parameter, value)
         for parameter in kept.trained:
             parameter.requires_grad = True
         delattr(cell, _KEPT)
         select(kept.cell, kept.selected)
-    return _swap(net, {cell: kept.cell for cell, kept in merged.items()})
+        _hand_over(cell, kept.cell)
+    net = _swap(net, {cell: kept.cell for cell, kept in merged.items()})
+    bring_up_to_date(deltas_in(cells_by_path(net)))
+    return net
+
+
+def _hand_over(plain: nn.Cell, adapted: nn.Cell) -> None:
+    """Give an adapted layer the mode and flags that were set on its plain layer, such as those of `to_float`."""
+    if plain is not adapted:
+        adapted.set_train(plain.training)
+        adapted.set_grad(plain.requires_grad)
+        adapted.add_flags_recursive(**plain.get_flags())
+        # A plain layer with types of its own keeps the one of to_float() so.
+        if getattr(plain, "float_type", None) is not None:
+            adapted.to_float(plain.float_type)
 
 
 def _swap(net: nn.Cell, swaps: dict[nn.Cell, nn.Cell]) -> nn.Cell:

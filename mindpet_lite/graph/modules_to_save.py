@@ -10,8 +10,8 @@ from mindspore import dtype as mstype
 from mindpet_lite.arguments import did_you_mean
 from mindpet_lite.delta.base import DeltaConfig
 from mindpet_lite.formats.state import AdapterState
-from mindpet_lite.graph.adapters import copy_of
 from mindpet_lite.graph.parameters import net_parameters
+from mindpet_lite.graph.saved_parameter import copy_of
 from mindpet_lite.graph.tree import drop_compiled_graphs, owners_of_parameters, set_parameter
 from mindpet_lite.names.parameter_names import pytorch_name
 

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 from mindspore import Parameter, nn
 
 from mindpet_lite.delta.base import Delta, DeltaConfig
+from mindpet_lite.delta.values import set_value
 from mindpet_lite.graph.adapters import Adapter, deltas_in, record_of, select
 from mindpet_lite.graph.modules_to_save import Ties, untie
 from mindpet_lite.graph.parents import refusal_at
 from mindpet_lite.graph.statistics import warn_of_statistics
-from mindpet_lite.graph.tree import replace
+from mindpet_lite.graph.tree import cells_by_path, paths_of_parameters, replace
 
 
 def adapt(config: DeltaConfig, path: str, cells: Mapping[str, nn.Cell]) -> Delta:
@@ -58,8 +59,10 @@ def put_in(net: nn.Cell, cells: Mapping[str, nn.Cell], adapted: Mapping[str, Del
             select(cells[path], None)
     for delta in adapted.values():
         for parameter, value in delta.base_values().items():
-            parameter.set_data(value)
+            set_value(parameter, value)
     untied = untie(net, ties)
+    paths = {id(parameter): places[0] for parameter, places in paths_of_parameters(net)}
+    record.untied.update({path: paths[id(ties[path][0])] for path in untied})
     record.save([*saved, *untied.values()])
     swaps = {}
     for path, delta in adapted.items():
@@ -72,4 +75,9 @@ def put_in(net: nn.Cell, cells: Mapping[str, nn.Cell], adapted: Mapping[str, Del
         replace(net, swaps)
     if any(delta not in present.values() for delta in adapted.values()):
         warn_of_statistics(net)
+    for delta in adapted.values():
+        delta.watch_start()
+        if delta.start is not None:
+            delta.start.note()
+    record.watch(delta for delta in deltas_in(cells_by_path(net)).values() if delta.adapter is record)
     return record, untied

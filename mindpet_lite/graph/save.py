@@ -19,7 +19,7 @@ from mindpet_lite.formats.values import in_type
 from mindpet_lite.graph.adapters import adapters_of, deltas, saved_of
 from mindpet_lite.graph.base_hash import layer_hash
 from mindpet_lite.graph.parameters import STATISTICS, net_parameters
-from mindpet_lite.graph.tree import cells_by_path, require_cell
+from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, require_cell
 
 
 def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft",
@@ -91,21 +91,29 @@ def adapter_state(net: nn.Cell) -> AdapterState:
 def _trained(net: nn.Cell, found: Mapping[str, Delta]) -> dict[str, np.ndarray]:
     """Return the base Parameters that belong to the net's adapters, or train with them.
 
-    Where nothing was frozen, those that train say nothing.
+    Where nothing was frozen, those that train say nothing. Tied weights stand under the path of each of their layers:
+    one alone would be read as the weight of that layer, no longer tied.
     """
     own = {id(item) for delta in found.values() for item in delta.delta_parameters().values()}
     base = [(parameter, names) for parameter, names in net_parameters(net) if id(parameter) not in own]
-    saved = saved_of(found.values())
+    saved, owners = saved_of(found.values()), {id(item): places for item, places in owners_of_parameters(net)}
     frozen = any(not parameter.requires_grad for parameter, names in base if not names[0].endswith(STATISTICS))
     trained = {}
-    for parameter, names in base:
-        item = saved.get(id(parameter))
+    for parameter, _ in base:
+        places, item = _paths(owners[id(parameter)]), saved.get(id(parameter))
         if item is not None:
-            trained[item.path if item.path in names else names[0]] = _as_in_file(_to_numpy(item.trained()),
-                                                                                 item.file_type)
+            value = _as_in_file(_to_numpy(item.trained()), item.file_type)
+            of_file = {id(cell): path for path, cell in owners[id(parameter)] if path == item.path}
+            places = of_file if of_file and item.other is None else {**places, **of_file}
+            trained.update(dict.fromkeys(places.values(), value))
         elif frozen and parameter.requires_grad:
-            trained[names[0]] = _to_numpy(parameter)
+            trained.update(dict.fromkeys(places.values(), _to_numpy(parameter)))
     return trained
+
+
+def _paths(owners: list[tuple[str, nn.Cell]]) -> dict[int, str]:
+    """Return the first path of a Parameter in each of the cells that hold it."""
+    return {id(cell): path for path, cell in reversed(owners)}
 
 
 def _as_in_file(value: np.ndarray, dtype: np.dtype | None) -> np.ndarray:

@@ -6,7 +6,7 @@ import math
 
 from mindspore import nn
 
-from mindpet_lite.graph.adapters import deltas_in, saved_of
+from mindpet_lite.graph.adapters import bring_up_to_date, deltas_in, saved_of
 from mindpet_lite.graph.freeze import TrainableReport, count
 from mindpet_lite.graph.parameters import net_parameters
 from mindpet_lite.graph.tree import cells_by_path
@@ -54,6 +54,7 @@ def summary(net: nn.Cell) -> Summary:
     """
     rows = []
     found = deltas_in(cells_by_path(net))
+    bring_up_to_date(found)
     for path, cell in found.items():
         parameters = cell.delta_parameters().values()
         settings = ", ".join(f"{name}={_shown(value)}" for name, value in cell.settings().items())

@@ -119,6 +119,9 @@ def _carry_on(old: nn.Cell, new: nn.Cell) -> None:
             new.recompute()
         else:
             new._recompute(False, True)
+    elif new._has_config_recompute and not old._has_config_recompute:
+        # It was recomputed when it last stood here.
+        keep_activations(new)
 
 
 def is_recomputed(cell: nn.Cell) -> bool:

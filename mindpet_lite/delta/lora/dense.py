@@ -9,6 +9,7 @@ from mindspore import Tensor, nn, ops
 from mindpet_lite.delta.dense import AdaptedDense, dense_refusal
 from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, LowRank
 from mindpet_lite.delta.lora.settings import NEWER, LoraSettings
+from mindpet_lite.delta.lora.start import RESIDUAL
 from mindpet_lite.delta.parts import as_type, check_strategies, from_rows, set_strategies, to_rows
 
 
@@ -19,7 +20,7 @@ class LoRADense(AdaptedDense, LowRank):
 
     `weight` (out_channels, in_channels) and `bias` (out_channels,) are where nn.Dense has them. The layer adds
     `mindpet_delta_lora_a` (lora_rank, in_channels) and `mindpet_delta_lora_b` (out_channels, lora_rank), and
-    `lora_scaling` (), a Parameter that is never trained: it holds the live factor, so that it can change in a
+    `scaling` (), a Parameter that is never trained: it holds the live factor, so that it can change in a
     compiled graph (:func:`mindpet_lite.set_lora_scale`, :func:`mindpet_lite.adapters_disabled`).
 
     Dtype rule: parameters keep their type. `to_float(t)` on the layer, or on a net around it, means what it means in
@@ -70,6 +71,9 @@ class LoRADense(AdaptedDense, LowRank):
         if newer.get("use_dora"):
             raise ValueError("DoRA starts from the norms of the base's weight, which a new layer does not have yet: "
                              "load the base into an nn.Dense, then use LoRADense.from_dense() or get_pet_model().")
+        if "init_lora_weights" in dense_kwargs:
+            raise ValueError("init_lora_weights is a setting of LoraConfig: load the base into an nn.Dense, then use "
+                             "get_pet_model(). By hand, lora_a_init and lora_b_init say how A and B start.")
         settings = LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init, param_init_type,
                                 compute_dtype, **newer)
         super().__init__(in_channels, out_channels, **dense_kwargs)
@@ -93,8 +97,13 @@ class LoRADense(AdaptedDense, LowRank):
         reason = dense_refusal(dense, "LoRA")
         if reason:
             raise TypeError(reason)
-        return cls._on(dense, LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init,
-                                           param_init_type, compute_dtype, **newer))
+        if newer.get("init_lora_weights") in RESIDUAL:
+            raise ValueError(f"init_lora_weights {newer['init_lora_weights']!r} takes a part out of the weight of "
+                             f"`dense`, which from_dense() leaves as it is: use get_pet_model().")
+        layer = cls._on(dense, LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init,
+                                            param_init_type, compute_dtype, **newer))
+        layer.watch_start()
+        return layer
 
     @classmethod
     def _on(cls, dense: nn.Dense, settings: LoraSettings) -> LoRADense:
@@ -146,7 +155,7 @@ class LoRADense(AdaptedDense, LowRank):
             x = self.lora_dropout(x)
         low = self.lora_a_matmul(x, as_type(self.mindpet_delta_lora_a, dtype))
         # On the [tokens, rank] side: rank is far below out_channels.
-        low = self.mul(low, as_type(self.lora_scaling, dtype))
+        low = self.mul(low, as_type(self.scaling, dtype))
         update = self.lora_b_matmul(low, as_type(self.mindpet_delta_lora_b, dtype))
         if self.has_lora_bias:
             update = update + self._scaled_bias(dtype)

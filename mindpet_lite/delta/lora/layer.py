@@ -38,7 +38,7 @@ class LoRALayer(TypedLayer, LowRank):
 
     def _scaled(self, low: Tensor, dtype: mindspore.dtype) -> Tensor:
         """Return the low-rank activations times the live factor."""
-        return ops.mul(low, as_type(self.lora_scaling, dtype))
+        return ops.mul(low, as_type(self.scaling, dtype))
 
     def plain_cell(self) -> nn.Cell:
         """Return the layer this one adapts, or one on the same Parameters; with `compute_dtype`, one with it."""

@@ -15,6 +15,7 @@ from mindpet_lite.delta.base import Delta, float64, overflow
 from mindpet_lite.delta.lora.settings import LoraSettings, OwnStart, scale_of
 from mindpet_lite.delta.lora.start import RESIDUAL, factors
 from mindpet_lite.delta.parts import as_type, initial, put
+from mindpet_lite.delta.values import set_value, setting_parameter
 
 HE_UNIFORM = HeUniform(negative_slope=math.sqrt(5))
 
@@ -23,21 +24,21 @@ class LowRank(Delta):
     r"""The LoRA half of an adapted layer: factors A and B, what is optional beside them, and what steers them.
 
     The update of a weight W is s · B A with s = alpha / rank, or alpha / √rank with `use_rslora`
-    (https://arxiv.org/abs/2312.03732, section 4). `lora_scaling` () holds strength · s.
+    (https://arxiv.org/abs/2312.03732, section 4). `scaling` () holds strength · s.
 
     With `lora_bias`, B has a bias of its own, `mindpet_delta_lora_b_bias`, scaled like B.
 
     With `use_dora` (DoRA, https://arxiv.org/abs/2402.09353, eq. 5) the weight is m (W + s B A) / ||W + s B A||, the
     norm over all axes but the output's, a constant in training (section 4.3). m is `mindpet_delta_lora_magnitude`; it
-    starts at the norm of W, so that the layer starts equal to its base. `lora_scaling` holds s then, and
-    `lora_strength` () how much of the way from the base's output to DoRA's is gone. Norms, and m, are float32
+    starts at the norm of W, so that the layer starts equal to its base. `scaling` holds s then, and
+    `strength_factor` () how much of the way from the base's output to DoRA's is gone. Norms, and m, are float32
     whatever the layer computes in. An output whose W + s B A is zero has no direction to be scaled: its factor
     m / ||W + s B A|| counts as 1, so that it starts as the base, and B's first step gives it a direction.
     """
 
     method: ClassVar[str] = "lora"
     delta_names: tuple[str, ...] = ("mindpet_delta_lora_a", "mindpet_delta_lora_b")
-    live_names: tuple[str, ...] = ("lora_scaling",)
+    live_names: tuple[str, ...] = ("scaling",)
     # How A and B start unless the settings say otherwise.
     a_start: ClassVar[Any] = HE_UNIFORM
     b_start: ClassVar[Any] = "zeros"
@@ -54,9 +55,10 @@ class LowRank(Delta):
     use_rslora: bool
     use_dora: bool
     has_lora_bias: bool
+    over_outputs: tuple[int, ...]
     bias: Parameter
-    lora_scaling: Parameter
-    lora_strength: Parameter
+    scaling: Parameter
+    strength_factor: Parameter
     init_lora_weights: bool | str
     _residual: tuple[tuple[Parameter, Tensor], ...] = ()
     mindpet_delta_lora_b_bias: Parameter
@@ -92,6 +94,8 @@ class LowRank(Delta):
         if config.init_lora_weights is not True:
             values = dict(zip(values, self._other_start(config, weight, a_shape, b_shape)))
         outputs = weight.shape[self.out_axis]
+        # A graph calls no method of a class.
+        self.over_outputs = self._over_outputs(outputs)
         if config.lora_bias and getattr(self, "bias", None) is None:
             self.unmergeable = ("B has a bias (lora_bias), and the layer has none that could absorb it; use the net "
                                 "unmerged.")
@@ -104,18 +108,41 @@ class LowRank(Delta):
         for name in made:
             # A Parameter copies what anything else holds, a call by keywords included.
             setattr(self, name, Parameter(values.pop(name), prefix + name))
-        steering = {"lora_scaling": self._factor(), **({"lora_strength": 1.0} if config.use_dora else {})}
+        steering = {"scaling": self._factor(), **({"strength_factor": 1.0} if config.use_dora else {})}
         for name, number in steering.items():
-            setattr(self, name, Parameter(number, name=prefix + name, requires_grad=False))
+            setattr(self, name, setting_parameter(number, prefix + name))
         self.delta_names, self.live_names = made, tuple(steering)
         self.output_names = self.delta_names[1:]
         if config.use_dora:
-            # By the same operators as in the forward, so that their quotient is 1 exactly; and in float32, as there.
-            norm = self._live_norm().asnumpy().reshape(self._over_outputs(outputs))
-            self.mindpet_delta_lora_magnitude = Parameter(Tensor(norm.copy()),
+            self.mindpet_delta_lora_magnitude = Parameter(self._magnitude(),
                                                           name=prefix + "mindpet_delta_lora_magnitude")
             self.delta_names += ("mindpet_delta_lora_magnitude",)
         self._require_scale()
+
+    def _magnitude(self) -> Tensor:
+        """Return what DoRA's magnitude starts with, in the shape in which it multiplies the layer's output."""
+        # By the same operators as in the forward, so that their quotient is 1 exactly; and in float32, as there.
+        norm = self._live_norm().asnumpy()
+        return Tensor(norm.reshape(self.over_outputs).copy())
+
+    def base_parameter(self) -> Parameter | None:
+        """Return the weight where DoRA's magnitude, or the factors, are made from it."""
+        return self.weight if self.use_dora or self.init_lora_weights in RESIDUAL else None
+
+    def start_again(self) -> None:
+        """Make DoRA's magnitude from the weight as it is now; for PiSSA and OLoRA the factors and what is left of it.
+
+        DoRA's magnitude becomes the norm of W + s B A, so the layer computes as LoRA without DoRA does.
+        """
+        if self.use_dora:
+            magnitude = self.mindpet_delta_lora_magnitude
+            put(magnitude, self._magnitude().astype(magnitude.dtype))
+            return
+        starts, rest = self._split(self.weight)
+        for name, value in zip(self.delta_names, starts):
+            put(getattr(self, name), value.astype(getattr(self, name).dtype))
+        # Not into its own memory, which is that of the loaded checkpoint.
+        set_value(self.weight, rest)
 
     def _add_dropout(self) -> None:
         self.has_dropout = self.dropout_rate > 0
@@ -131,14 +158,19 @@ class LowRank(Delta):
         if weight.ndim != 2 or self.out_axis:
             raise ValueError(f"init_lora_weights {config.init_lora_weights!r} is for linear layers: leave this one "
                              f"out, or adapt it with another config.")
-        base = _numbers(weight)
-        a, b = factors(str(config.init_lora_weights), base, config.lora_rank, self._factor())
-        a, b = a.astype(np.float32), b.astype(np.float32)
+        (a, b), rest = self._split(weight)
         if config.init_lora_weights in RESIDUAL:
-            self._residual = ((weight, Tensor(base - self._factor() * (b @ a)).astype(weight.dtype)),)
+            self._residual = ((weight, rest),)
             self.fixed = (f"its start ({config.init_lora_weights}) took a part out of the base's weight, so without "
                           f"the delta the layer is not its base.")
-        return Tensor(a).astype(config.param_init_type), Tensor(b).astype(config.param_init_type)
+        return a.astype(config.param_init_type), b.astype(config.param_init_type)
+
+    def _split(self, weight: Parameter) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Return A and B made from the weight by `init_lora_weights`, in float32, and what they leave of it."""
+        base = _numbers(weight)
+        a, b = (item.astype(np.float32)
+                for item in factors(str(self.init_lora_weights), base, self.lora_rank, self._factor()))
+        return (Tensor(a), Tensor(b)), Tensor(base - self._factor() * (b @ a)).astype(weight.dtype)
 
     def base_values(self) -> dict[Parameter, Tensor]:
         """Return the weight without what the factors start with, for PiSSA and OLoRA."""
@@ -179,18 +211,17 @@ class LowRank(Delta):
         squares = np.sum((b.swapaxes(1, 2) @ b) * (a @ a.swapaxes(1, 2)))
         return float(self._factor() * np.sqrt(np.maximum(squares, 0)))
 
-    def refresh(self) -> None:
-        """Set the live factor to ``strength · s``, or 0 where switched off; with DoRA, the live strength."""
+    def live_values(self) -> dict[str, Any]:
+        """Return ``strength · s`` for the live factor, or 0 where switched off; with DoRA s, and the live strength."""
         strength = self.strength if self.enabled else 0.0
         if self.use_dora:
-            put(self.lora_strength, Tensor(strength, mindspore.float32))
-            strength = 1.0
-        put(self.lora_scaling, Tensor(strength * self._factor(), mindspore.float32))
+            return {"scaling": self._factor(), "strength_factor": strength}
+        return {"scaling": strength * self._factor()}
 
     def _scaled_bias(self, dtype: mindspore.dtype) -> Tensor:
         """Return s times the bias of B, in the shape that is added to the layer's output."""
-        bias = as_type(self.mindpet_delta_lora_b_bias, dtype) * as_type(self.lora_scaling, dtype)
-        return ops.reshape(bias, self._over_outputs(bias.shape[0]))
+        bias = as_type(self.mindpet_delta_lora_b_bias, dtype) * as_type(self.scaling, dtype)
+        return ops.reshape(bias, self.over_outputs)
 
     def _dora(self, base: Tensor, update: Tensor, dtype: mindspore.dtype) -> Tensor:
         """Return what DoRA adds to the output.
@@ -200,12 +231,12 @@ class LowRank(Delta):
             update: what s · B A makes of it.
             dtype: of the computation.
         """
-        norm = ops.stop_gradient(ops.reshape(self._live_norm(), self._over_outputs(self.weight.shape[self.out_axis])))
+        norm = ops.stop_gradient(ops.reshape(self._live_norm(), self.over_outputs))
         is_zero = ops.equal(norm, 0)
         scale = as_type(self.mindpet_delta_lora_magnitude, mindspore.float32) / ops.where(is_zero, 1.0, norm)
         scale = ops.where(is_zero, 1.0, scale)
         change = as_type(scale - 1, dtype) * base + as_type(scale, dtype) * update
-        return change * as_type(self.lora_strength, dtype)
+        return change * as_type(self.strength_factor, dtype)
 
     def _live_norm(self) -> Tensor:
         """Return the norm of W + s B A over all axes but the output's, in float32 whatever the layer computes in.
@@ -215,7 +246,7 @@ class LowRank(Delta):
         a, b = (as_type(getattr(self, name), mindspore.float32) for name in self.delta_names[:2])
         product = ops.matmul(ops.reshape(b, (-1, self.lora_rank)), ops.reshape(a, (self.lora_rank, -1)))
         weight = as_type(self.weight, mindspore.float32)
-        whole = weight + ops.reshape(self._oriented(product), weight.shape) * self.lora_scaling
+        whole = weight + ops.reshape(self._oriented(product), weight.shape) * self.scaling
         axes = tuple(axis for axis in range(weight.ndim) if axis != self.out_axis)
         largest = ops.amax(ops.abs(whole), axes, True)
         parts = whole / ops.where(ops.equal(largest, 0), 1.0, largest)
@@ -248,14 +279,14 @@ class LowRank(Delta):
         weight = _numbers(self.weight)
         # What is not finite is for the caller to refuse, by name.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            whole = weight + self.lora_scaling.asnumpy() * self._update()
+            whole = weight + self.scaling.asnumpy() * self._update()
             if self.use_dora:
                 shape = [-1 if axis == self.out_axis else 1 for axis in range(weight.ndim)]
                 scale = self._dora_scale(whole).reshape(shape)
-                whole = weight + self.lora_strength.asnumpy() * (scale * whole - weight)
+                whole = weight + self.strength_factor.asnumpy() * (scale * whole - weight)
             merged = {self.weight: Tensor(whole).astype(self.weight.dtype)}
             if self.has_lora_bias:
-                bias = _numbers(self.bias) + self.lora_scaling.asnumpy() * _numbers(self.mindpet_delta_lora_b_bias)
+                bias = _numbers(self.bias) + self.scaling.asnumpy() * _numbers(self.mindpet_delta_lora_b_bias)
                 merged[self.bias] = Tensor(bias).astype(self.bias.dtype)
         return merged
 

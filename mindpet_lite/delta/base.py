@@ -3,12 +3,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
+
+from mindpet_lite.names.expressions import compile_end
 
 FLOAT_TYPES = (mstype.float16, mstype.bfloat16, mstype.float32)
 # From here on rounding gives infinity: half a step above the largest number.
@@ -172,6 +175,8 @@ class DeltaConfig:
         object.__setattr__(self, "layers_to_transform", _numbers("layers_to_transform", self.layers_to_transform))
         pattern = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
         object.__setattr__(self, "layers_pattern", _names("layers_pattern", pattern or None, allow_text=False))
+        for name in self.layers_pattern or ():
+            end_expression("layers_pattern", name)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where block numbers stand, but layers_to_transform gives none.")
         if self.layers_to_transform is not None and not isinstance(self.target_modules, tuple):
@@ -229,6 +234,18 @@ class DeltaConfig:
     def is_linear(cls, cell: nn.Cell) -> bool:
         """Tell whether ``"all-linear"`` means this cell."""
         return isinstance(cell, nn.Dense) and not isinstance(cell, Delta)
+
+
+def end_expression(field: str, pattern: str) -> re.Pattern[str]:
+    """Return the expression that matches the paths which end as `pattern` says.
+
+    Raises:
+        ValueError: it is no regular expression, or could take too long.
+    """
+    try:
+        return compile_end(pattern)
+    except ValueError as error:
+        raise ValueError(f"{field}: {pattern!r:.100} {error}") from error
 
 
 def _numbers(field: str, value: object) -> tuple[int, ...] | None:

@@ -7,13 +7,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mindpet_lite.arguments import some_of
 from mindpet_lite.estimate.cpu_operators import CpuOperators
 from mindpet_lite.estimate.layers import Lora
 from mindpet_lite.estimate.llama import Llama
 from mindpet_lite.estimate.mindformers import model_config
 from mindpet_lite.estimate.plan import ITEMS, OPTIMIZERS, Plan, plan
 from mindpet_lite.estimate.unet import UNet
-from mindpet_lite.names.expressions import by_own_name
+from mindpet_lite.names.expressions import by_own_name, compile_checked
 from mindpet_lite.pet_block import pet_block
 
 # Columns by their names: with LoRA or not, recomputed or not.
@@ -120,17 +121,18 @@ def chosen(targets: str | Sequence[str], layers: Sequence[str]) -> list[str]:
         if targets == "all-linear":
             return list(layers)
         try:
-            found = [path for path in layers if re.fullmatch(targets, path)] or by_own_name(targets, layers)
-        except re.error as error:
-            raise ValueError(f"target_modules {targets!r} is no regular expression: {error}.") from error
+            expression = compile_checked(targets)
+        except ValueError as error:
+            raise ValueError(f"target_modules {targets!r:.100} {error}") from error
+        found = [path for path in layers if expression.fullmatch(path)] or by_own_name(targets, layers)
         missing = [] if found else [targets]
     else:
         found = [path for path in layers if any(f".{path}".endswith(f".{name}") for name in targets)]
         missing = [name for name in targets if not any(f".{path}".endswith(f".{name}") for path in layers)]
     if missing or not found:
         ends = dict.fromkeys(re.sub(r".*\.\d+\.(?=.*[a-z])", "", path) for path in layers)
-        raise ValueError(f"target_modules {', '.join(map(repr, missing)) or 'is empty and'} hits no linear layer; the "
-                         f"model's are {', '.join(ends)}.")
+        raise ValueError(f"target_modules {some_of(map(repr, missing)) if missing else 'is empty and'} hits no linear "
+                         f"layer; the model's are {', '.join(ends)}.")
     return found
 
 

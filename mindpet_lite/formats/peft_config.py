@@ -9,7 +9,7 @@ from typing import Any
 from mindpet_lite.arguments import MAX_ALPHA, is_alpha
 from mindpet_lite.formats.lora import PEFT_FIELDS
 from mindpet_lite.formats.state import AdapterState
-from mindpet_lite.names.expressions import MOST, compile_end
+from mindpet_lite.names.expressions import MOST, compile_checked, compile_end
 
 # Starts that leave the base alone, so that they matter no more once the factors are in a file; and those that take the
 # start out of the base's weights, in a way that only depends on them.
@@ -82,7 +82,7 @@ def unknown_fields(config: Mapping[str, Any]) -> list[str]:
 def unhit_patterns(config: Mapping[str, Any], paths: Collection[str]) -> list[tuple[str, str]]:
     """Return the fields and patterns of ranks and alphas that fit none of the layers at these paths."""
     return [(field, pattern) for field in ("rank_pattern", "alpha_pattern") for pattern in config.get(field) or {}
-            if not any(compile_end(pattern).match(path) for path in paths)]
+            if not any(compile_end(pattern, path).match(path) for path in paths)]
 
 
 def _list_problems(config: Mapping[str, Any]) -> list[str]:
@@ -167,10 +167,9 @@ def _names(path: str, wanted: str | Iterable[str] | None) -> bool:
     """Tell whether a regular expression is the whole path, or one of a list of names its end."""
     if isinstance(wanted, str):
         try:
-            compile_end(wanted)
+            return compile_checked(wanted, path).fullmatch(path) is not None
         except ValueError:
             return False
-        return re.fullmatch(wanted, path) is not None
     parts = path.split(".")
     return not {".".join(parts[start:]) for start in range(len(parts))}.isdisjoint(wanted or ())
 
@@ -178,7 +177,7 @@ def _names(path: str, wanted: str | Iterable[str] | None) -> bool:
 def by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """Return the value of the first pattern that matches the end of `path`, as PEFT does, else `default`."""
     for pattern, value in (patterns or {}).items():
-        if compile_end(pattern).fullmatch(path):
+        if compile_end(pattern, path).fullmatch(path):
             return value
     return default
 

@@ -1,6 +1,7 @@
 """Which layers a config means, and which parameters a pattern means."""
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,14 +13,15 @@ from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.graph.linear import linear_layers
 from mindpet_lite.graph.parents import refusal_at
 from mindpet_lite.graph.tree import without_inner
-from mindpet_lite.names.expressions import by_own_name
+from mindpet_lite.names.expressions import by_own_name, compile_checked
 
 ALL_LINEAR = "all-linear"
 
 
 def wildcard(pattern: str) -> re.Pattern[str]:
     """Compile a pattern in which `*` stands for any text and every other character for itself."""
-    return re.compile(".*".join(re.escape(part) for part in pattern.split("*")), re.DOTALL)
+    # fnmatch's expression never tries another place for what stands between two stars; ? and [ mean themselves here.
+    return re.compile(fnmatch.translate(re.sub(r"[?[]", r"[\g<0>]", pattern)))
 
 
 def targets(cells: Mapping[str, nn.Cell], config: DeltaConfig) -> tuple[dict[str, nn.Cell], list[str]]:
@@ -137,9 +139,9 @@ def _with_inner(found: Sequence[str], cells: Iterable[str]) -> list[str]:
 def by_expression(field: str, wanted: str, cells: Iterable[str], example: str, problems: list[str]) -> list[str]:
     """Return the paths that a regular expression matches whole; add to `problems` if it matches none."""
     try:
-        expression = re.compile(wanted)
-    except re.error as error:
-        problems.append(f"{field} {wanted!r} is no regular expression: {error}.")
+        expression = compile_checked(wanted)
+    except ValueError as error:
+        problems.append(f"{field} {wanted!r:.100} {error}")
         return []
     found = [path for path in cells if expression.fullmatch(path)]
     if not found:

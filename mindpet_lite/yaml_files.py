@@ -24,7 +24,7 @@ def read_freeze(path: str | os.PathLike[str]) -> tuple[Sequence[str] | None, Seq
                          f"{did_you_mean('freeze', map(str, document))}")
     for key in block:
         if key not in ("include", "exclude"):
-            raise ValueError(f"{path}: unknown key {key!r} in 'freeze'; it has include and exclude."
+            raise ValueError(f"{path}: unknown key {key!r:.100} in 'freeze'; it has include and exclude."
                              f"{did_you_mean(key, ('include', 'exclude'))}")
     return block.get("include"), block.get("exclude")
 

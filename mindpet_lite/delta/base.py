@@ -21,7 +21,7 @@ _LIMITS = {mstype.float16: 65520.0, mstype.bfloat16: 2.0 ** 128 - 2.0 ** 119, ms
 def check_float_type(name: str, value: object) -> None:
     """Raise TypeError unless `value` is mindspore.float16, bfloat16 or float32."""
     if not any(value is item or value == item for item in FLOAT_TYPES):
-        raise TypeError(f"{name} must be mindspore.float16, bfloat16 or float32, but got {value!r}.")
+        raise TypeError(f"{name} must be mindspore.float16, bfloat16 or float32, but got {value!r:.100}.")
 
 
 def overflow(what: str, number: float, types: Iterable[Any]) -> str:
@@ -254,7 +254,7 @@ def _numbers(field: str, value: object) -> tuple[int, ...] | None:
         return None
     items: list[Any] = list(value) if isinstance(value, (list, tuple, set, range)) else [value]
     if not items or not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in items):
-        raise TypeError(f"{field} must be a block number or a non-empty list of block numbers, but got {value!r}.")
+        raise TypeError(f"{field} must be a block number or a non-empty list of block numbers, but got {value!r:.100}.")
     return tuple(items)
 
 
@@ -264,8 +264,8 @@ def _names(field: str, value: object, allow_text: bool) -> str | tuple[str, ...]
         return value
     expected = "a non-empty string or a non-empty list of strings" if allow_text else "a non-empty list of strings"
     if not isinstance(value, (list, tuple, set, frozenset)) or not value:
-        raise TypeError(f"{field} must be {expected}, but got {value!r}.")
+        raise TypeError(f"{field} must be {expected}, but got {value!r:.100}.")
     for item in value:
         if not isinstance(item, str) or not item:
-            raise TypeError(f"{field} must be {expected}, but it holds {item!r}.")
+            raise TypeError(f"{field} must be {expected}, but it holds {item!r:.100}.")
     return tuple(value)

@@ -34,13 +34,13 @@ _NUMBERS = (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", (int, fl
 def problems_of(config: Mapping[str, Any]) -> list[str]:
     """Return, a sentence each, why an adapter with this config cannot be used."""
     if config.get("peft_type") != "LORA":
-        return [f"peft_type must be 'LORA', but the config says {config.get('peft_type')!r}."]
+        return [f"peft_type must be 'LORA', but the config says {config.get('peft_type')!r:.100}."]
     problems = [f"{name} = {config[name]!r} is not supported." for name, unused in _UNUSED.items()
                 if name in config and config[name] not in unused]
-    problems += [f"{name} must be true or false, but the config says {config[name]!r}." for name in _FLAGS
+    problems += [f"{name} must be true or false, but the config says {config[name]!r:.100}." for name in _FLAGS
                  if config.get(name) not in (True, False, None)]
     if config.get("bias", "none") not in ("none", "all", "lora_only", None):
-        problems.append(f"bias must be 'none', 'all' or 'lora_only', but the config says {config['bias']!r}.")
+        problems.append(f"bias must be 'none', 'all' or 'lora_only', but the config says {config['bias']!r:.100}.")
     start = config.get("init_lora_weights", True)
     if start not in (*_STARTS, *RESIDUAL_STARTS):
         problems.append(f"init_lora_weights = {start!r} is not supported: its base is not the one the adapter was "
@@ -49,13 +49,13 @@ def problems_of(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"init_lora_weights = {start!r} with use_dora is not supported.")
     dropout = config.get("lora_dropout")
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float, type(None))) or not 0 <= (dropout or 0) < 1:
-        problems.append(f"lora_dropout must be a number from 0 to 1, but the config says {dropout!r}.")
+        problems.append(f"lora_dropout must be a number from 0 to 1, but the config says {dropout!r:.100}.")
     problems += _list_problems(config)
     problems += _token_problems(config.get("trainable_token_indices"))
     for name, patterns, kind in _NUMBERS:
         by_pattern = config.get(patterns) or {}
         if not isinstance(by_pattern, dict):
-            problems.append(f"{patterns} must be an object, but the config says {by_pattern!r}.")
+            problems.append(f"{patterns} must be an object, but the config says {by_pattern!r:.100}.")
             by_pattern = {}
         if len(by_pattern) > MOST:
             problems.append(f"{patterns} has {len(by_pattern)} patterns; up to {MOST} are read.")
@@ -93,7 +93,7 @@ def _list_problems(config: Mapping[str, Any]) -> list[str]:
         items = value if isinstance(value, list) else [value]
         if value is not None and not all(isinstance(item, kind) for item in items):
             problems.append(f"{name} must be a list of {'names' if kind is str else 'numbers'}, but the config says "
-                            f"{value!r}.")
+                            f"{value!r:.100}.")
     return problems
 
 
@@ -102,7 +102,7 @@ def _token_problems(tokens: Any) -> list[str]:
     good = all(isinstance(item, list) and all(isinstance(token, int) and not isinstance(token, bool) and token >= 0
                                               for token in item) for item in lists)
     return [] if good else [f"trainable_token_indices must be a list of token numbers, or an object of such lists by "
-                            f"module, but the config says {tokens!r}."]
+                            f"module, but the config says {tokens!r:.100}."]
 
 
 def tokens_of(path: str, config: Mapping[str, Any]) -> list[int]:

@@ -69,7 +69,7 @@ class LoraConfig(DeltaConfig, LoraSettings):
         DeltaConfig.__post_init__(self)
         LoraSettings.__post_init__(self)
         if self.bias not in BIASES:
-            raise ValueError(f"bias must be one of {', '.join(BIASES)}, but got {self.bias!r}."
+            raise ValueError(f"bias must be one of {', '.join(BIASES)}, but got {self.bias!r:.100}."
                              f"{did_you_mean(self.bias, BIASES)}")
         for name, check in (("rank_pattern", check_int), ("alpha_pattern", check_alpha)):
             for pattern, value in _mapping(name, getattr(self, name)).items():
@@ -171,7 +171,7 @@ def _ends(path: str, name: str) -> bool:
 
 def _mapping(name: str, value: object) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a mapping from patterns of paths to numbers, but got {value!r}.")
+        raise TypeError(f"{name} must be a mapping from patterns of paths to numbers, but got {value!r:.100}.")
     return value
 
 
@@ -180,7 +180,7 @@ def _check_tokens(name: str, tokens: object) -> None:
         isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in tokens)
     if not good:
         raise TypeError(f"{name} must be a list of token numbers, or such lists by the name of an embedding, but got "
-                        f"{tokens!r}.")
+                        f"{tokens!r:.100}.")
 
 
 def _plain_type(cell: nn.Cell) -> type[nn.Cell] | None:

@@ -96,8 +96,8 @@ def _hits(field: str, wanted: str | Sequence[str] | None, cells: Mapping[str, nn
         if field == "target_modules" and found and not adapted:
             inner = [path for path, cell in cells.items()
                      if path.startswith(found[0] + ".") and config.refusal(cell) is None]
-            problems.append(f"{field} entry {entry!r:.100} hits {type(cells[found[0]]).__name__} at {found[0]}, which is "
-                            f"no layer to adapt{'; below it are ' + ', '.join(inner[:4]) if inner else ''}.")
+            problems.append(f"{field} entry {entry!r:.100} hits {type(cells[found[0]]).__name__} at {found[0]}, which "
+                            f"is no layer to adapt{'; below it are ' + ', '.join(inner[:4]) if inner else ''}.")
         chosen.extend(found if field == "target_modules" else _with_inner(found, cells))
     order = {path: index for index, path in enumerate(cells)}
     return sorted(set(chosen), key=order.__getitem__)

@@ -58,8 +58,8 @@ def _key(path: Path, key: object) -> str:
         raise ValueError(f"{path}: YAML reads the key {key!r:.100} in params as {type(key).__name__}; write it in "
                          f"quotes.")
     if not key or key.startswith("-") or "=" in key or len(key.split()) != 1 or "\0" in key:
-        raise ValueError(f"{path}: the key {key!r:.100} in params cannot be the name of a flag; write it without dashes "
-                         f"in front, spaces and '='.")
+        raise ValueError(f"{path}: the key {key!r:.100} in params cannot be the name of a flag; write it without "
+                         f"dashes in front, spaces and '='.")
     if key in RESERVED:
         raise ValueError(f"{path}: the key {key!r:.100} in params is an option of the task itself; give it there and "
                          f"remove it here.")

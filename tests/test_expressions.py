@@ -12,7 +12,7 @@ from nets import unchanged
 
 import mindpet_lite as mp
 from mindpet_lite.cli import main
-from mindpet_lite.estimate.report import chosen
+from mindpet_lite.estimate.report import below, chosen
 from mindpet_lite.graph.match import wildcard
 
 NAME = "a" * 60
@@ -46,7 +46,8 @@ PLACES = {
     "target_modules": lora(target_modules=None), "exclude_modules": lora(exclude_modules=None),
     "rank_pattern": lora(rank_pattern=dict), "alpha_pattern": lora(alpha_pattern=dict),
     "layers_pattern": lora(layers_pattern=list, layers_to_transform=[0]), "name_map": load,
-    "net_recompute": mp.net_recompute, "estimate": lambda _, expression: chosen(expression, [NAME])}
+    "net_recompute": mp.net_recompute, "estimate": lambda _, expression: chosen(expression, [NAME]),
+    "exclude_layers": lambda _, expression: below(expression, [NAME])}
 
 
 @pytest.mark.parametrize("place", PLACES)

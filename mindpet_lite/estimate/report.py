@@ -120,11 +120,7 @@ def chosen(targets: str | Sequence[str], layers: Sequence[str]) -> list[str]:
     if isinstance(targets, str):
         if targets == "all-linear":
             return list(layers)
-        try:
-            expression = compile_checked(targets)
-        except ValueError as error:
-            raise ValueError(f"target_modules {targets!r:.100} {error}") from error
-        found = [path for path in layers if expression.fullmatch(path)] or by_own_name(targets, layers)
+        found = _matched("target_modules", targets, layers) or by_own_name(targets, layers)
         missing = [] if found else [targets]
     else:
         found = [path for path in layers if any(f".{path}".endswith(f".{name}") for name in targets)]
@@ -146,12 +142,22 @@ def below(excluded: str | Sequence[str], layers: Sequence[str]) -> list[str]:
     modules = list(dict.fromkeys(module for above in parts.values() for module in above))
     hits: set[str] = set()
     for entry in [excluded] if isinstance(excluded, str) else excluded:
-        named = [path for path in modules if (re.fullmatch(entry, path) if isinstance(excluded, str) else
-                                              f".{path}".endswith(f".{entry}"))] or by_own_name(entry, modules)
+        named = _matched("exclude_layers", entry, modules) if isinstance(excluded, str) else \
+            [path for path in modules if f".{path}".endswith(f".{entry}")]
+        named = named or by_own_name(entry, modules)
         if not named:
-            raise ValueError(f"exclude_layers {entry!r} hits nothing.")
+            raise ValueError(f"exclude_layers {entry!r:.100} hits nothing.")
         hits.update(named)
     return [path for path, above in parts.items() if hits.intersection(above)]
+
+
+def _matched(field: str, expression: str, paths: Sequence[str]) -> list[str]:
+    """Return the paths that a regular expression matches whole."""
+    try:
+        compiled = compile_checked(expression)
+    except ValueError as error:
+        raise ValueError(f"{field} {expression!r:.100} {error}") from error
+    return [path for path in paths if compiled.fullmatch(path)]
 
 
 def as_dict(report: Report) -> dict[str, Any]:

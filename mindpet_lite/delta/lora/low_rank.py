@@ -57,6 +57,8 @@ class LowRank(Delta):
     bias: Parameter
     lora_scaling: Parameter
     lora_strength: Parameter
+    # The shape in which a number for each output meets the output.
+    over_outputs: tuple[int, ...]
     init_lora_weights: bool | str
     _residual: tuple[tuple[Parameter, Tensor], ...] = ()
     mindpet_delta_lora_b_bias: Parameter
@@ -73,7 +75,7 @@ class LowRank(Delta):
         a_shape, b_shape = cls.factor_shapes(layer, config.lora_rank)
         return {**dict(zip(cls.delta_names, (a_shape, b_shape))),
                 **({"mindpet_delta_lora_b_bias": b_shape[:1]} if config.lora_bias else {}),
-                **({"mindpet_delta_lora_magnitude": cls._over_outputs(b_shape[0])} if config.use_dora else {})}
+                **({"mindpet_delta_lora_magnitude": cls.magnitude_shape(b_shape[0])} if config.use_dora else {})}
 
     def _add_factors(self, config: LoraSettings, weight: Parameter, most: int) -> None:
         """Make the Parameters; `most` is the rank that the update can have."""
@@ -92,6 +94,8 @@ class LowRank(Delta):
         if config.init_lora_weights is not True:
             values = dict(zip(values, self._other_start(config, weight, a_shape, b_shape)))
         outputs = weight.shape[self.out_axis]
+        # An attribute: a compiled graph calls no class method.
+        self.over_outputs = self.magnitude_shape(outputs)
         if config.lora_bias and getattr(self, "bias", None) is None:
             self.unmergeable = ("B has a bias (lora_bias), and the layer has none that could absorb it; use the net "
                                 "unmerged.")
@@ -111,7 +115,7 @@ class LowRank(Delta):
         self.output_names = self.delta_names[1:]
         if config.use_dora:
             # By the same operators as in the forward, so that their quotient is 1 exactly; and in float32, as there.
-            norm = self._live_norm().asnumpy().reshape(self._over_outputs(outputs))
+            norm = self._live_norm().asnumpy().reshape(self.over_outputs)
             self.mindpet_delta_lora_magnitude = Parameter(Tensor(norm.copy()),
                                                           name=prefix + "mindpet_delta_lora_magnitude")
             self.delta_names += ("mindpet_delta_lora_magnitude",)
@@ -166,7 +170,7 @@ class LowRank(Delta):
             raise ValueError(f"lora_alpha {self.lora_alpha} is too large for lora_rank {self.lora_rank}: {reason}")
 
     @classmethod
-    def _over_outputs(cls, outputs: int) -> tuple[int, ...]:
+    def magnitude_shape(cls, outputs: int) -> tuple[int, ...]:
         """Return the shape in which a number for each output is multiplied with the layer's output."""
         return (outputs,)
 
@@ -190,7 +194,7 @@ class LowRank(Delta):
     def _scaled_bias(self, dtype: mindspore.dtype) -> Tensor:
         """Return s times the bias of B, in the shape that is added to the layer's output."""
         bias = as_type(self.mindpet_delta_lora_b_bias, dtype) * as_type(self.lora_scaling, dtype)
-        return ops.reshape(bias, self._over_outputs(bias.shape[0]))
+        return ops.reshape(bias, self.over_outputs)
 
     def _dora(self, base: Tensor, update: Tensor, dtype: mindspore.dtype) -> Tensor:
         """Return what DoRA adds to the output.
@@ -200,7 +204,7 @@ class LowRank(Delta):
             update: what s · B A makes of it.
             dtype: of the computation.
         """
-        norm = ops.stop_gradient(ops.reshape(self._live_norm(), self._over_outputs(self.weight.shape[self.out_axis])))
+        norm = ops.stop_gradient(ops.reshape(self._live_norm(), self.over_outputs))
         is_zero = ops.equal(norm, 0)
         scale = as_type(self.mindpet_delta_lora_magnitude, mindspore.float32) / ops.where(is_zero, 1.0, norm)
         scale = ops.where(is_zero, 1.0, scale)

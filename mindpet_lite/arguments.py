@@ -47,7 +47,7 @@ def did_you_mean(name: object, candidates: Iterable[str]) -> str:
 def check_int(name: str, value: object) -> None:
     """Raise TypeError unless `value` is an int (a bool is not), ValueError unless it is positive."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be a positive int, but got {value!r} of type {type(value).__name__}."
+        raise TypeError(f"{name} must be a positive int, but got {value!r:.100} of type {type(value).__name__}."
                         f"{number_hint(value)}")
     if value <= 0:
         raise ValueError(f"{name} must be a positive int, but got {value}.")
@@ -56,13 +56,13 @@ def check_int(name: str, value: object) -> None:
 def check_bool(name: str, value: object) -> None:
     """Raise TypeError unless `value` is True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, but got {value!r} of type {type(value).__name__}.")
+        raise TypeError(f"{name} must be True or False, but got {value!r:.100} of type {type(value).__name__}.")
 
 
 def check_number(name: str, value: object) -> float:
     """Raise TypeError unless `value` is a real number (a bool is not); return it as float, or raise ValueError."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, but got {value!r} of type {type(value).__name__}."
+        raise TypeError(f"{name} must be a number, but got {value!r:.100} of type {type(value).__name__}."
                         f"{number_hint(value)}")
     try:
         return float(value)

@@ -98,7 +98,7 @@ def _alias(name: str, sources: tuple[str, ...]) -> _Alias:
 
 def _numbers(version: str) -> list[int]:
     if not isinstance(version, str) or "." not in version:
-        raise ValueError(f"expected a version such as '2.10.0', but got {version!r}.")
+        raise ValueError(f"expected a version such as '2.10.0', but got {version!r:.100}.")
     return [int("0" + re.sub("[^0-9].*", "", part)) for part in version.split(".")]
 
 

@@ -78,10 +78,10 @@ def from_mapping(block: Mapping[str, Any]) -> DeltaConfig:
     for key, value in values.items():
         field = _ALIASES.get(key, key)
         if field not in known:
-            raise ValueError(f"Unknown key {key!r} in pet_config of type {name!r}; it has {', '.join(known)}."
+            raise ValueError(f"Unknown key {key!r:.100} in pet_config of type {name!r}; it has {', '.join(known)}."
                              f"{did_you_mean(key, known)}")
         if field in fields:
-            raise ValueError(f"Key {key!r} in pet_config says {field!r} a second time; keep one of the two.")
+            raise ValueError(f"Key {key!r} in pet_config says {field!r:.100} a second time; keep one of the two.")
         # MindFormers' null is its default, an empty list of exclusions excludes nothing.
         if value is None and field in _TYPE_FIELDS or key == "exclude_layers" and value == []:
             continue

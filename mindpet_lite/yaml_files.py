@@ -10,8 +10,8 @@ import yaml
 
 from mindpet_lite.arguments import did_you_mean, some_of
 
-# A settings file has a few kB, and a few hundred values.
-_MAX_BYTES, _MAX_VALUES = 10_000_000, 100_000
+# A settings file has a few kB, and a few hundred values. A long text counts as one for each hundred characters.
+_MAX_BYTES, _MAX_VALUES, _LONG = 10_000_000, 100_000, 100
 
 
 def read_freeze(path: str | os.PathLike[str]) -> tuple[Sequence[str] | None, Sequence[str] | None]:
@@ -24,7 +24,7 @@ def read_freeze(path: str | os.PathLike[str]) -> tuple[Sequence[str] | None, Seq
                          f"{did_you_mean('freeze', map(str, document))}")
     for key in block:
         if key not in ("include", "exclude"):
-            raise ValueError(f"{path}: unknown key {key!r} in 'freeze'; it has include and exclude."
+            raise ValueError(f"{path}: unknown key {key!r:.100} in 'freeze'; it has include and exclude."
                              f"{did_you_mean(key, ('include', 'exclude'))}")
     return block.get("include"), block.get("exclude")
 
@@ -45,7 +45,8 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         document = _document(Path(path).read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError(f"{path} is no YAML for us: it is nested too deeply.") from None
-    except (yaml.YAMLError, ValueError) as error:
+    # What a tag such as !!bool meets where the text does not suit it is whatever Python raises.
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if document is None:
         document = {}
@@ -56,46 +57,72 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _document(text: str) -> Any:
     """Return what a YAML text holds, having looked at its parts before anything is made of them."""
-    loader = yaml.SafeLoader(text)
+    loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
-        _check(node, {}, set())
+        loader.check(node, {}, set())
         return loader.construct_document(node)
     finally:
         loader.dispose()
 
 
-def _check(node: yaml.Node, sizes: dict[int, int], around: set[int]) -> int:
-    """Return how many values a node stands for, its aliases spelt out.
+class _Loader(yaml.SafeLoader):
+    """A loader that stops where a file holds more than settings do, and knows keys that stand twice."""
 
-    Args:
-        node: of the parsed text; an alias is the very node that it names.
-        sizes: of the nodes that were looked at, by id.
-        around: the ids of the nodes that hold this one.
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._parsed = 0
 
-    Raises:
-        ValueError: a node holds itself, stands for too many values, or is a mapping with a key twice.
-    """
-    if id(node) in around:
-        raise ValueError(f"the alias in line {node.start_mark.line + 1} holds itself.")
-    if id(node) not in sizes:
-        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else \
-            node.value if isinstance(node, yaml.SequenceNode) else []
-        if isinstance(node, yaml.MappingNode):
-            _refuse_twice(node)
-        sizes[id(node)] = 1 + sum(_check(part, sizes, around | {id(node)}) for part in parts)
-    if sizes[id(node)] > _MAX_VALUES:
-        raise ValueError(f"its aliases stand for more than {_MAX_VALUES} values, which no file of settings holds.")
-    return sizes[id(node)]
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Return the next node of the text; raise ValueError where there are too many."""
+        self._parsed += 1
+        _refuse_many(self._parsed)
+        return super().compose_node(parent, index)
+
+    def check(self, node: yaml.Node, sizes: dict[int, int], around: set[int]) -> int:
+        """Return how many values a node stands for, its aliases spelt out.
+
+        Args:
+            node: of the parsed text; an alias is the very node that it names.
+            sizes: of the nodes that were looked at, by id.
+            around: the ids of the nodes that hold this one.
+
+        Raises:
+            ValueError: a node holds itself, stands for too many values, is a mapping with a key twice, or a number with
+                too many digits.
+        """
+        if id(node) in around:
+            raise ValueError(f"the alias in line {node.start_mark.line + 1} holds itself.")
+        if id(node) not in sizes:
+            parts: list[yaml.Node] = []
+            if isinstance(node, yaml.MappingNode):
+                self._refuse_twice(node)
+                parts = [part for pair in node.value for part in pair]
+            elif isinstance(node, yaml.SequenceNode):
+                parts = node.value
+            elif node.tag == "tag:yaml.org,2002:int" and len(node.value) > _LONG:
+                raise ValueError(f"the number in line {node.start_mark.line + 1} has {len(node.value)} digits.")
+            own = 1 if parts else 1 + len(node.value) // _LONG
+            sizes[id(node)] = own + sum(self.check(part, sizes, around | {id(node)}) for part in parts)
+        _refuse_many(sizes[id(node)])
+        return sizes[id(node)]
+
+    def _refuse_twice(self, mapping: yaml.MappingNode) -> None:
+        lines: dict[Any, int] = {}
+        for key in (key for key, _ in mapping.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            # yes and true are one key, and so are 1 and 0x1.
+            is_merge = key.tag == "tag:yaml.org,2002:merge"
+            value = (key.value,) if is_merge else self.construct_object(key)
+            if value in lines:
+                cure = "list what is merged after one, <<: [*a, *b]." if is_merge else "keep one of the two."
+                raise ValueError(f"the key {key.value!r:.100} stands twice, in lines {lines[value]} and {line}: {cure}")
+            lines[value] = line
 
 
-def _refuse_twice(mapping: yaml.MappingNode) -> None:
-    lines: dict[tuple[str, str], int] = {}
-    for key in (key for key, _ in mapping.value if isinstance(key, yaml.ScalarNode)):
-        line = key.start_mark.line + 1
-        if (key.tag, key.value) in lines:
-            raise ValueError(f"the key {key.value!r:.100} stands twice, in lines {lines[key.tag, key.value]} and "
-                             f"{line}: keep one of the two.")
-        lines[key.tag, key.value] = line
+def _refuse_many(values: int) -> None:
+    if values > _MAX_VALUES:
+        raise ValueError(f"it stands for more than {_MAX_VALUES} values, its aliases spelt out, which no file of "
+                         f"settings does.")

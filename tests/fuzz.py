@@ -29,6 +29,8 @@ from mindpet_lite.delta import METHODS
 from mindpet_lite.formats import directory
 from mindpet_lite.formats.checkpoint_file import open_checkpoint, to_parts
 from mindpet_lite.formats.files import BF16, open_tensors, to_bytes
+from mindpet_lite.offline.convert import convert
+from mindpet_lite.offline.inspect import inspect, table
 
 SECONDS, MEMORY, PER_BYTE = 5.0, 3_000_000, 60
 ALL_TYPES = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(4, dtype=np.float16),
@@ -41,7 +43,8 @@ TEXTS = ["", "a", "F32", "F16", "BF16", "I64", "BOOL", "F8_E4M3", "F64", "../../
          ".*" * 20, "__class__", "0" * 400, "(a|a)*" * 9 + "b", "(?i)q", "a{9999999999999}", "(" * 3000 + ")" * 3000]
 # A path that takes for ever to match where an expression repeats what it repeats.
 LONG = "a" * 60
-METHODS_SEEN = ["lora", "adapter", "low_rank_adapter"]
+METHODS_SEEN = {"lora": {}, "adapter": {}, "low_rank_adapter": {},
+                "prefixtuning": {"prefix_token_num": 2, "embed_dim": 3, "mid_dim": 2}, "ptuning2": {"pre_seq_len": 2}}
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
           "target_modules": ["to_q", LONG], "rank_pattern": {}, "alpha_pattern": {LONG: 8}, "use_rslora": False,
           "modules_to_save": None, "base_model_name_or_path": "../../../etc/passwd", "init_lora_weights": True}
@@ -254,8 +257,8 @@ def small_net() -> nn.Cell:
 
 def write_adapters() -> None:
     """Write an adapter of `small_net` for each of some methods, as a directory, and in it as a checkpoint."""
-    for method in METHODS_SEEN:
-        net = mp.get_pet_model(small_net(), METHODS[method](target_modules=["to_q", "to_k"]))
+    for method, sizes in METHODS_SEEN.items():
+        net = mp.get_pet_model(small_net(), METHODS[method](target_modules=["to_q", "to_k"], **sizes))
         folder = mp.save_adapter(net, Path("valid", method))
         settings = {path: {"method": method, "settings": cell.settings(),
                            "parameters": {own: item.name for own, item in cell.delta_parameters().items()}}
@@ -270,7 +273,7 @@ def adapters(draw) -> tuple[str, str, bytes]:
     """Return a method, the file of its adapter that is damaged, and the damaged file."""
     if not Path("valid").exists():
         write_adapters()
-    method = draw(st.sampled_from(METHODS_SEEN))
+    method = draw(st.sampled_from(list(METHODS_SEEN)))
     name = draw(st.sampled_from([directory.CONFIG_FILE, directory.TENSOR_FILE, "adapter.ckpt"]))
     data = Path("valid", method, name).read_bytes()
     if name != directory.CONFIG_FILE or draw(st.integers(0, 3)) == 0:
@@ -290,6 +293,8 @@ def check_adapter(case: tuple[str, str, bytes]) -> str:
     net = small_net()
     before = state(net)
     path = Path("fuzz_adapter", name) if name.endswith(".ckpt") else Path("fuzz_adapter")
+    bounded(data, lambda: table(inspect(path, None, METHODS)), "fuzz_adapter")
+    bounded(data, lambda: convert(path, Path("converted.ckpt"), "mindpet", methods=METHODS), "fuzz_adapter")
     found = bounded(data, lambda: mp.load_adapter(net, path), "fuzz_adapter")
     if found is None:
         assert state(net) == before

@@ -211,6 +211,7 @@ def test_the_command(config, capfd):
     ({"num_hidden_layers": None}, "config.json: the key num_hidden_layers is missing"),
     ({"hidden_size": "wide"}, "hidden_size must be a positive int, but is 'wide'"),
     ({"vocab_size": 0}, "vocab_size must be a positive int, but is 0"),
+    ({"num_hidden_layers": 10 ** 9}, "num_hidden_layers must be at most 10000"),
     ({"num_key_value_heads": 5}, "5 does not divide 32"), ({"num_attention_heads": 3}, "3 does not divide 4096"),
     ({"mlp_bias": 1}, "mlp_bias must be true or false"), ({"model_type": "gpt2"}, "but is 'gpt2'")])
 def test_configs_that_are_refused(config, changes, message, capfd):
@@ -264,7 +265,7 @@ def test_it_plans_without_mindspore():
         names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         # Which know no MindSpore either.
-        others = ("mindpet_lite.names.expressions", "mindpet_lite.pet_block")
+        others = ("mindpet_lite.arguments", "mindpet_lite.names.expressions", "mindpet_lite.pet_block")
         assert all(name.startswith(("mindpet_lite.estimate", *others)) or name.split(".")[0] in sys.stdlib_module_names
                    for name in names), path
 

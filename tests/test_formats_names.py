@@ -239,7 +239,8 @@ def test_a_hint_is_never_the_name_asked_for():
 
 
 @pytest.mark.parametrize("table, message", [
-    ([("(", "x")], "'\\(' to 'x' of the name map cannot be used: missing"), ([("b", r"\9")], "invalid group reference"),
+    ([("(", "x")], "'\\(' of the name map is no regular expression: missing"),
+    ([("b", r"\9")], "invalid group reference"),
     (["ab"], "pairs of a regular expression"), ("ab", "names by names"), (5, "names by names"),
     ({"b": 5}, "but got {'b': 5}"), ({"b": None}, "gives 'b' the name None, which is none: .* component"),
     ({"b": ""}, "gives 'b' the name '', which is none")])

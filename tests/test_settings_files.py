@@ -160,3 +160,33 @@ def test_no_settings_and_no_shape_is_a_traceback(form):
             else:
                 assert state(plain) == before
     assert count > 40 and 0 < good < count
+
+
+@pytest.mark.parametrize("alpha", [10 ** 9, 10 ** 18, 2 ** 63 - 1, 1e30])
+def test_an_alpha_that_no_file_may_say_is_refused_wherever_it_stands(alpha):
+    tensors, texts, file, _ = written("kohya")
+    tensors["lora_unet_to_q.alpha"] = np.array(alpha)
+    file.write_bytes(to_bytes(tensors, {}))
+    with pytest.raises(ValueError, match="adapter.safetensors.*\n.*alpha must be one positive number below 1e"):
+        mp.load_adapter(net(), file)
+    with pytest.raises(ValueError, match="lora_alpha must be below 1e"):
+        mp.LoraConfig(lora_alpha=alpha)
+    with pytest.raises(ValueError, match=r"alpha_pattern\['to_q'\] must be below 1e"):
+        mp.LoraConfig(alpha_pattern={"to_q": alpha})
+
+
+def test_the_largest_alpha_is_saved_and_read_again_in_every_format_or_refused():
+    tensors, _, file, _ = written("kohya")
+    tensors["lora_unet_to_q.alpha"] = np.array(10 ** 9 - 1)
+    file.write_bytes(to_bytes(tensors, {}))
+    loaded = mp.load_adapter(net(), file)
+    assert loaded.to_q.lora_alpha == 10 ** 9 - 1
+    for target, name in (("peft", "again"), ("kohya", "again.safetensors"), ("mindpet", "again.ckpt")):
+        assert mp.load_adapter(net(), mp.save_adapter(loaded, name, target)).to_q.lora_alpha == 10 ** 9 - 1
+    # The alpha that gives rsLoRA's scale where there is none is that times the root of the rank.
+    large = adapted("lora", target_modules=["to_q"], lora_rank=4, lora_alpha=6e8, use_rslora=True)(net())
+    for target, name in (("kohya", "large.safetensors"), ("mindformers", "large")):
+        with pytest.raises(ValueError, match="alpha would be 1200000000.0 where the scale is alpha / rank"):
+            mp.save_adapter(large, name, target)
+        assert not Path(name).exists()
+    assert mp.load_adapter(net(), mp.save_adapter(large, "large")).to_q.lora_alpha == 6e8

@@ -1,6 +1,8 @@
 """Averages of the deltas against the formula in float64; swapping them in and out; their files."""
 from __future__ import annotations
 
+from pathlib import Path
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -138,3 +140,9 @@ def test_a_full_disk_leaves_no_new_directory(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space left on device"):
             save()
         assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_path_is_refused():
+    with pytest.raises(ValueError, match="directory must name that of an adapter"):
+        mp.DeltaEMA(adapted()).save("")
+    assert not Path("ema").exists()

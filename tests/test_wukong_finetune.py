@@ -237,8 +237,9 @@ def pipeline_step(unet: nn.Cell) -> nn.Cell:
     ("device: GPU", ("device must be CPU or Ascend, got 'GPU'",)),
     ("target_modules: 3", ("target_modules must be a list of names or one text, got 3",)),
     ("base: 5", ("base must be a path, got 5",)),
-    ("- steps", ("must hold keys and values",)),
+    ("- steps", ("expected keys and values at the top",)),
     ("steps: [", ("cannot be read as YAML",)),
+    ("steps: 1\nsteps: 2", ("the key 'steps' stands twice, in lines 1 and 2",)),
 ])
 def test_wrong_yaml(tmp_path, capsys, line, words):
     (tmp_path / "run.yaml").write_text(line + "\n", encoding="utf-8")

@@ -21,6 +21,8 @@ from tokenizer import CharTokenizer
 from training import write_atomically
 from unet import UNetModel
 
+from mindpet_lite import yaml_files
+
 MODELS = {"unet": UNetModel, "text_encoder": TextEncoder, "autoencoder": AutoencoderKL}
 KEYS = {*MODELS, "schedule", "scale_factor", "vocabulary"}
 
@@ -60,15 +62,14 @@ def read_config(folder: Path) -> dict:
     """
     path = folder / "config.yaml"
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml_files.read_yaml(path)
     except FileNotFoundError:
         raise BaseError(f"no base in {folder}: {path.name} is missing; give the folder that holds it and the three "
                         "*.safetensors files") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise BaseError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict) or set(config) != KEYS:
-        found = sorted(map(str, config)) if isinstance(config, dict) else type(config).__name__
-        raise BaseError(f"{path} must hold the keys {', '.join(sorted(KEYS))}, found {found}")
+    if set(config) != KEYS:
+        raise BaseError(f"{path} must hold the keys {', '.join(sorted(KEYS))}, found {sorted(map(str, config))}")
     factor = config["scale_factor"]
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0:
         raise BaseError(f"{path}: scale_factor must be a number above 0, got {factor!r}")

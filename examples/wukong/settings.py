@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from errors import UserError
+
+from mindpet_lite import yaml_files
 
 HERE = Path(__file__).resolve().parent
 
@@ -105,15 +106,13 @@ def read(arguments: argparse.Namespace) -> Settings:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file; all keys are names of settings."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml_files.read_yaml(path)
     except FileNotFoundError:
         raise UserError(f"no file {path}: give --config the path of a YAML file, such as "
                         f"{HERE / 'configs' / 'wukong_tiny.yaml'}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold keys and values such as 'steps: 500', found {type(values).__name__}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as YAML (keys and values such as 'steps: 500'): "
+                        f"{' '.join(str(error).split())}") from None
     for key in values:
         if key not in FIELDS:
             near = difflib.get_close_matches(str(key), FIELDS, n=1, cutoff=0.5)

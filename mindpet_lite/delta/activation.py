@@ -73,14 +73,14 @@ def get_activation(name: str | None, prim_name: str | None = None) -> nn.Cell | 
         return None
     if not isinstance(name, str) or name.lower() not in ACTIVATIONS:
         raise UnknownNameError(f"{prim_name + ': ' if prim_name else ''}activation must be one of "
-                               f"{', '.join(ACTIVATIONS)}, but got {name!r}.{did_you_mean(name, ACTIVATIONS)}")
+                               f"{', '.join(ACTIVATIONS)}, but got {name!r:.100}.{did_you_mean(name, ACTIVATIONS)}")
     return ACTIVATIONS[name.lower()]()
 
 
 def check_non_linearity(name: object) -> None:
     """Raise TypeError unless `name` is the name of an activation."""
     if not isinstance(name, str) or name.lower() not in ACTIVATIONS:
-        raise TypeError(f"non_linearity must be one of {', '.join(ACTIVATIONS)}, but got {name!r}."
+        raise TypeError(f"non_linearity must be one of {', '.join(ACTIVATIONS)}, but got {name!r:.100}."
                         f"{did_you_mean(name, ACTIVATIONS)}")
 
 
@@ -95,7 +95,7 @@ def as_activation(activation: object) -> nn.Cell | ops.Primitive | None:
         return activation
     if isinstance(activation, str):
         return get_activation(activation)
-    raise TypeError(f"activation must be a name, a Cell, a Primitive or None, but got {activation!r} of type "
+    raise TypeError(f"activation must be a name, a Cell, a Primitive or None, but got {activation!r:.100} of type "
                     f"{type(activation).__name__}.")
 
 
@@ -106,7 +106,7 @@ def activation_strategies(activation: Any, strategy: tuple) -> list[tuple[ops.Pr
         ValueError: it cannot: LogSoftmax, or an activation that is not made of one operator; or the strategy is empty.
     """
     if not strategy:
-        raise ValueError(f"the strategy must split the input, such as ((2, 1),), but got {strategy!r}.")
+        raise ValueError(f"the strategy must split the input, such as ((2, 1),), but got {strategy!r:.100}.")
     own = [part for part in vars(activation).values() if isinstance(part, ops.Primitive)] \
         if isinstance(activation, nn.Cell) else [activation]
     if isinstance(activation, LeakyReLU):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from mindspore import dtype as mstype
 
 from mindpet_lite.delta.parts import put
 from mindpet_lite.delta.values import Start
+from mindpet_lite.names.expressions import compile_end
 
 FLOAT_TYPES = (mstype.float16, mstype.bfloat16, mstype.float32)
 # From here on rounding gives infinity: half a step above the largest number.
@@ -21,7 +23,7 @@ _LIMITS = {mstype.float16: 65520.0, mstype.bfloat16: 2.0 ** 128 - 2.0 ** 119, ms
 def check_float_type(name: str, value: object) -> None:
     """Raise TypeError unless `value` is mindspore.float16, bfloat16 or float32."""
     if not any(value is item or value == item for item in FLOAT_TYPES):
-        raise TypeError(f"{name} must be mindspore.float16, bfloat16 or float32, but got {value!r}.")
+        raise TypeError(f"{name} must be mindspore.float16, bfloat16 or float32, but got {value!r:.100}.")
 
 
 def overflow(what: str, number: float, types: Iterable[Any]) -> str:
@@ -196,6 +198,8 @@ class DeltaConfig:
         object.__setattr__(self, "layers_to_transform", _numbers("layers_to_transform", self.layers_to_transform))
         pattern = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
         object.__setattr__(self, "layers_pattern", _names("layers_pattern", pattern or None, allow_text=False))
+        for name in self.layers_pattern or ():
+            end_expression("layers_pattern", name)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where block numbers stand, but layers_to_transform gives none.")
         if self.layers_to_transform is not None and not isinstance(self.target_modules, tuple):
@@ -255,13 +259,25 @@ class DeltaConfig:
         return isinstance(cell, nn.Dense) and not isinstance(cell, Delta)
 
 
+def end_expression(field: str, pattern: str) -> re.Pattern[str]:
+    """Return the expression that matches the paths which end as `pattern` says.
+
+    Raises:
+        ValueError: it is no regular expression, or could take too long.
+    """
+    try:
+        return compile_end(pattern)
+    except ValueError as error:
+        raise ValueError(f"{field}: {pattern!r:.100} {error}") from error
+
+
 def _numbers(field: str, value: object) -> tuple[int, ...] | None:
     """Return block numbers as a tuple of ints after checking them."""
     if value is None:
         return None
     items: list[Any] = list(value) if isinstance(value, (list, tuple, set, range)) else [value]
     if not items or not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in items):
-        raise TypeError(f"{field} must be a block number or a non-empty list of block numbers, but got {value!r}.")
+        raise TypeError(f"{field} must be a block number or a non-empty list of block numbers, but got {value!r:.100}.")
     return tuple(items)
 
 
@@ -271,8 +287,8 @@ def _names(field: str, value: object, allow_text: bool) -> str | tuple[str, ...]
         return value
     expected = "a non-empty string or a non-empty list of strings" if allow_text else "a non-empty list of strings"
     if not isinstance(value, (list, tuple, set, frozenset)) or not value:
-        raise TypeError(f"{field} must be {expected}, but got {value!r}.")
+        raise TypeError(f"{field} must be {expected}, but got {value!r:.100}.")
     for item in value:
         if not isinstance(item, str) or not item:
-            raise TypeError(f"{field} must be {expected}, but it holds {item!r}.")
+            raise TypeError(f"{field} must be {expected}, but it holds {item!r:.100}.")
     return tuple(value)

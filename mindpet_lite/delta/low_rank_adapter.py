@@ -135,7 +135,7 @@ class LowRankLinear(TypedCell, Delta):
             if strategy is not None and ([len(part) for part in strategy] != [2, 2]
                                          or strategy[0][1] != strategy[1][0]):
                 raise ValueError(f"{name} must split the two axes of both inputs of a product, the inner axis alike, "
-                                 f"such as ((2, 4), (4, 1)), but got {strategy!r}.")
+                                 f"such as ((2, 4), (4, 1)), but got {strategy!r:.100}.")
         left = right = None
         if weight is not None or entry is not None:
             (inner, rank), (_, outer) = weight or ((1, 1), (1, 1))
@@ -164,8 +164,8 @@ class LowRankAdapterSettings(BottleneckSettings):
             check_int(name, getattr(self, name))
             object.__setattr__(self, name, int(getattr(self, name)))
         if not isinstance(self.low_rank_w_init, (str, Initializer)):
-            raise TypeError(f"low_rank_w_init must be an initialiser or its name, but got {self.low_rank_w_init!r} of "
-                            f"type {type(self.low_rank_w_init).__name__}.")
+            raise TypeError(f"low_rank_w_init must be an initialiser or its name, but got "
+                            f"{self.low_rank_w_init!r:.100} of type {type(self.low_rank_w_init).__name__}.")
         check_init("low_rank_w_init", self.low_rank_w_init)
 
 

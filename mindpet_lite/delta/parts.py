@@ -58,7 +58,7 @@ def check_init(name: str, value: object) -> None:
     """Raise unless `value` is something MindSpore's initializer takes."""
     if isinstance(value, bool) or not isinstance(value, (Tensor, str, Initializer, int, float)):
         raise TypeError(f"{name} must be a Tensor, a number, an initialiser or its name, "
-                        f"but got {value!r} of type {type(value).__name__}.")
+                        f"but got {value!r:.100} of type {type(value).__name__}.")
     if isinstance(value, str):
         try:
             initializer(value, (2, 2))
@@ -98,7 +98,7 @@ def check_strategies(strategies: Mapping[str, object]) -> None:
             isinstance(part, tuple) and all(isinstance(item, int) and not isinstance(item, bool) for item in part)
             for part in strategy)
         if not good:
-            raise TypeError(f"{name} must be a tuple of tuples of ints, one for each input, but got {strategy!r}.")
+            raise TypeError(f"{name} must be a tuple of tuples of ints, one for each input, but got {strategy!r:.100}.")
 
 
 def set_strategies(pairs: list[tuple[str, Any, tuple | None]]) -> None:

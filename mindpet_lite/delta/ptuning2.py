@@ -205,7 +205,7 @@ class PrefixEncoder(Prompts, nn.Cell):
             check_int(name, value)
         if not isinstance(out_perm, (list, tuple)) or sorted(out_perm) != [0, 1, 2, 3, 4] or out_perm[0] != 2:
             raise ValueError(f"out_perm must be a permutation of (0, 1, 2, 3, 4) that starts with 2, the axis that is "
-                             f"cut into layers, but got {out_perm!r}.")
+                             f"cut into layers, but got {out_perm!r:.100}.")
         self.num_layers, self.num_heads, self.kv_channels = num_layers, num_heads, kv_channels
         self.out_perm = tuple(out_perm)
         ids = Tensor(np.arange(settings.pre_seq_len), mindspore.int64)

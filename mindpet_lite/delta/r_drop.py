@@ -20,7 +20,7 @@ _LABEL_TYPES = (mindspore.int8, mindspore.int16, mindspore.int32, mindspore.int6
 # constexpr: a graph runs these as plain Python when it is compiled, so that the errors are the same in both modes.
 @ops.constexpr
 def _refuse(what: str, value: object) -> None:
-    raise TypeError(f"{what} must be a Tensor, but got {value!r} of type {type(value).__name__}.")
+    raise TypeError(f"{what} must be a Tensor, but got {value!r:.100} of type {type(value).__name__}.")
 
 
 @ops.constexpr

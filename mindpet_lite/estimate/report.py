@@ -7,13 +7,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mindpet_lite.arguments import some_of
 from mindpet_lite.estimate.cpu_operators import CpuOperators
 from mindpet_lite.estimate.layers import Lora
 from mindpet_lite.estimate.llama import Llama
 from mindpet_lite.estimate.mindformers import model_config
 from mindpet_lite.estimate.plan import ITEMS, OPTIMIZERS, Plan, plan
 from mindpet_lite.estimate.unet import UNet
-from mindpet_lite.names.expressions import by_own_name
+from mindpet_lite.names.expressions import by_own_name, compile_checked
 from mindpet_lite.pet_block import pet_block
 
 # Columns by their names: with LoRA or not, recomputed or not.
@@ -119,18 +120,15 @@ def chosen(targets: str | Sequence[str], layers: Sequence[str]) -> list[str]:
     if isinstance(targets, str):
         if targets == "all-linear":
             return list(layers)
-        try:
-            found = [path for path in layers if re.fullmatch(targets, path)] or by_own_name(targets, layers)
-        except re.error as error:
-            raise ValueError(f"target_modules {targets!r} is no regular expression: {error}.") from error
+        found = _matched("target_modules", targets, layers) or by_own_name(targets, layers)
         missing = [] if found else [targets]
     else:
         found = [path for path in layers if any(f".{path}".endswith(f".{name}") for name in targets)]
         missing = [name for name in targets if not any(f".{path}".endswith(f".{name}") for path in layers)]
     if missing or not found:
         ends = dict.fromkeys(re.sub(r".*\.\d+\.(?=.*[a-z])", "", path) for path in layers)
-        raise ValueError(f"target_modules {', '.join(map(repr, missing)) or 'is empty and'} hits no linear layer; the "
-                         f"model's are {', '.join(ends)}.")
+        raise ValueError(f"target_modules {some_of(map(repr, missing)) if missing else 'is empty and'} hits no linear "
+                         f"layer; the model's are {', '.join(ends)}.")
     return found
 
 
@@ -144,12 +142,22 @@ def below(excluded: str | Sequence[str], layers: Sequence[str]) -> list[str]:
     modules = list(dict.fromkeys(module for above in parts.values() for module in above))
     hits: set[str] = set()
     for entry in [excluded] if isinstance(excluded, str) else excluded:
-        named = [path for path in modules if (re.fullmatch(entry, path) if isinstance(excluded, str) else
-                                              f".{path}".endswith(f".{entry}"))] or by_own_name(entry, modules)
+        named = _matched("exclude_layers", entry, modules) if isinstance(excluded, str) else \
+            [path for path in modules if f".{path}".endswith(f".{entry}")]
+        named = named or by_own_name(entry, modules)
         if not named:
-            raise ValueError(f"exclude_layers {entry!r} hits nothing.")
+            raise ValueError(f"exclude_layers {entry!r:.100} hits nothing.")
         hits.update(named)
     return [path for path, above in parts.items() if hits.intersection(above)]
+
+
+def _matched(field: str, expression: str, paths: Sequence[str]) -> list[str]:
+    """Return the paths that a regular expression matches whole."""
+    try:
+        compiled = compile_checked(expression)
+    except ValueError as error:
+        raise ValueError(f"{field} {expression!r:.100} {error}") from error
+    return [path for path in paths if compiled.fullmatch(path)]
 
 
 def as_dict(report: Report) -> dict[str, Any]:

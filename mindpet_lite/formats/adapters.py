@@ -89,7 +89,7 @@ def to_files(state: AdapterState, kind: str, path: Path) -> dict[Path, bytes]:
     """
     if kind not in TARGETS:
         near = difflib.get_close_matches(str(kind), TARGETS, n=1)
-        raise ValueError(f"format must be one of {', '.join(TARGETS)}, but got {kind!r}."
+        raise ValueError(f"format must be one of {', '.join(TARGETS)}, but got {kind!r:.100}."
                          f"{f' Did you mean {near[0]!r}?' if near else ''}")
     if kind in ("peft", "mindformers"):
         if path.suffix in (".safetensors", ".ckpt"):

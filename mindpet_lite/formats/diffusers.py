@@ -277,10 +277,10 @@ def _own(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         found = parse_object(metadata[OWN_ENTRY].encode())
     except ValueError as error:
-        raise ValueError(f"its entry {OWN_ENTRY!r} {error}") from error
+        raise ValueError(f"its entry {OWN_ENTRY!r:.100} {error}") from error
     if isinstance(found.get("component_in_paths"), bool) and isinstance(found.get("config"), dict):
         return found
-    raise ValueError(f"its entry {OWN_ENTRY!r} is damaged: it needs 'component_in_paths' and 'config'.")
+    raise ValueError(f"its entry {OWN_ENTRY!r:.100} is damaged: it needs 'component_in_paths' and 'config'.")
 
 
 def _fields_of(config: Mapping[str, Any], component: str, names: Collection[str]) -> dict[str, Any]:

@@ -142,9 +142,9 @@ def read_own_entry(found: str | Mapping[str, Any] | None) -> tuple[dict[str, dic
         for layer in layers.values():
             check_name(layer["path"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"its entry {OWN_ENTRY!r} is damaged: {error!r}.") from error
+        raise ValueError(f"its entry {OWN_ENTRY!r:.100} is damaged: {error!r}.") from error
     if not sound:
-        raise ValueError(f"its entry {OWN_ENTRY!r} is damaged: each layer needs a path and settings.")
+        raise ValueError(f"its entry {OWN_ENTRY!r:.100} is damaged: each layer needs a path and settings.")
     return layers, config
 
 

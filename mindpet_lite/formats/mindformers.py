@@ -134,12 +134,13 @@ def _settings(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
              for name, keys in _FIELDS.items()}
     rank, alpha, dropout = found.values()
     if rank is not None and (type(rank) is not int or rank <= 0):
-        problems.append(f"r must be a positive integer, but the config says {rank!r}.")
+        problems.append(f"r must be a positive integer, but the config says {rank!r:.100}.")
     if not is_alpha(alpha):
-        problems.append(f"lora_alpha must be a positive number below {MAX_ALPHA:g}, but the config says {alpha!r}.")
+        problems.append(f"lora_alpha must be a positive number below {MAX_ALPHA:g}, but the config says "
+                        f"{alpha!r:.100}.")
     found["lora_dropout"] = dropout = 0.0 if dropout is None else dropout
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        problems.append(f"lora_dropout must be a number from 0 to 1, but the config says {dropout!r}.")
+        problems.append(f"lora_dropout must be a number from 0 to 1, but the config says {dropout!r:.100}.")
     for name, unused in (("use_rslora", (False, None)), ("use_dora", (False, None)), ("lora_bias", (False, None)),
                          ("bias", ("none", None)), ("rank_pattern", ({}, None)), ("alpha_pattern", ({}, None)),
                          ("modules_to_save", (None, []))):

@@ -9,7 +9,7 @@ from typing import Any
 from mindpet_lite.arguments import MAX_ALPHA, is_alpha
 from mindpet_lite.formats.lora import PEFT_FIELDS
 from mindpet_lite.formats.state import AdapterState
-from mindpet_lite.names.expressions import MOST, compile_end
+from mindpet_lite.names.expressions import MOST, compile_checked, compile_end
 
 # Starts that leave the base alone, so that they matter no more once the factors are in a file; and those that take the
 # start out of the base's weights, in a way that only depends on them.
@@ -34,13 +34,13 @@ _NUMBERS = (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", (int, fl
 def problems_of(config: Mapping[str, Any]) -> list[str]:
     """Return, a sentence each, why an adapter with this config cannot be used."""
     if config.get("peft_type") != "LORA":
-        return [f"peft_type must be 'LORA', but the config says {config.get('peft_type')!r}."]
+        return [f"peft_type must be 'LORA', but the config says {config.get('peft_type')!r:.100}."]
     problems = [f"{name} = {config[name]!r} is not supported." for name, unused in _UNUSED.items()
                 if name in config and config[name] not in unused]
-    problems += [f"{name} must be true or false, but the config says {config[name]!r}." for name in _FLAGS
+    problems += [f"{name} must be true or false, but the config says {config[name]!r:.100}." for name in _FLAGS
                  if config.get(name) not in (True, False, None)]
     if config.get("bias", "none") not in ("none", "all", "lora_only", None):
-        problems.append(f"bias must be 'none', 'all' or 'lora_only', but the config says {config['bias']!r}.")
+        problems.append(f"bias must be 'none', 'all' or 'lora_only', but the config says {config['bias']!r:.100}.")
     start = config.get("init_lora_weights", True)
     if start not in (*_STARTS, *RESIDUAL_STARTS):
         problems.append(f"init_lora_weights = {start!r} is not supported: its base is not the one the adapter was "
@@ -49,13 +49,13 @@ def problems_of(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"init_lora_weights = {start!r} with use_dora is not supported.")
     dropout = config.get("lora_dropout")
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float, type(None))) or not 0 <= (dropout or 0) < 1:
-        problems.append(f"lora_dropout must be a number from 0 to 1, but the config says {dropout!r}.")
+        problems.append(f"lora_dropout must be a number from 0 to 1, but the config says {dropout!r:.100}.")
     problems += _list_problems(config)
     problems += _token_problems(config.get("trainable_token_indices"))
     for name, patterns, kind in _NUMBERS:
         by_pattern = config.get(patterns) or {}
         if not isinstance(by_pattern, dict):
-            problems.append(f"{patterns} must be an object, but the config says {by_pattern!r}.")
+            problems.append(f"{patterns} must be an object, but the config says {by_pattern!r:.100}.")
             by_pattern = {}
         if len(by_pattern) > MOST:
             problems.append(f"{patterns} has {len(by_pattern)} patterns; up to {MOST} are read.")
@@ -82,7 +82,7 @@ def unknown_fields(config: Mapping[str, Any]) -> list[str]:
 def unhit_patterns(config: Mapping[str, Any], paths: Collection[str]) -> list[tuple[str, str]]:
     """Return the fields and patterns of ranks and alphas that fit none of the layers at these paths."""
     return [(field, pattern) for field in ("rank_pattern", "alpha_pattern") for pattern in config.get(field) or {}
-            if not any(compile_end(pattern).match(path) for path in paths)]
+            if not any(compile_end(pattern, path).match(path) for path in paths)]
 
 
 def _list_problems(config: Mapping[str, Any]) -> list[str]:
@@ -93,7 +93,7 @@ def _list_problems(config: Mapping[str, Any]) -> list[str]:
         items = value if isinstance(value, list) else [value]
         if value is not None and not all(isinstance(item, kind) for item in items):
             problems.append(f"{name} must be a list of {'names' if kind is str else 'numbers'}, but the config says "
-                            f"{value!r}.")
+                            f"{value!r:.100}.")
     return problems
 
 
@@ -102,7 +102,7 @@ def _token_problems(tokens: Any) -> list[str]:
     good = all(isinstance(item, list) and all(isinstance(token, int) and not isinstance(token, bool) and token >= 0
                                               for token in item) for item in lists)
     return [] if good else [f"trainable_token_indices must be a list of token numbers, or an object of such lists by "
-                            f"module, but the config says {tokens!r}."]
+                            f"module, but the config says {tokens!r:.100}."]
 
 
 def tokens_of(path: str, config: Mapping[str, Any]) -> list[int]:
@@ -167,10 +167,9 @@ def _names(path: str, wanted: str | Iterable[str] | None) -> bool:
     """Tell whether a regular expression is the whole path, or one of a list of names its end."""
     if isinstance(wanted, str):
         try:
-            compile_end(wanted)
+            return compile_checked(wanted, path).fullmatch(path) is not None
         except ValueError:
             return False
-        return re.fullmatch(wanted, path) is not None
     parts = path.split(".")
     return not {".".join(parts[start:]) for start in range(len(parts))}.isdisjoint(wanted or ())
 
@@ -178,7 +177,7 @@ def _names(path: str, wanted: str | Iterable[str] | None) -> bool:
 def by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """Return the value of the first pattern that matches the end of `path`, as PEFT does, else `default`."""
     for pattern, value in (patterns or {}).items():
-        if compile_end(pattern).fullmatch(path):
+        if compile_end(pattern, path).fullmatch(path):
             return value
     return default
 

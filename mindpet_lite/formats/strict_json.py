@@ -34,7 +34,7 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {key!r} stands twice in one object")
+        raise ValueError(f"the key {key!r:.100} stands twice in one object")
     for key, value in pairs:
         if not _finite(value):
             raise ValueError(f"{key} must be made of finite numbers, but is {value!r}")

@@ -46,20 +46,20 @@ class TrainableParamsCheckPoint(Callback):
                  config: CheckpointConfig | None = None) -> None:
         super().__init__()
         if not isinstance(directory, (str, os.PathLike)):
-            raise WrongArgumentError(f"directory must be a path to write checkpoints to, but got {directory!r}.")
+            raise WrongArgumentError(f"directory must be a path to write checkpoints to, but got {directory!r:.100}.")
         if not os.fspath(directory):
             raise ValueError("directory must be a path to write checkpoints to, but got an empty string.")
         if not isinstance(prefix, str):
-            raise WrongArgumentError(f"prefix must be a string, but got {prefix!r}.")
+            raise WrongArgumentError(f"prefix must be a string, but got {prefix!r:.100}.")
         if not prefix or os.path.basename(prefix) != prefix:
-            raise ValueError(f"prefix must be the start of a file name, but got {prefix!r}.")
+            raise ValueError(f"prefix must be the start of a file name, but got {prefix!r:.100}.")
         if config is not None and not isinstance(config, CheckpointConfig):
             raise TypeError(f"config must be a mindspore.train.CheckpointConfig, but got {type(config).__name__}.")
         if config is not None and config.enc_key:
             raise ValueError("TrainableParamsCheckPoint does not support enc_key of CheckpointConfig.")
         file_format = getattr(config, "format", "ckpt")
         if file_format != "ckpt":
-            raise ValueError(f"TrainableParamsCheckPoint writes format 'ckpt', but config says {file_format!r}.")
+            raise ValueError(f"TrainableParamsCheckPoint writes format 'ckpt', but config says {file_format!r:.100}.")
         self.directory, self.prefix, self.config = Path(directory), prefix, config
         self._written: dict[Path, float] = {}
         self._first_step, self._last_step, self._last_time = 0, 0, time.monotonic()

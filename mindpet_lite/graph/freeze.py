@@ -94,9 +94,9 @@ def freeze_delta(model: nn.Cell, mode: str, include: Sequence[str] | None = None
     """
     require_cell(model)
     if not isinstance(mode, str):
-        raise WrongArgumentError(f"mode must be one of {', '.join(FREEZE_MODES)}, but got {mode!r}.")
+        raise WrongArgumentError(f"mode must be one of {', '.join(FREEZE_MODES)}, but got {mode!r:.100}.")
     if mode.lower() not in FREEZE_MODES:
-        raise ValueError(f"mode must be one of {', '.join(FREEZE_MODES)}, but got {mode!r}."
+        raise ValueError(f"mode must be one of {', '.join(FREEZE_MODES)}, but got {mode!r:.100}."
                          f"{did_you_mean(mode, FREEZE_MODES)}")
     kind = FREEZE_MODES[mode.lower()]
     cells, parameters = cells_by_path(model), net_parameters(model)
@@ -149,7 +149,7 @@ def freeze_from_config(model: nn.Cell, config_path: str | os.PathLike[str]) -> T
     """
     require_cell(model)
     if not config_path:
-        raise WrongArgumentError(f"config_path must be the path of a YAML file, but got {config_path!r}.")
+        raise WrongArgumentError(f"config_path must be the path of a YAML file, but got {config_path!r:.100}.")
     include, exclude = read_freeze(config_path)
     return freeze_modules(model, include, exclude)
 

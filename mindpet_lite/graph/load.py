@@ -78,7 +78,7 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     cells = cells_by_path(net)
     check_table(name_map)
     if trainable not in TRAINABLE:
-        raise ValueError(f"trainable must be one of {', '.join(map(repr, TRAINABLE))}, but got {trainable!r}.")
+        raise ValueError(f"trainable must be one of {', '.join(map(repr, TRAINABLE))}, but got {trainable!r:.100}.")
     source = read_adapter(Path(path), format, METHODS, list(without_inner(cells)))
     problems: list[str] = []
     state = _under_paths(part(source.state, component), source.kind, cells, name_map, component, problems)
@@ -192,7 +192,7 @@ def _delta_for(kind: type[DeltaConfig], path: str, cells: Mapping[str, nn.Cell],
     if present is not None:
         if present.method != kind.pet_type:
             raise ValueError(f"the file is of method {kind.pet_type!r}, the layer in the net is of "
-                             f"{present.method!r}.")
+                             f"{present.method!r:.100}.")
         kind(**(layer.settings or {}))
         return present
     if layer.settings is None:

@@ -1,6 +1,7 @@
 """Which layers a config means, and which parameters a pattern means."""
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,14 +13,15 @@ from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.graph.linear import linear_layers
 from mindpet_lite.graph.parents import refusal_at
 from mindpet_lite.graph.tree import without_inner
-from mindpet_lite.names.expressions import by_own_name
+from mindpet_lite.names.expressions import by_own_name, compile_checked
 
 ALL_LINEAR = "all-linear"
 
 
 def wildcard(pattern: str) -> re.Pattern[str]:
     """Compile a pattern in which `*` stands for any text and every other character for itself."""
-    return re.compile(".*".join(re.escape(part) for part in pattern.split("*")), re.DOTALL)
+    # fnmatch's expression never tries another place for what stands between two stars; ? and [ mean themselves here.
+    return re.compile(fnmatch.translate(re.sub(r"[?[]", r"[\g<0>]", pattern)))
 
 
 def targets(cells: Mapping[str, nn.Cell], config: DeltaConfig) -> tuple[dict[str, nn.Cell], list[str]]:
@@ -87,15 +89,15 @@ def _hits(field: str, wanted: str | Sequence[str] | None, cells: Mapping[str, nn
         if field == "target_modules" and found:
             found = [path for path in found if path == entry or _is_chosen_block(path, config)]
             if not found:
-                problems.append(f"{field} entry {entry!r} hits no layer in blocks "
+                problems.append(f"{field} entry {entry!r:.100} hits no layer in blocks "
                                 f"{', '.join(map(str, config.layers_to_transform or ()))}.")
                 continue
         adapted = [path for path in found if config.refusal(cells[path]) is None or _owns_parameters(cells[path])]
         if field == "target_modules" and found and not adapted:
             inner = [path for path, cell in cells.items()
                      if path.startswith(found[0] + ".") and config.refusal(cell) is None]
-            problems.append(f"{field} entry {entry!r} hits {type(cells[found[0]]).__name__} at {found[0]}, which is no "
-                            f"layer to adapt{'; below it are ' + ', '.join(inner[:4]) if inner else ''}.")
+            problems.append(f"{field} entry {entry!r:.100} hits {type(cells[found[0]]).__name__} at {found[0]}, which "
+                            f"is no layer to adapt{'; below it are ' + ', '.join(inner[:4]) if inner else ''}.")
         chosen.extend(found if field == "target_modules" else _with_inner(found, cells))
     order = {path: index for index, path in enumerate(cells)}
     return sorted(set(chosen), key=order.__getitem__)
@@ -137,9 +139,9 @@ def _with_inner(found: Sequence[str], cells: Iterable[str]) -> list[str]:
 def by_expression(field: str, wanted: str, cells: Iterable[str], example: str, problems: list[str]) -> list[str]:
     """Return the paths that a regular expression matches whole; add to `problems` if it matches none."""
     try:
-        expression = re.compile(wanted)
-    except re.error as error:
-        problems.append(f"{field} {wanted!r} is no regular expression: {error}.")
+        expression = compile_checked(wanted)
+    except ValueError as error:
+        problems.append(f"{field} {wanted!r:.100} {error}")
         return []
     found = [path for path in cells if expression.fullmatch(path)]
     if not found:
@@ -152,7 +154,7 @@ def by_name(field: str, entry: str, cells: Iterable[str], example: str, problems
     """Return the paths that equal `entry` or end with it; add to `problems` if there are none."""
     found = _named(entry, cells)
     if not found:
-        problems.append(f"{field} entry {entry!r} hits nothing; it must equal a layer's path or its last parts, "
+        problems.append(f"{field} entry {entry!r:.100} hits nothing; it must equal a layer's path or its last parts, "
                         f"such as {example}.{did_you_mean(entry, _spellings(cells))}")
     return found
 
@@ -190,7 +192,7 @@ def _unhit_blocks(config: DeltaConfig, chosen: Iterable[str]) -> list[str]:
     there = {_block(path, config.layers_pattern) for path in chosen}
     problems = [f"layers_to_transform has {number}, but no layer of target_modules is in such a block."
                 for number in config.layers_to_transform if number not in there]
-    return problems + [f"layers_pattern {name!r} hits no list of blocks that holds a layer of target_modules."
+    return problems + [f"layers_pattern {name!r:.100} hits no list of blocks that holds a layer of target_modules."
                        for name in config.layers_pattern or () if all(_block(path, [name]) is None for path in chosen)]
 
 
@@ -229,9 +231,9 @@ def selector(field: str, patterns: Sequence[str] | None, names: Sequence[Sequenc
                  if any(expression.fullmatch(name) for name in spellings)}
         if not found:
             known = [part for spellings in names for name in spellings for part in (name, name.rsplit(".", 1)[-1])]
-            raise ValueError(f"{field} pattern {pattern!r} matches no parameter of the net; a pattern must match a "
-                             f"parameter's whole path ('*' stands for any text), such as "
-                             f"{names[0][0] if names else '(the net has no parameter)'!r}."
+            raise ValueError(f"{field} pattern {pattern!r:.100} matches no parameter of the net; a pattern must match "
+                             f"a parameter's whole path ('*' stands for any text), such as "
+                             f"{names[0][0] if names else '(the net has no parameter)'!r:.100}."
                              f"{did_you_mean(pattern.strip('*'), known)}")
         hit |= found
     return hit.__contains__
@@ -242,5 +244,5 @@ def check_patterns(field: str, patterns: Sequence[str] | None) -> Sequence[str]:
     if patterns is None:
         return []
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(item, str) and item for item in patterns):
-        raise TypeError(f"{field} must be a list of strings such as ['*embedding*'], but got {patterns!r}.")
+        raise TypeError(f"{field} must be a list of strings such as ['*embedding*'], but got {patterns!r:.100}.")
     return patterns

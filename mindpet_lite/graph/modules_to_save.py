@@ -43,9 +43,10 @@ def saved_by(config: DeltaConfig, net: nn.Cell, cells: Mapping[str, nn.Cell], ch
         inner = [path for path, cell in cells.items() if id(cell) in adapted
                  and any(path == hit or path.startswith(hit + ".") for hit in hits)]
         if inner:
-            problems.append(f"modules_to_save entry {entry!r} holds the adapted layer {inner[0]}: take it out of one.")
+            problems.append(f"modules_to_save entry {entry!r:.100} holds the adapted layer {inner[0]}: take it out of "
+                            f"one.")
         elif not any(True for path in hits for _ in cells[path].get_parameters()):
-            problems.append(f"modules_to_save entry {entry!r} hits no module with parameters."
+            problems.append(f"modules_to_save entry {entry!r:.100} hits no module with parameters."
                             f"{did_you_mean(entry, (path.rpartition('.')[2] for path in cells if path))}")
         whole += [f"{hit}." for hit in hits]
     if not whole:

@@ -99,9 +99,9 @@ def _hits(pattern: str | Sequence[str], cells: Mapping[str, nn.Cell], problems: 
     names = [pattern] if isinstance(pattern, str) else pattern
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"pattern must be a regular expression or a list of names such as ['blocks.0', 'blocks.1'], "
-                        f"but got {pattern!r}.")
+                        f"but got {pattern!r:.100}.")
     if not names or not all(names):
-        raise ValueError(f"pattern must name something, but got {pattern!r}.")
+        raise ValueError(f"pattern must name something, but got {pattern!r:.100}.")
     # The first cell that is run with others inside is what most nets call a block.
     example = repr(next((path for path, cell in cells.items() if path and _is_called(cell) and any(cell.cells())),
                         "blocks.0"))

@@ -6,7 +6,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from mindpet_lite.names.components import COMPONENTS
+from mindpet_lite.names.expressions import compile_checked
 
+# Of a name, as in files.
+_LONGEST = 1000
 Table = Mapping[str, str] | Sequence[tuple[str, str]]
 
 
@@ -30,9 +33,12 @@ def check_table(table: Table | None) -> None:
                          f"place, but got {table!r:.100}.")
     for pattern, replacement in () if isinstance(table, Mapping) else pairs:
         try:
-            re.sub(pattern, replacement, "")
+            compile_checked(pattern).sub(replacement, "")
+        except ValueError as error:
+            raise ValueError(f"{pattern!r:.100} of the name map {error}") from error
         except (re.error, IndexError) as error:
-            raise ValueError(f"{pattern!r} to {replacement!r} of the name map cannot be used: {error}.") from error
+            raise ValueError(f"{pattern!r:.100} to {replacement!r:.100} of the name map cannot be used: {error}."
+                             ) from error
 
 
 def renamed(paths: Iterable[str], table: Table | None) -> tuple[dict[str, str], list[str]]:
@@ -53,6 +59,9 @@ def renamed(paths: Iterable[str], table: Table | None) -> tuple[dict[str, str], 
         changed, used = path, False
         for number, (pattern, replacement) in enumerate(table or ()):
             changed, count = re.subn(pattern, replacement, changed)
+            if len(changed) > _LONGEST:
+                raise ValueError(f"{pattern!r:.100} of the name map makes of {path:.100} a name of {len(changed)} "
+                                 f"characters; names of layers have up to {_LONGEST}.")
             hits |= {number} if count else set()
             used |= count > 0
         if used:

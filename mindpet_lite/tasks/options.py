@@ -59,11 +59,11 @@ def seconds_of(timeout: str | None) -> int | None:
     if timeout is None:
         return None
     if not isinstance(timeout, str):
-        raise TypeError(f"timeout must be text such as '1d2h' or '30m', but got {timeout!r} of type "
+        raise TypeError(f"timeout must be text such as '1d2h' or '30m', but got {timeout!r:.100} of type "
                         f"{type(timeout).__name__}.")
     match = _TIMEOUT.fullmatch("".join(timeout.split()).lower())
     total = sum(int(count or 0) * unit for count, unit in zip(match.groups(), _UNITS.values())) if match else 0
     if not total:
         raise ValueError(f"timeout must be days, hours, minutes and seconds, in this order and more than none, such "
-                         f"as 1d2h, 30m or 45s, but got {timeout!r}.")
+                         f"as 1d2h, 30m or 45s, but got {timeout!r:.100}.")
     return total

@@ -34,15 +34,15 @@ def flags_of(path: Path, blocks: tuple[str, ...]) -> list[str]:
     of_mindformers = block is not None and KEY not in document
     for key in document:
         if key not in blocks and (key == "freeze" or key != KEY and not of_mindformers):
-            raise ValueError(f"{path}: expected only {' and '.join(map(repr, blocks))} at the top, but got {key!r}."
-                             f"{did_you_mean(key, blocks)}")
+            raise ValueError(f"{path}: expected only {' and '.join(map(repr, blocks))} at the top, but got "
+                             f"{key!r:.100}.{did_you_mean(key, blocks)}")
     if not document:
         raise ValueError(f"{path} is empty; expected {' or '.join(map(repr, blocks))}.")
     flags: list[str] = []
     if "params" in document:
         params = document["params"]
         if not isinstance(params, Mapping) or not params:
-            raise ValueError(f"{path}: params must hold keys and values, but got {params!r}.")
+            raise ValueError(f"{path}: params must hold keys and values, but got {params!r:.100}.")
         for key, value in params.items():
             flags += [f"--{_key(path, key)}", *_values(path, key, value)]
     if "freeze" in document:
@@ -55,12 +55,13 @@ def flags_of(path: Path, blocks: tuple[str, ...]) -> list[str]:
 def _key(path: Path, key: object) -> str:
     """Return a key of `params` that can be the name of a flag."""
     if not isinstance(key, str):
-        raise ValueError(f"{path}: YAML reads the key {key!r} in params as {type(key).__name__}; write it in quotes.")
+        raise ValueError(f"{path}: YAML reads the key {key!r:.100} in params as {type(key).__name__}; write it in "
+                         f"quotes.")
     if not key or key.startswith("-") or "=" in key or len(key.split()) != 1 or "\0" in key:
-        raise ValueError(f"{path}: the key {key!r} in params cannot be the name of a flag; write it without dashes in "
-                         f"front, spaces and '='.")
+        raise ValueError(f"{path}: the key {key!r:.100} in params cannot be the name of a flag; write it without "
+                         f"dashes in front, spaces and '='.")
     if key in RESERVED:
-        raise ValueError(f"{path}: the key {key!r} in params is an option of the task itself; give it there and "
+        raise ValueError(f"{path}: the key {key!r:.100} in params is an option of the task itself; give it there and "
                          f"remove it here.")
     return key
 
@@ -73,7 +74,7 @@ def _values(path: Path, key: str, value: object) -> list[str]:
     for item in value if isinstance(value, list) else [value]:
         if item is None or isinstance(item, (Mapping, list, set, tuple, bytes)):
             raise ValueError(f"{path}: {key!r} in params must be a text, a number, true, false or a list of these, but "
-                             f"got {value!r}.")
+                             f"got {value!r:.100}.")
         if str(item).startswith("--") or "\0" in str(item):
             raise ValueError(f"{path}: {key!r} in params has the value {item!r}, which the script would take for "
                              f"another flag.")

@@ -20,10 +20,10 @@ def absolute(name: str, path: object) -> Path:
         ValueError: it is empty or holds a NUL character.
     """
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
-        raise TypeError(f"{name} must be a path, but got {path!r} of type {type(path).__name__}.")
+        raise TypeError(f"{name} must be a path, but got {path!r:.100} of type {type(path).__name__}.")
     text = os.fspath(path)
     if not text or "\0" in text:
-        raise ValueError(f"{name} must be a path, but got {text!r}.")
+        raise ValueError(f"{name} must be a path, but got {text!r:.100}.")
     return Path(text).absolute()
 
 

@@ -106,6 +106,8 @@ class DeltaEMA(nn.Cell):
         Raises:
             ValueError, OSError: as :func:`mindpet_lite.save_adapter`.
         """
+        if not os.fspath(directory):
+            raise ValueError("directory must name that of an adapter, but got an empty string.")
         with self.applied() as net:
             return save_adapter(net, Path(directory) / "ema")
 

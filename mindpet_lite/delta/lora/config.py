@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from mindspore import mint, nn
 
 from mindpet_lite.arguments import check_alpha, check_int, did_you_mean
-from mindpet_lite.delta.base import Delta, DeltaConfig, type_refusal
+from mindpet_lite.delta.base import Delta, DeltaConfig, end_expression, type_refusal
 from mindpet_lite.delta.dense import dense_refusal, override_refusal, rewritten_refusal
 from mindpet_lite.delta.lora.conv import (
     LoRAConv1d,
@@ -70,12 +69,12 @@ class LoraConfig(DeltaConfig, LoraSettings):
         DeltaConfig.__post_init__(self)
         LoraSettings.__post_init__(self)
         if self.bias not in BIASES:
-            raise ValueError(f"bias must be one of {', '.join(BIASES)}, but got {self.bias!r}."
+            raise ValueError(f"bias must be one of {', '.join(BIASES)}, but got {self.bias!r:.100}."
                              f"{did_you_mean(self.bias, BIASES)}")
         for name, check in (("rank_pattern", check_int), ("alpha_pattern", check_alpha)):
             for pattern, value in _mapping(name, getattr(self, name)).items():
                 check(f"{name}[{pattern!r}]", value)
-                _compiled(name, pattern)
+                end_expression(name, pattern)
         for name in ("trainable_token_indices", "token_indices"):
             tokens = getattr(self, name)
             for item in tokens.values() if isinstance(tokens, Mapping) else [tokens]:
@@ -85,7 +84,7 @@ class LoraConfig(DeltaConfig, LoraSettings):
         """Return the settings for the layer at `path`: the rank and alpha of the first pattern that fits its end."""
         changed: dict[str, Any] = {}
         for field, patterns in (("lora_rank", self.rank_pattern), ("lora_alpha", self.alpha_pattern)):
-            fitting = [value for pattern, value in patterns.items() if _compiled(field, pattern).fullmatch(path)]
+            fitting = [value for pattern, value in patterns.items() if end_expression(field, pattern).fullmatch(path)]
             if fitting:
                 changed[field] = fitting[0]
         tokens = next((tokens for name, tokens in self._tokens().items() if _ends(path, name)), None)
@@ -98,7 +97,7 @@ class LoraConfig(DeltaConfig, LoraSettings):
         return [f"{field} {pattern!r} hits no adapted layer; a pattern must fit the end of a layer's path, such as "
                 f"{paths[0]!r}.{did_you_mean(pattern.strip('.*^$'), names)}"
                 for field in ("rank_pattern", "alpha_pattern") for pattern in getattr(self, field)
-                if not any(_compiled(field, pattern).fullmatch(path) for path in paths)]
+                if not any(end_expression(field, pattern).fullmatch(path) for path in paths)]
 
     def trains_base(self, name: str, of_adapted_layer: bool) -> bool:
         """Tell whether a base Parameter is a bias that `bias` says to train."""
@@ -172,15 +171,8 @@ def _ends(path: str, name: str) -> bool:
 
 def _mapping(name: str, value: object) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a mapping from patterns of paths to numbers, but got {value!r}.")
+        raise TypeError(f"{name} must be a mapping from patterns of paths to numbers, but got {value!r:.100}.")
     return value
-
-
-def _compiled(name: str, pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(rf"(?:.*\.)?(?:{pattern})")
-    except (re.error, TypeError) as error:
-        raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}.") from error
 
 
 def _check_tokens(name: str, tokens: object) -> None:
@@ -188,7 +180,7 @@ def _check_tokens(name: str, tokens: object) -> None:
         isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in tokens)
     if not good:
         raise TypeError(f"{name} must be a list of token numbers, or such lists by the name of an embedding, but got "
-                        f"{tokens!r}.")
+                        f"{tokens!r:.100}.")
 
 
 def _plain_type(cell: nn.Cell) -> type[nn.Cell] | None:

@@ -135,7 +135,8 @@ class LoRAConv(LoRALayer):
         return as_type(ops.add(y, update), output_type)
 
     @classmethod
-    def _over_outputs(cls, outputs: int) -> tuple[int, ...]:
+    def magnitude_shape(cls, outputs: int) -> tuple[int, ...]:
+        """Return the shape of a number for each output beside the layer's output."""
         return (1, outputs, *[1] * cls.dims)
 
 

@@ -193,7 +193,7 @@ class LoRADense(AdaptedDense, LowRank):
         if dense is not None:
             if [len(part) for part in dense] != [2, 2]:
                 raise ValueError(f"strategy_org_dense_matmul must split the two axes of both inputs, such as "
-                                 f"((2, 4), (1, 4)), but got {dense!r}.")
+                                 f"((2, 4), (1, 4)), but got {dense!r:.100}.")
             if strategy_lora_a_matmul is None:
                 strategy_lora_a_matmul = (dense[0], (1, dense[1][1]))
             if strategy_lora_b_matmul is None:

@@ -75,7 +75,7 @@ class LowRank(Delta):
         a_shape, b_shape = cls.factor_shapes(layer, config.lora_rank)
         return {**dict(zip(cls.delta_names, (a_shape, b_shape))),
                 **({"mindpet_delta_lora_b_bias": b_shape[:1]} if config.lora_bias else {}),
-                **({"mindpet_delta_lora_magnitude": cls._over_outputs(b_shape[0])} if config.use_dora else {})}
+                **({"mindpet_delta_lora_magnitude": cls.magnitude_shape(b_shape[0])} if config.use_dora else {})}
 
     def _add_factors(self, config: LoraSettings, weight: Parameter, most: int) -> None:
         """Make the Parameters; `most` is the rank that the update can have."""
@@ -95,7 +95,7 @@ class LowRank(Delta):
             values = dict(zip(values, self._other_start(config, weight, a_shape, b_shape)))
         outputs = weight.shape[self.out_axis]
         # A graph calls no method of a class.
-        self.over_outputs = self._over_outputs(outputs)
+        self.over_outputs = self.magnitude_shape(outputs)
         if config.lora_bias and getattr(self, "bias", None) is None:
             self.unmergeable = ("B has a bias (lora_bias), and the layer has none that could absorb it; use the net "
                                 "unmerged.")
@@ -198,7 +198,7 @@ class LowRank(Delta):
             raise ValueError(f"lora_alpha {self.lora_alpha} is too large for lora_rank {self.lora_rank}: {reason}")
 
     @classmethod
-    def _over_outputs(cls, outputs: int) -> tuple[int, ...]:
+    def magnitude_shape(cls, outputs: int) -> tuple[int, ...]:
         """Return the shape in which a number for each output is multiplied with the layer's output."""
         return (outputs,)
 

@@ -11,8 +11,8 @@ STARTS = (True, False, "gaussian", "orthogonal", *RESIDUAL)
 def check_start(value: object) -> None:
     """Raise ValueError unless `value` is a start that we have."""
     if not any(value is item or isinstance(item, str) and value == item for item in STARTS):
-        raise ValueError(f"init_lora_weights must be one of {', '.join(map(str, STARTS))}, but got {value!r}. (Starts "
-                         f"that need data, such as EVA, CorDA and LoRA-GA, are not made here.)")
+        raise ValueError(f"init_lora_weights must be one of {', '.join(map(str, STARTS))}, but got {value!r:.100}. "
+                         f"(Starts that need data, such as EVA, CorDA and LoRA-GA, are not made here.)")
 
 
 def factors(start: str, weight: np.ndarray, rank: int, scaling: float) -> tuple[np.ndarray, np.ndarray]:

@@ -266,3 +266,23 @@ def test_checkpoints_with_the_old_names_load(pynative_mode):
     missing, unread = ms.load_param_into_net(net, ms.load_checkpoint("old.ckpt"))
     assert (missing, unread) == (["q.scaling"], ["q.lora_scaling"])
     assert np.array_equal(output(net), output(source)) and float(numbers(net.q.scaling)) == 2
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["head"]}, {"bias": "all"}], ids=["module", "biases"])
+def test_a_value_that_is_loaded_without_a_base_is_the_adapters(settings, by_hand, base, pynative_mode):
+    source = adapted(Net(1), **settings)
+    randomise(source, 5)
+    values = {item.name: item for item in source.trainable_params() if "lora" not in item.name}
+    net = adapted(Net(1), **settings)
+    if by_hand:
+        for item in net.trainable_params():
+            if item.name in values:
+                item.set_data(Tensor(values[item.name].asnumpy()))
+    else:
+        ms.save_checkpoint([{"name": name, "data": item} for name, item in values.items()], "part.ckpt")
+        ms.load_param_into_net(net, ms.load_checkpoint("part.ckpt"))
+    assert np.array_equal(switched_off(net), output(base)) and not np.array_equal(output(net), output(base))
+    mp.save_adapter(net, "out")
+    assert np.array_equal(output(mp.load_adapter(Net(1), "out")), output(net))

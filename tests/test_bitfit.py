@@ -15,7 +15,6 @@ from nets import Attention, config, inputs, load_values, randomise, unchanged
 import mindpet_lite as mp
 from mindpet_lite import BitFitConfig
 from mindpet_lite.delta import METHODS
-from mindpet_lite.delta.parts import put
 
 BIASES = {"to_k.bias", "to_out.0.bias", "blocks.0.bias", "blocks.1.0.bias"}
 
@@ -28,8 +27,7 @@ def trained(net: nn.Cell) -> nn.Cell:
     """Return `net` with other values in its trained biases."""
     rng = np.random.default_rng(5)
     for item in net.trainable_params():
-        # As an optimizer writes: what `set_data` gives an untrained base Parameter is another base.
-        put(item, Tensor(rng.standard_normal(item.shape).astype(np.float32)))
+        item.set_data(Tensor(rng.standard_normal(item.shape).astype(np.float32)))
     return net.set_train(False)
 
 
@@ -153,7 +151,7 @@ def test_biases_of_a_net_with_lora_belong_to_its_adapter(begin, pynative_mode):
     assert training(net) - lora == BIASES
     for item in net.get_parameters():
         if item.name in BIASES:
-            put(item, Tensor(base[item.name] + 1))
+            item.set_data(Tensor(base[item.name] + 1))
     adapted = net(inputs(5, 6)).asnumpy()
     report = mp.summary(net)
     assert len(report.rows) == 2 and set(report.saved) == BIASES

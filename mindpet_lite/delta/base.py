@@ -69,6 +69,11 @@ class Delta:
     unmergeable: str = ""
     foldable: bool = False
 
+    @property
+    def base_layer(self) -> Any:
+        """The cell that the base's Parameters are in: the adapted layer itself, where the delta is a cell."""
+        return self
+
     def delta_parameters(self) -> dict[str, Parameter]:
         """Return the trained Parameters of this layer by their path below it."""
         found: dict[str, Parameter] = {}

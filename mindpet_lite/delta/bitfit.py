@@ -27,6 +27,11 @@ class TrainedBias(Delta):
         self.cell = cell
         self.delta_names = tuple(_biases(cell))
 
+    @property
+    def base_layer(self) -> nn.Cell:
+        """The layer that the biases are in."""
+        return self.cell
+
     def delta_parameters(self) -> dict[str, Parameter]:
         """Return the layer's biases by attribute name."""
         return _biases(self.cell)

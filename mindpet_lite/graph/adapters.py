@@ -12,7 +12,7 @@ from mindspore import Parameter, Tensor, nn
 from mindpet_lite.arguments import some_of, warn_user
 from mindpet_lite.delta.base import Delta
 from mindpet_lite.delta.values import Around, Load, unwatch, watch
-from mindpet_lite.graph.base_hash import base_weight, layer_hash
+from mindpet_lite.graph.base_hash import base_weight, parameter_hash
 from mindpet_lite.graph.saved_parameter import SavedParameter, copy_of
 from mindpet_lite.graph.tree import cells_by_path, without_inner
 
@@ -31,9 +31,10 @@ class Adapter:
         saved: the base Parameters that belong to it.
         untied: the paths of tied weights of which it saves one place alone, with the path of the other: each has a
             Parameter of its own now.
-        layer: one of its adapted layers, by whose weight it is known whether the base is another now.
+        weight: of one of its layers, by which it is known whether the base is another now.
         base: the hash of that weight when the base's values of `saved` were taken.
-        replaced_base: the one before another base was loaded, and by what that was.
+        base_load: by what that weight was loaded last.
+        replaced_base: the hash before another base was loaded, and by what that was.
         warned: whether the user was told that the base is another.
     """
 
@@ -42,8 +43,9 @@ class Adapter:
     saved: list[SavedParameter] = dataclasses.field(default_factory=list)
     component: str = ""
     untied: dict[str, str] = dataclasses.field(default_factory=dict)
-    layer: Delta | None = None
+    weight: Parameter | None = None
     base: str = ""
+    base_load: Load | None = None
     replaced_base: tuple[str, Load] | None = None
     warned: bool = False
 
@@ -54,8 +56,8 @@ class Adapter:
         self.saved += [SavedParameter(parameter, copy_of(parameter)) for parameter in new.values()]
 
     def base_now(self) -> str:
-        """Return the hash of the base as it is now; empty where the adapter adds nothing to a layer."""
-        return "" if self.layer is None else layer_hash(self.layer, self.layer)
+        """Return the hash of the base as it is now; empty where no layer has a weight."""
+        return "" if self.weight is None else parameter_hash(self.weight)
 
     def take_base_values(self) -> None:
         """Take the values in place as the base's."""
@@ -79,25 +81,38 @@ class Adapter:
             unwatch(parameter, around)
 
     def _watched(self, found: Iterable[Delta]) -> Iterator[tuple[Parameter, Around]]:
+        found = list(found) if self.saved else []
+        saved = {id(item.parameter) for item in self.saved}
         for item in self.saved:
-            yield item.parameter, item.base_is_loaded
-        layers = [delta for delta in found if isinstance(delta, nn.Cell)] if self.saved else []
-        for delta in layers:
+            yield item.parameter, item.value_is_loaded
+            yield item.parameter, self._saved_is_loaded
+        for delta in found:
             for parameter in delta.delta_parameters().values():
-                yield parameter, self._delta_is_loaded
-        if layers:
-            self.layer = self.layer or layers[0]
-            self.base = self.base or self.base_now()
-            weight = base_weight(self.layer, self.layer)
-            if weight is not None:
-                yield weight, self._base_is_loaded
+                if id(parameter) not in saved:
+                    yield parameter, self._delta_is_loaded
+        if self.weight is None:
+            weights = [base_weight(delta.base_layer, delta) for delta in found]
+            self.weight = next((weight for weight in weights if weight is not None), None)
+            self.base = self.base_now()
+        if self.weight is not None:
+            yield self.weight, self._base_is_loaded
+
+    @contextlib.contextmanager
+    def _saved_is_loaded(self, data: Tensor, load: Load) -> Iterator[None]:
+        """Around a `set_data` of a base Parameter of the adapter: it is the base's where a base's weight came so."""
+        yield
+        if self.base_load is not None and load.is_same(self.base_load):
+            for item in self.saved:
+                item.base_is_loaded(load)
 
     @contextlib.contextmanager
     def _base_is_loaded(self, data: Tensor, load: Load) -> Iterator[None]:
         """Around a `set_data` of a layer's weight: where nothing has trained, the base is that of the checkpoint."""
-        untrained = all(item.is_untrained() for item in self.saved)
         yield
-        if untrained:
+        self.base_load = load
+        for item in self.saved:
+            item.base_is_loaded(load)
+        if all(item.is_untrained() for item in self.saved):
             self.replaced_base, self.base = (self.base, load), self.base_now()
 
     @contextlib.contextmanager

@@ -12,8 +12,11 @@ from mindpet_lite.formats.base_hash import sample_places, weight_hash
 def layer_hash(cell: nn.Cell, delta: Delta | None = None) -> str:
     """Return the hash of the layer's largest base Parameter that `delta` does not train; empty if it has none."""
     weight = base_weight(cell, delta)
-    if weight is None:
-        return ""
+    return "" if weight is None else parameter_hash(weight)
+
+
+def parameter_hash(weight: Parameter) -> str:
+    """Return the hash of a layer whose largest base Parameter this is."""
     sample = _values(weight).reshape(-1)[sample_places(weight.size)]
     # numpy knows MindSpore's bfloat16 by its bytes only.
     sample = sample.astype(np.float32) if weight.dtype == mindspore.bfloat16 else sample

@@ -25,6 +25,7 @@ class SavedParameter:
         path: that the adapter means, where tied weights have several.
         is_base: whether the base's value is in place.
         file_type: the type that its file has it in; it is written so again where that changes nothing.
+        load: by what an untrained value was last loaded: with a base, or alone as the adapter's.
         replaced: the base's value before another base was loaded, and by what that was.
         loaded: whether a checkpoint of the adapter was loaded.
     """
@@ -34,6 +35,7 @@ class SavedParameter:
     path: str = ""
     is_base: bool = False
     file_type: np.dtype | None = None
+    load: Load | None = None
     replaced: tuple[Tensor, Load] | None = None
     loaded: bool = False
 
@@ -49,12 +51,15 @@ class SavedParameter:
                                                                              float64(self.other), equal_nan=True)
 
     @contextlib.contextmanager
-    def base_is_loaded(self, data: Tensor, load: Load) -> Iterator[None]:
-        """Around a `set_data`: where nothing has trained, the new value is the base's and the adapter's."""
-        untrained = self.is_untrained()
+    def value_is_loaded(self, data: Tensor, load: Load) -> Iterator[None]:
+        """Around a `set_data`: the value is the adapter's alone, unless its load turns out to be that of a base."""
+        self.load = load if self.is_untrained() else None
         yield
-        if untrained and self.other is not None:
-            self.replaced, self.other = (self.other, load), copy_of(self.parameter)
+
+    def base_is_loaded(self, load: Load) -> None:
+        """Take it that this load is one of a base: what it gave an untrained Parameter is the base's value too."""
+        if self.other is not None and self.load is not None and load.is_same(self.load):
+            self.replaced, self.other, self.load = (self.other, load), copy_of(self.parameter), None
 
     def adapter_is_loaded(self, load: Load) -> None:
         """Take it that this load is one of the adapter: what it gave the Parameter is not the base's."""

@@ -286,3 +286,38 @@ def test_a_value_that_is_loaded_without_a_base_is_the_adapters(settings, by_hand
     assert np.array_equal(switched_off(net), output(base)) and not np.array_equal(output(net), output(base))
     mp.save_adapter(net, "out")
     assert np.array_equal(output(mp.load_adapter(Net(1), "out")), output(net))
+
+
+# A start that takes a part out of the base
+
+class Shared(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Dense(8, 8, has_bias=False), nn.Dense(8, 8, has_bias=False)
+        self.k.weight = self.q.weight
+
+    def construct(self, x):
+        return self.q(x) + 2 * self.k(x)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize("targets", [["q"], ["q", "k"]])
+def test_no_part_is_taken_out_of_a_weight_that_another_layer_uses(start, targets, pynative_mode):
+    net, x = Shared(), Tensor(np.eye(8), ms.float32)
+    before, weight = net(x).asnumpy(), net.q.weight.asnumpy()
+    with pytest.raises(ValueError, match="takes a part out of the weight, which stands at q.weight, k.weight.*of its "
+                                         "own"):
+        adapted(net, target_modules=targets, init_lora_weights=start)
+    assert np.array_equal(net(x).asnumpy(), before) and np.array_equal(net.q.weight.asnumpy(), weight)
+
+
+@pytest.mark.parametrize("name", ["PiSSA", "OLoRA"])
+def test_loading_into_a_net_with_a_start_takes_nothing_out_again(name, base, pynative_mode):
+    net = adapted(Net(2), **STARTS[name])
+    randomise(net, 5)
+    mp.save_adapter(net, "out")
+    # Another residual, as from a checkpoint of the net in training.
+    ops.assign(net.q.weight, base.q.weight)
+    before = output(net)
+    mp.load_adapter(net, "out")
+    assert np.array_equal(net.q.weight.asnumpy(), base.q.weight.asnumpy()) and np.array_equal(output(net), before)

@@ -17,7 +17,7 @@ from mindpet_lite.graph.freeze import with_lists
 from mindpet_lite.graph.match import targets
 from mindpet_lite.graph.modules_to_save import saved_by
 from mindpet_lite.graph.parameters import apply_trains, parameters_with, what_trains
-from mindpet_lite.graph.put_in import adapt, put_in
+from mindpet_lite.graph.put_in import adapt, put_in, start_problems
 from mindpet_lite.graph.ranks import same_on_all_ranks
 from mindpet_lite.graph.tree import cells_by_path
 
@@ -77,6 +77,7 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
     if isinstance(adapted.get(""), nn.Cell):
         problems.append("the net itself is the layer to adapt, and it cannot be replaced in place: "
                         "use the adapted layer's own from_dense(), or wrap it in a cell.")
+    problems += start_problems(net, adapted)
     saved, ties = saved_by(config, net, cells, chosen, problems)
     parameters = parameters_with(net, adapted)
     trains = what_trains(parameters, cells, adapted.values(), saved)

@@ -29,7 +29,7 @@ from mindpet_lite.graph.modules_to_save import Found, find_trained, of_the_base,
 from mindpet_lite.graph.parameters import apply_trains, parameters_with, what_trains
 from mindpet_lite.graph.parents import refusal_at
 from mindpet_lite.graph.peft_semantics import remarks, tied_tokens
-from mindpet_lite.graph.put_in import adapt, put_in
+from mindpet_lite.graph.put_in import adapt, put_in, start_problems
 from mindpet_lite.graph.saved_parameter import SavedParameter
 from mindpet_lite.graph.shapes import shape_problems
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, without_inner
@@ -84,6 +84,8 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     state = _under_paths(part(source.state, component), source.kind, cells, name_map, component, problems)
     values = in_float32(state, str(path))
     adapted = _adapted(values, cells, problems)
+    new = {place: delta for place, delta in adapted.items() if delta is not cells[place]}
+    problems += start_problems(net, new)
     trained = find_trained(values, net, problems)
     if not problems:
         problems += _other_base(state, cells, str(path), strict_base)
@@ -99,7 +101,6 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     unchanged = of_the_base(state)
     own = {id(item) for item, _ in tied.values()}
     saved = [item for name, (_, item) in trained.items() if name not in unchanged and id(item) not in own]
-    new = {place: delta for place, delta in adapted.items() if delta is not cells[place]}
     parameters = parameters_with(net, new)
     if trainable == "adapter":
         apply_trains(net, parameters, what_trains(parameters, cells, adapted.values(), saved))

@@ -11,7 +11,7 @@ from mindpet_lite.graph.adapters import Adapter, deltas_in, record_of, select
 from mindpet_lite.graph.modules_to_save import Ties, untie
 from mindpet_lite.graph.parents import refusal_at
 from mindpet_lite.graph.statistics import warn_of_statistics
-from mindpet_lite.graph.tree import cells_by_path, paths_of_parameters, replace
+from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, paths_of_parameters, replace
 
 
 def adapt(config: DeltaConfig, path: str, cells: Mapping[str, nn.Cell]) -> Delta:
@@ -27,6 +27,23 @@ def adapt(config: DeltaConfig, path: str, cells: Mapping[str, nn.Cell]) -> Delta
     if not isinstance(delta, Delta):
         raise TypeError(f"{type(config).__name__}.adapt() must return a Delta, but got {type(delta).__name__}.")
     return delta
+
+
+def start_problems(net: nn.Cell, new: Mapping[str, Delta]) -> list[str]:
+    """Return a sentence for each delta whose start takes a part out of a weight that another layer uses too.
+
+    Args:
+        net: as it is before.
+        new: the deltas that are to be put in, by the path of their layer.
+    """
+    takes = {id(parameter): path for path, delta in new.items() for parameter in delta.base_values()}
+    if not takes:
+        return []
+    shared = {takes[id(parameter)]: [path for path, _ in owners] for parameter, owners in owners_of_parameters(net)
+              if id(parameter) in takes and len({id(cell) for _, cell in owners}) > 1}
+    return [f"{path}: its start takes a part out of the weight, which stands at {', '.join(places)}: the other layer "
+            f"would compute with what is left. Choose another init_lora_weights, or give each layer a weight of its "
+            f"own." for path, places in shared.items()]
 
 
 def put_in(net: nn.Cell, cells: Mapping[str, nn.Cell], adapted: Mapping[str, Delta], saved: Iterable[Parameter],
@@ -57,7 +74,8 @@ def put_in(net: nn.Cell, cells: Mapping[str, nn.Cell], adapted: Mapping[str, Del
         if delta.method != method:
             record.saved += delta.adapter.saved
             select(cells[path], None)
-    for delta in adapted.values():
+    new = [delta for delta in adapted.values() if delta not in present.values()]
+    for delta in new:
         for parameter, value in delta.base_values().items():
             set_value(parameter, value)
     untied = untie(net, ties)
@@ -73,7 +91,7 @@ def put_in(net: nn.Cell, cells: Mapping[str, nn.Cell], adapted: Mapping[str, Del
             swaps[cells[path]] = delta
     if swaps:
         replace(net, swaps)
-    if any(delta not in present.values() for delta in adapted.values()):
+    if new:
         warn_of_statistics(net)
     for delta in adapted.values():
         delta.watch_start()

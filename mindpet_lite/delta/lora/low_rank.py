@@ -60,7 +60,6 @@ class LowRank(Delta):
     scaling: Parameter
     strength_factor: Parameter
     init_lora_weights: bool | str
-    _residual: tuple[tuple[Parameter, Tensor], ...] = ()
     mindpet_delta_lora_b_bias: Parameter
     mindpet_delta_lora_magnitude: Parameter
 
@@ -138,11 +137,11 @@ class LowRank(Delta):
             magnitude = self.mindpet_delta_lora_magnitude
             put(magnitude, self._magnitude().astype(magnitude.dtype))
             return
-        starts, rest = self._split(self.weight)
-        for name, value in zip(self.delta_names, starts):
+        for name, value in zip(self.delta_names, self._factors_of(self.weight)):
             put(getattr(self, name), value.astype(getattr(self, name).dtype))
-        # Not into its own memory, which is that of the loaded checkpoint.
-        set_value(self.weight, rest)
+        for parameter, value in self.base_values().items():
+            # Not into its own memory, which is that of the loaded checkpoint.
+            set_value(parameter, value)
 
     def _add_dropout(self) -> None:
         self.has_dropout = self.dropout_rate > 0
@@ -151,30 +150,29 @@ class LowRank(Delta):
 
     def _other_start(self, config: LoraSettings, weight: Parameter, a_shape: tuple[int, ...],
                      b_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return A and B as `init_lora_weights` says; remember what a residual start takes out of the weight."""
+        """Return A and B as `init_lora_weights` says."""
         if config.init_lora_weights is False:
             return (initial("A", HE_UNIFORM, a_shape, config.param_init_type),
                     initial("B", HE_UNIFORM, b_shape, config.param_init_type))
         if weight.ndim != 2 or self.out_axis:
             raise ValueError(f"init_lora_weights {config.init_lora_weights!r} is for linear layers: leave this one "
                              f"out, or adapt it with another config.")
-        (a, b), rest = self._split(weight)
+        a, b = self._factors_of(weight)
         if config.init_lora_weights in RESIDUAL:
-            self._residual = ((weight, rest),)
             self.fixed = (f"its start ({config.init_lora_weights}) took a part out of the base's weight, so without "
                           f"the delta the layer is not its base.")
         return a.astype(config.param_init_type), b.astype(config.param_init_type)
 
-    def _split(self, weight: Parameter) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Return A and B made from the weight by `init_lora_weights`, in float32, and what they leave of it."""
-        base = _numbers(weight)
-        a, b = (item.astype(np.float32)
-                for item in factors(str(self.init_lora_weights), base, self.lora_rank, self._factor()))
-        return (Tensor(a), Tensor(b)), Tensor(base - self._factor() * (b @ a)).astype(weight.dtype)
+    def _factors_of(self, weight: Parameter) -> tuple[Tensor, Tensor]:
+        """Return A and B made from the weight by `init_lora_weights`, in float32."""
+        a, b = factors(str(self.init_lora_weights), _numbers(weight), self.lora_rank, self._factor())
+        return Tensor(a.astype(np.float32)), Tensor(b.astype(np.float32))
 
     def base_values(self) -> dict[Parameter, Tensor]:
         """Return the weight without what the factors start with, for PiSSA and OLoRA."""
-        return dict(self._residual)
+        if self.init_lora_weights not in RESIDUAL:
+            return {}
+        return {self.weight: Tensor(_numbers(self.weight) - self._factor() * self._update()).astype(self.weight.dtype)}
 
     def _factor(self) -> float:
         """Return s."""

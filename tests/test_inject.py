@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import code
 import collections
+import gc
 import re
 from pathlib import Path
 
@@ -691,3 +692,21 @@ def test_blocks_that_do_not_exist_are_refused(fields, error, message):
 def test_block_numbers_beside_a_regular_expression_are_refused():
     with pytest.raises(ValueError, match="needs target_modules as a list"):
         config(".*to_q", layers_to_transform=[1])
+
+
+def test_the_garbage_collector_is_left_as_it_was():
+    """Whatever is frozen, such as the tests by conftest.py, stays frozen, and nothing else does."""
+    gc.unfreeze()
+    try:
+        mp.get_pet_model(Attention(), config(["to_q"]))
+        assert gc.isenabled() and not gc.get_freeze_count()
+        gc.collect()
+        gc.freeze()
+        mp.get_pet_model(Attention(), config(["to_q"]))
+        assert gc.isenabled() and gc.get_freeze_count()
+        gc.disable()
+        mp.get_pet_model(Attention(), config(["to_q"]))
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+        gc.freeze()

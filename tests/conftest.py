@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import pytest
 
 MODES = {"graph": ms.GRAPH_MODE, "pynative": ms.PYNATIVE_MODE}
 SHARED = Path(__file__).parents[2] / "shared"
+# Waiting for each other, the threads that launch PyNative's operators spin, ten times as long as the small nets of the
+# tests compute. A process decides once: tests/test_asynchronous.py starts another for laws under asynchronous launch.
+if not os.environ.get("MINDPET_LITE_TESTS_ASYNCHRONOUS"):
+    ms.runtime.launch_blocking()
 
 
 def pytest_collection_finish() -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import mindspore as ms
 import numpy as np
@@ -110,14 +111,42 @@ def compile_count():
 
 def gradients_of(net: nn.Cell, parameters: list[Parameter], x: Tensor, weights: np.ndarray) -> tuple:
     """Return the output and the gradients of sum(y · weights) by x (None for ids) and the parameters."""
+    return gradient_function(net, parameters, x, weights)()
+
+
+def gradient_function(net: nn.Cell, parameters: list[Parameter], x: Tensor, weights: np.ndarray) -> Callable:
+    """Return a function for what `gradients_of` returns, compiled once, for the values at each call.
+
+    In graph mode it sees what an optimizer or `put` writes after its first call, but not `set_data`.
+    """
     factor = Tensor(weights.astype(np.float32))
 
     def loss(value):
         y = net(value)
         return (y.astype(ms.float32) * factor).sum(), y
 
-    if x.dtype == ms.int32:
-        (_, y), by_parameters = ms.value_and_grad(loss, None, parameters, has_aux=True)(x)
-        return y, None, by_parameters
-    (_, y), (by_x, by_parameters) = ms.value_and_grad(loss, 0, parameters, has_aux=True)(x)
-    return y, by_x, by_parameters
+    ids = x.dtype == ms.int32
+    function = ms.value_and_grad(loss, None if ids else 0, parameters, has_aux=True)
+
+    def compute() -> tuple:
+        (_, y), found = function(x)
+        return (y, None, found) if ids else (y, *found)
+
+    return compute
+
+
+def shape_of(cell: nn.Cell, x: Tensor) -> tuple[int, ...]:
+    """Return the shape of the output, from PyNative mode: that compiles nothing."""
+    with pynative():
+        return cell(x).shape
+
+
+@contextlib.contextmanager
+def pynative():
+    """Compute in PyNative mode what a test needs beside what it tests."""
+    before = ms.get_context("mode")
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    try:
+        yield
+    finally:
+        ms.set_context(mode=before)

@@ -15,7 +15,18 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
-from nets import TOLERANCE, Attention, compile_count, gradients_of, inputs, numbers, randomise, state, unchanged
+from nets import (
+    TOLERANCE,
+    Attention,
+    compile_count,
+    gradient_function,
+    gradients_of,
+    inputs,
+    numbers,
+    randomise,
+    state,
+    unchanged,
+)
 
 import mindpet_lite as mp
 from mindpet_lite.config import as_config
@@ -29,6 +40,7 @@ from mindpet_lite.delta import (
     LowRankAdapterLayer,
 )
 from mindpet_lite.delta.activation import ACTIVATIONS
+from mindpet_lite.delta.parts import put
 
 BLOCK = "mindpet_delta_adapter_block.mindpet_delta_adapter_"
 # For each method: its layer for 8 values, its Dense from 6 to 8, its config, and the layer's float64 reference.
@@ -82,11 +94,12 @@ def test_every_non_linearity_starts_as_the_identity_and_trains_whole(method, nam
     layer = KINDS[method][0](non_linearity=name)
     x, seen = inputs(3, 40, 8), {}
     assert np.array_equal(layer(x).asnumpy(), x.asnumpy())
+    compute = gradient_function(layer, layer.trainable_params(), x, inputs(3, 40, 8, seed=5).asnumpy())
     for _ in range(2):
-        _, _, found = gradients_of(layer, layer.trainable_params(), x, inputs(3, 40, 8, seed=5).asnumpy())
+        _, _, found = compute()
         for parameter, gradient in zip(layer.trainable_params(), found):
             seen[parameter.name] = seen.get(parameter.name, False) or bool(np.any(gradient.asnumpy()))
-            parameter.set_data(Tensor(parameter.asnumpy() - 0.1 * gradient.asnumpy()))
+            put(parameter, Tensor(parameter.asnumpy() - 0.1 * gradient.asnumpy()))
     assert all(seen.values()), seen
 
 

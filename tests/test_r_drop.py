@@ -49,8 +49,9 @@ def loss_and_gradient(logits: Tensor, labels: Tensor, *alpha: float) -> tuple[Te
     return ms.value_and_grad(RDropLoss(), 0)(logits, labels, *alpha)
 
 
-@pytest.mark.parametrize("alpha", [(), (0,), (4,), (2.5,), (np.float32(1.5),)])
-@pytest.mark.parametrize("rows, classes, scale", [(6, 5, 1.0), (2, 2, 3.0), (8, 1, 1.0), (4, 7, 8.0)])
+@pytest.mark.parametrize("rows, classes, scale, alpha", [
+    *((6, 5, 1.0, alpha) for alpha in ((), (0,), (4,), (2.5,), (np.float32(1.5),))),
+    (2, 2, 3.0, (2.5,)), (8, 1, 1.0, ()), (4, 7, 8.0, (4,)), (4, 7, 8.0, (0,))])
 def test_loss_and_gradient_are_those_of_the_formula(mode, rows, classes, scale, alpha):
     logits, labels = batch(rows, classes, scale)
     loss, gradient = loss_and_gradient(Tensor(logits), Tensor(labels, ms.int32), *alpha)
@@ -108,8 +109,9 @@ def test_a_shift_of_all_logits_changes_nothing(mode):
     np.testing.assert_allclose(gradient.asnumpy(), expected, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("dtype", [ms.int8, ms.int16, ms.int32, ms.int64, ms.uint8])
-@pytest.mark.parametrize("shape", [(6,), (6, 1), (3, 2)])
+@pytest.mark.parametrize("dtype, shape", [
+    *((dtype, (6,)) for dtype in (ms.int8, ms.int16, ms.int32, ms.int64, ms.uint8)),
+    (ms.int32, (6, 1)), (ms.int64, (3, 2))])
 def test_labels_of_any_integer_type_and_any_shape_of_as_many(mode, dtype, shape):
     logits, labels = batch()
     loss = RDropLoss()(Tensor(logits), Tensor(labels.reshape(shape)).astype(dtype))

@@ -183,19 +183,6 @@ def test_pissa_leaves_embeddings_alone(pynative_mode):
     same_files(folder, "ours")
 
 
-@pytest.mark.parametrize("mapping, is_refused", [(None, True), ({"parent_library": "transformers.models.gpt2"}, True),
-                                                 ({"parent_library": "mine"}, False)])
-def test_tokens_of_a_tied_table_are_refused_where_peft_ties_them(mapping, is_refused, pynative_mode):
-    folder = write({"wte.token_adapter.trainable_tokens_delta": np.ones((2, 4), np.float32), **low_rank("h.0.fc")},
-                   target_modules=["h.0.fc"], trainable_token_indices={"wte": [1, 3]}, auto_mapping=mapping)
-    mp.load_adapter(Net(), folder)
-    if is_refused:
-        with pytest.raises(ValueError, match="lm_head.*tied weights"):
-            mp.load_adapter(Net(tied=True), folder)
-    else:
-        mp.load_adapter(Net(tied=True), folder)
-
-
 def test_fields_that_are_not_pefts_are_named_and_kept(pynative_mode):
     folder = write(low_rank("h.0.fc"), target_modules=["h.0.fc"], gain_of_tomorrow=3, empty_of_tomorrow=None)
     with pytest.warns(UserWarning, match="gain_of_tomorrow, which no version of PEFT") as caught:

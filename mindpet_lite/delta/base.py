@@ -68,6 +68,9 @@ class Delta:
     fixed: str = ""
     unmergeable: str = ""
     foldable: bool = False
+    # The layer computes with another delta's Parameters, because it has that layer's weight (tied weights): it trains
+    # nothing of its own, and stands in no file.
+    follows: bool = False
 
     @property
     def base_layer(self) -> Any:
@@ -105,6 +108,17 @@ class Delta:
     def base_parameter(self) -> Parameter | None:
         """Return the base Parameter that the start is made from, or None where the start takes nothing from it."""
         return None
+
+    def followers(self, cells: Mapping[str, nn.Cell]) -> dict[str, Delta]:
+        """Return the other layers of a net that this delta changes with its own, as they are then, by path.
+
+        Args:
+            cells: of the net, by path, without this delta.
+
+        Raises:
+            ValueError: one of them cannot follow.
+        """
+        return {}
 
     def watch_start(self) -> None:
         """Let the start be made again where the base is loaded later, while nothing has trained."""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from mindpet_lite.arguments import MAX_ALPHA, is_alpha
+from mindpet_lite.formats.base_hash import FIELD
 from mindpet_lite.formats.lora import PEFT_FIELDS
 from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.names.expressions import MOST, compile_checked, compile_end
@@ -186,3 +187,13 @@ def _pattern(path: str, others: Iterable[str]) -> str:
     """Return the pattern that means `path` and no other layer: PEFT matches it with the end of every path."""
     return path if all(other == path or by_pattern({path: True}, other, False) is False for other in others) \
         else f"^{re.escape(path)}$"
+
+
+def tokens_are_of_table_alone(config: Mapping[str, Any]) -> bool:
+    """Tell whether tokens of this config trained in an embedding alone, though its table is another layer's weight too.
+
+    PEFT changes tied output layers of transformers' models with their embedding, but those of no other model.
+    """
+    mapping = config.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, Mapping) else "transformers"
+    return FIELD not in config and not str(library).startswith("transformers")

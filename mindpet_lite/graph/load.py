@@ -19,6 +19,7 @@ from mindpet_lite.formats.adapters import read_adapter
 from mindpet_lite.formats.base_hash import differing
 from mindpet_lite.formats.component import part
 from mindpet_lite.formats.peft import unsaved_modules
+from mindpet_lite.formats.peft_config import tokens_are_of_table_alone
 from mindpet_lite.formats.placed import placed
 from mindpet_lite.formats.problems import listed
 from mindpet_lite.formats.state import AdapterState, LayerState
@@ -28,8 +29,8 @@ from mindpet_lite.graph.base_hash import layer_hash
 from mindpet_lite.graph.modules_to_save import Found, find_trained, of_the_base, ties, value_problems
 from mindpet_lite.graph.parameters import apply_trains, parameters_with, what_trains
 from mindpet_lite.graph.parents import refusal_at
-from mindpet_lite.graph.peft_semantics import remarks, tied_tokens
-from mindpet_lite.graph.put_in import adapt, put_in, start_problems
+from mindpet_lite.graph.peft_semantics import remarks
+from mindpet_lite.graph.put_in import adapt, followers_of, put_in, start_problems
 from mindpet_lite.graph.saved_parameter import SavedParameter
 from mindpet_lite.graph.shapes import shape_problems
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, without_inner
@@ -87,24 +88,26 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     new = {place: delta for place, delta in adapted.items() if delta is not cells[place]}
     problems += start_problems(net, new)
     trained = find_trained(values, net, problems)
+    tied = ties(net, state, trained)
+    followers = {} if source.kind == "peft" and tokens_are_of_table_alone(state.config) else followers_of(
+        new, cells, [*(cells[path] for path in adapted), *(cell for _, cell in tied.values())], problems)
     if not problems:
         problems += _other_base(state, cells, str(path), strict_base)
     if source.kind == "peft":
-        problems += tied_tokens(net, state) + unsaved_modules(state, [
+        problems += unsaved_modules(state, [
             name.rpartition(".")[0] for _, owners in owners_of_parameters(net) for name, _ in owners])
     if problems:
         raise ValueError(f"The adapter in {path} does not fit the net, which is unchanged:\n  {listed(problems)}")
     if source.kind == "peft":
         for text in remarks(state.config, source.state.layers, cells, adapted):
             warn_user(f"{path}: {text}")
-    tied = ties(net, state, trained)
     unchanged = of_the_base(state)
     own = {id(item) for item, _ in tied.values()}
     saved = [item for name, (_, item) in trained.items() if name not in unchanged and id(item) not in own]
     parameters = parameters_with(net, new)
     if trainable == "adapter":
         apply_trains(net, parameters, what_trains(parameters, cells, adapted.values(), saved))
-    record, untied = put_in(net, cells, adapted, saved, tied)
+    record, untied = put_in(net, cells, adapted, followers, saved, tied)
     for parameter in untied.values():
         parameter.requires_grad = trainable == "adapter" or parameter.requires_grad
     for place, delta in adapted.items():

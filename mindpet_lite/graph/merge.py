@@ -70,7 +70,8 @@ def merge(net: nn.Cell) -> nn.Cell:
                          f"is not finite, or does not fit the weight's type. The net is unchanged.")
     owners = {id(parameter): places for parameter, places in owners_of_parameters(net)}
     tied = [f"{path}: {parameter.name} is used at {place} too." for path, values in merged.items()
-            for parameter in values for place, cell in owners[id(parameter)] if cell is not found[path]]
+            for parameter in values for place, cell in owners[id(parameter)]
+            if cell is not found[path] and not _follows(cell)]
     if tied:
         raise ValueError("Merging would change other layers that use the same weight. The net is unchanged: use it "
                          "unmerged, or give each layer a weight of its own first.\n  " + listed(tied))
@@ -89,11 +90,12 @@ def merge(net: nn.Cell) -> nn.Cell:
         record.unwatch(delta for delta in found.values() if delta.adapter is record)
     cells = cells_by_path(net)
     swaps = {}
-    for path, delta in found.items():
+    followers = {path: cell for path, cell in cells.items() if isinstance(cell, Delta) and cell.follows}
+    for path, delta in {**found, **followers}.items():
         kept = _Kept(cells[path], None if isinstance(delta, nn.Cell) else delta,
-                     tuple((parameter, copy_of(parameter)) for parameter in merged[path]),
+                     tuple((parameter, copy_of(parameter)) for parameter in merged.get(path, {})),
                      tuple(item for item in delta.delta_parameters().values() if item.requires_grad))
-        for parameter, value in merged[path].items():
+        for parameter, value in merged.get(path, {}).items():
             set_value(parameter, value)
         for parameter in kept.trained:
             parameter.requires_grad = False
@@ -133,6 +135,11 @@ def unmerge(net: nn.Cell) -> nn.Cell:
     net = _swap(net, {cell: kept.cell for cell, kept in merged.items()})
     bring_up_to_date(deltas_in(cells_by_path(net)))
     return net
+
+
+def _follows(cell: nn.Cell) -> bool:
+    """Tell whether a layer follows the delta of another, whose weight it has: merged, that changes both rightly."""
+    return isinstance(cell, Delta) and cell.follows
 
 
 def _hand_over(plain: nn.Cell, adapted: nn.Cell) -> None:

@@ -8,7 +8,7 @@ from mindspore import Parameter, nn
 from mindspore import dtype as mstype
 
 from mindpet_lite.arguments import did_you_mean
-from mindpet_lite.delta.base import DeltaConfig
+from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.graph.parameters import net_parameters
 from mindpet_lite.graph.saved_parameter import copy_of
@@ -40,7 +40,7 @@ def saved_by(config: DeltaConfig, net: nn.Cell, cells: Mapping[str, nn.Cell], ch
     whole: list[str] = []
     for entry in config.modules_to_save or ():
         hits = [path for path in cells if path == entry or path.endswith("." + entry)]
-        inner = [path for path, cell in cells.items() if id(cell) in adapted
+        inner = [path for path, cell in cells.items() if (id(cell) in adapted or isinstance(cell, Delta))
                  and any(path == hit or path.startswith(hit + ".") for hit in hits)]
         if inner:
             problems.append(f"modules_to_save entry {entry!r:.100} holds the adapted layer {inner[0]}: take it out of "

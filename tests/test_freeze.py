@@ -82,7 +82,7 @@ def test_by_hand_too():
 HISTORIES = {
     "nothing": lambda net: None, "itself": lambda net: freeze_delta(net, "lora"),
     "bitfit": lambda net: freeze_delta(net, "bitfit"), "all frozen": lambda net: freeze_modules(net, include=["*"]),
-    "all thawed": lambda net: freeze_modules(net, exclude=["*"]),
+    "all unfrozen": lambda net: freeze_modules(net, exclude=["*"]),
     "lora with lists": lambda net: freeze_delta(net, "lora", include=["*to_q*"], exclude=["classifier*"]),
 }
 

@@ -44,17 +44,17 @@ def type_refusal(parameter: Parameter, method: str) -> str | None:
 class Delta:
     """What a method tells the rest of the package about one layer; mixed into the cell class of most methods.
 
-    `delta_names` names the attributes that hold what it trains: Parameters, or cells of them. `live_names` names
-    Parameters that are never trained, counted or written to a file: those that steer a compiled graph by their value,
-    and constants. `output_names` names those of `delta_parameters()` on the side of the layer's output, as LoRA's B.
-    `strength` multiplies the delta (1 is the trained adapter, 0 the base), `enabled` switches it; `refresh` puts both
-    into effect. `fixed` and `unmergeable` say why a method cannot be steered or merged.
-    `foldable` says that some of what trains can be left out for inference, by `fold`.
+    `delta_names` names the attributes that hold what it trains: Parameters, or cells of them. `setting_names` names
+    Parameters that are never trained, counted or written to a file: those that hold what the settings say, which a
+    compiled graph reads, and constants. `output_names` names those of `delta_parameters()` on the side of the layer's
+    output, as LoRA's B. `strength` multiplies the delta (1 is the trained adapter, 0 the base), `enabled`
+    switches it; `refresh` puts both into effect. `fixed` and `unmergeable` say why a method cannot be steered
+    or merged. `foldable` says that some of what trains can be left out for inference, by `fold`.
     """
 
     method: ClassVar[str]
     delta_names: tuple[str, ...]
-    live_names: tuple[str, ...] = ()
+    setting_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
 
     strength: float = 1.0
@@ -88,21 +88,21 @@ class Delta:
                 found[name] = part
         return found
 
-    def live_parameters(self) -> dict[str, Parameter]:
+    def setting_parameters(self) -> dict[str, Parameter]:
         """Return the Parameters that are never trained, by attribute name."""
-        return {name: getattr(self, name) for name in self.live_names}
+        return {name: getattr(self, name) for name in self.setting_names}
 
     def delta_norm(self) -> float:
         """Return how large the delta is: the root of the sum of the squares of all it trains."""
         return math.sqrt(sum(float(np.square(float64(item)).sum()) for item in self.delta_parameters().values()))
 
-    def live_values(self) -> dict[str, Any]:
-        """Return what the live Parameters are to hold by the settings, `strength` and `enabled`, by attribute name."""
-        raise NotImplementedError(f"{type(self).__name__}.live_values() is missing: {self.fixed or 'write it'}")
+    def setting_values(self) -> dict[str, Any]:
+        """Return what the Parameters of `setting_names` are to hold by the settings, `strength` and `enabled`."""
+        raise NotImplementedError(f"{type(self).__name__}.setting_values() is missing: {self.fixed or 'write it'}")
 
     def refresh(self) -> None:
-        """Write `strength` and `enabled` into the live Parameters; a running graph sees it at its next call."""
-        for name, value in self.live_values().items():
+        """Write `strength` and `enabled` into those Parameters; a running graph sees it at its next call."""
+        for name, value in self.setting_values().items():
             put(getattr(self, name), Tensor(value, getattr(self, name).dtype))
 
     def base_parameter(self) -> Parameter | None:

@@ -186,7 +186,7 @@ class PrefixLayer(Prefixes, nn.Cell):
             [0, 1).
     """
 
-    live_names = ("input_tokens",)
+    setting_names = ("input_tokens",)
 
     def __init__(self, prefix_token_num: int, batch_size: int, num_heads: int, hidden_dim: int, embed_dim: int,
                  mid_dim: int = 512, dropout_rate: float = 0.1, prefix_projection: bool = True,
@@ -236,7 +236,7 @@ class PrefixLayer(Prefixes, nn.Cell):
             return rows[:, :self.hidden_dim], rows[:, self.hidden_dim:]
         return self.mindpet_delta_prefixtuning_key, self.mindpet_delta_prefixtuning_value
 
-    def live_values(self) -> dict[str, Any]:
+    def setting_values(self) -> dict[str, Any]:
         """Return the row numbers."""
         return {"input_tokens": np.arange(self.prefix_token_num)}
 

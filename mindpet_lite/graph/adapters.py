@@ -164,7 +164,7 @@ def bring_up_to_date(found: Mapping[str, Delta]) -> None:
 
 def _restore_settings(delta: Delta) -> bool:
     """Write what the settings say where something else stands, and tell whether that was so."""
-    wanted = delta.live_values() if delta.live_names else {}
+    wanted = delta.setting_values() if delta.setting_names else {}
     now = {name: getattr(delta, name).asnumpy() for name in wanted}
     if all(np.array_equal(now[name], np.asarray(value, now[name].dtype)) for name, value in wanted.items()):
         return False

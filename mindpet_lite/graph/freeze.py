@@ -169,5 +169,5 @@ def with_lists(parameters: list[tuple[Parameter, list[str]]], trains: list[bool]
             raise WrongArgumentError(f"{field} is an empty list: leave it out, or name parameters such as "
                                      f"['*embedding*'].")
     names = [spellings for _, spellings in parameters]
-    frozen, thawed = selector(*include, names), selector(*exclude, names)
-    return [thawed(index) if frozen(index) != thawed(index) else old for index, old in enumerate(trains)]
+    frozen, unfrozen = selector(*include, names), selector(*exclude, names)
+    return [unfrozen(index) if frozen(index) != unfrozen(index) else old for index, old in enumerate(trains)]

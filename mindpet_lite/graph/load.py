@@ -223,7 +223,7 @@ def _mismatches(path: str, delta: Delta, layer: LayerState) -> list[str]:
     problems += shape_problems(path, layer, {name: item.shape for name, item in own.items()})
     # MindPet's checkpoints hold constants as well.
     problems += [f"unexpected: {path}.{name}." for name in layer.tensors
-                 if name not in own and name not in delta.live_parameters()]
+                 if name not in own and name not in delta.setting_parameters()]
     for name, value in layer.tensors.items():
         if name in own:
             problems += value_problems(f"{path}.{name}", own[name], value)

@@ -20,7 +20,7 @@ class LoRADense(AdaptedDense, LowRank):
 
     `weight` (out_channels, in_channels) and `bias` (out_channels,) are where nn.Dense has them. The layer adds
     `mindpet_delta_lora_a` (lora_rank, in_channels) and `mindpet_delta_lora_b` (out_channels, lora_rank), and
-    `scaling` (), a Parameter that is never trained: it holds the live factor, so that it can change in a
+    `scaling` (), a Parameter that is never trained: it holds strength · alpha / r, so that it can change in a
     compiled graph (:func:`mindpet_lite.set_lora_scale`, :func:`mindpet_lite.adapters_disabled`).
 
     Dtype rule: parameters keep their type. `to_float(t)` on the layer, or on a net around it, means what it means in

@@ -19,7 +19,7 @@ class TokenTable(TypedLayer, Delta):
     r"""An embedding of which some rows train: y_i = D_k where i is the k-th of the token numbers, else T_i.
 
     The table T (vocab_size, embedding_size) stays frozen; `mindpet_delta_lora_tokens` D (tokens, embedding_size)
-    starts as its rows, so that the layer starts equal to its base. `scaling` () holds the live strength t:
+    starts as its rows, so that the layer starts equal to its base. `scaling` () holds the strength t:
     T_i + t (D_k - T_i), exact at 0 and 1. Made by :class:`mindpet_lite.LoraConfig` with `trainable_token_indices`.
 
     Where another layer has the same table as its weight (tied weights), that layer computes with the trained rows too:
@@ -30,7 +30,7 @@ class TokenTable(TypedLayer, Delta):
 
     method: ClassVar[str] = "lora"
     delta_names = ("mindpet_delta_lora_tokens",)
-    live_names = ("scaling",)
+    setting_names = ("scaling",)
 
     _plain: tuple[nn.Cell, ...] = ()
     token_indices: tuple[int, ...]
@@ -88,8 +88,8 @@ class TokenTable(TypedLayer, Delta):
         is_chosen = which.sum(-1, keepdims=True)
         return as_type(y * (1 - is_chosen * gate) + chosen * gate, self._output_type(ids))
 
-    def live_values(self) -> dict[str, Any]:
-        """Return the strength for the live gate, or 0 where switched off."""
+    def setting_values(self) -> dict[str, Any]:
+        """Return the strength for the scaling, or 0 where switched off."""
         return {"scaling": self.strength if self.enabled else 0.0}
 
     def base_parameter(self) -> Parameter:

@@ -16,6 +16,8 @@ from mindpet_lite.delta.values import Start
 from mindpet_lite.names.expressions import compile_end
 
 FLOAT_TYPES = (mstype.float16, mstype.bfloat16, mstype.float32)
+# The types of Parameters that can train.
+FLOATS = (*FLOAT_TYPES, mstype.float64)
 # From here on rounding gives infinity: half a step above the largest number.
 _LIMITS = {mstype.float16: 65520.0, mstype.bfloat16: 2.0 ** 128 - 2.0 ** 119, mstype.float32: 2.0 ** 128 - 2.0 ** 103}
 
@@ -34,7 +36,7 @@ def overflow(what: str, number: float, types: Iterable[Any]) -> str:
 
 def type_refusal(parameter: Parameter, method: str) -> str | None:
     """Return why the layer of this Parameter cannot be adapted, where it is not of a float type; else None."""
-    if parameter.dtype in (*FLOAT_TYPES, mstype.float64):
+    if parameter.dtype in FLOATS:
         return None
     return (f"its {parameter.name.rpartition('.')[2]} is of the type {parameter.dtype}, in which the input and the "
             f"deltas would be cut down to whole numbers: {method} adapts layers of a float type. Give the layer its "

@@ -19,6 +19,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindpet_lite.arguments import check_bool, check_int, check_probability
 from mindpet_lite.delta.base import DeltaConfig, check_float_type
 from mindpet_lite.delta.dense import dense_refusal
+from mindpet_lite.delta.dropout import delta_dropout
 from mindpet_lite.delta.parts import check_init, initial, prefix_of
 from mindpet_lite.delta.prefix_dense import (
     PrefixDelta,
@@ -116,7 +117,7 @@ class Prompts(PrefixDelta):
         """Make the Parameters of P (pre_seq_len, width)."""
         self.pre_seq_len, self.prefix_projection = config.pre_seq_len, config.prefix_projection
         self.projection_dim, self.dropout_prob = config.projection_dim, config.dropout_prob
-        self.dropout = nn.Dropout(p=self.dropout_prob)
+        self.dropout = delta_dropout(self.dropout_prob)
         self.has_dropout = self.dropout_prob > 0
         self.mindpet_delta_ptuning2_embedding = embedding
         self.delta_names = (_EMBEDDING,)

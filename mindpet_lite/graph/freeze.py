@@ -10,7 +10,7 @@ from mindspore import Parameter, nn
 
 from mindpet_lite.arguments import WrongArgumentError, did_you_mean
 from mindpet_lite.delta import METHODS
-from mindpet_lite.delta.base import Delta, DeltaConfig
+from mindpet_lite.delta.base import FLOATS, Delta, DeltaConfig
 from mindpet_lite.graph.match import check_patterns, selector, wildcard
 from mindpet_lite.graph.parameters import apply_trains, net_parameters
 from mindpet_lite.graph.put_in import put_in
@@ -170,4 +170,12 @@ def with_lists(parameters: list[tuple[Parameter, list[str]]], trains: list[bool]
                                      f"['*embedding*'].")
     names = [spellings for _, spellings in parameters]
     frozen, unfrozen = selector(*include, names), selector(*exclude, names)
-    return [unfrozen(index) if frozen(index) != unfrozen(index) else old for index, old in enumerate(trains)]
+    can_train = [item.dtype in FLOATS for item, _ in parameters]
+    for pattern in exclude[1] or ():
+        hits = selector(exclude[0], [pattern], names)
+        if not any(can_train[index] for index in range(len(names)) if hits(index)):
+            first = next(item for index, (item, _) in enumerate(parameters) if hits(index))
+            raise ValueError(f"{exclude[0]} pattern {pattern!r:.100} names {first.name}, whose type {first.dtype} "
+                             f"cannot train.")
+    return [unfrozen(index) and can_train[index] if frozen(index) != unfrozen(index) else old
+            for index, old in enumerate(trains)]

@@ -8,9 +8,9 @@ from mindspore import Parameter, nn
 from mindspore import dtype as mstype
 
 from mindpet_lite.arguments import did_you_mean
-from mindpet_lite.delta.base import Delta, DeltaConfig
+from mindpet_lite.delta.base import FLOATS, Delta, DeltaConfig
 from mindpet_lite.formats.state import AdapterState
-from mindpet_lite.graph.parameters import net_parameters
+from mindpet_lite.graph.parameters import STATISTICS, net_parameters
 from mindpet_lite.graph.saved_parameter import copy_of
 from mindpet_lite.graph.tree import drop_compiled_graphs, owners_of_parameters, set_parameter
 from mindpet_lite.names.parameter_names import pytorch_name
@@ -53,6 +53,8 @@ def saved_by(config: DeltaConfig, net: nn.Cell, cells: Mapping[str, nn.Cell], ch
         return list(found.values()), {}
     named = {path: item for item, owners in owners_of_parameters(net) for path, _ in owners
              if path.startswith(tuple(whole))}
+    problems += [f"modules_to_save holds {path}, whose type {item.dtype} cannot train: take it out."
+                 for path, item in named.items() if item.dtype not in FLOATS and not path.endswith(STATISTICS)]
     ties = shared_outside(net, named)
     found.update({id(item): item for path, item in named.items() if path not in ties})
     return list(found.values()), ties

@@ -7,6 +7,7 @@ import mindspore
 from mindspore import Tensor, nn, ops
 
 from mindpet_lite.delta.dense import AdaptedDense, dense_refusal
+from mindpet_lite.delta.dropout import delta_dropout
 from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, LowRank
 from mindpet_lite.delta.lora.settings import NEWER, LoraSettings
 from mindpet_lite.delta.lora.start import RESIDUAL
@@ -199,7 +200,7 @@ class LoRADense(AdaptedDense, LowRank):
             if strategy_lora_b_matmul is None:
                 strategy_lora_b_matmul = ((dense[0][0], 1), (dense[1][0], 1))
         if not hasattr(self, "lora_dropout"):
-            self.lora_dropout = nn.Dropout(p=0.0)
+            self.lora_dropout = delta_dropout(0.0)
         set_strategies([
             ("strategy_org_dense_matmul", self.matmul, dense),
             ("strategy_org_bias_add", self.bias_add if self.has_bias else None, strategy_org_bias_add),

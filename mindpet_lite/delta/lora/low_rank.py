@@ -12,6 +12,7 @@ from mindspore.common.initializer import HeUniform
 
 from mindpet_lite.arguments import warn_user
 from mindpet_lite.delta.base import Delta, float64, overflow
+from mindpet_lite.delta.dropout import delta_dropout
 from mindpet_lite.delta.lora.settings import LoraSettings, OwnStart, scale_of
 from mindpet_lite.delta.lora.start import RESIDUAL, factors
 from mindpet_lite.delta.parts import as_type, initial, put
@@ -146,7 +147,7 @@ class LowRank(Delta):
     def _add_dropout(self) -> None:
         self.has_dropout = self.dropout_rate > 0
         if self.has_dropout:
-            self.lora_dropout = nn.Dropout(p=self.dropout_rate)
+            self.lora_dropout = delta_dropout(self.dropout_rate)
 
     def _other_start(self, config: LoraSettings, weight: Parameter, a_shape: tuple[int, ...],
                      b_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -233,8 +234,9 @@ class LowRank(Delta):
         is_zero = ops.equal(norm, 0)
         scale = as_type(self.mindpet_delta_lora_magnitude, mindspore.float32) / ops.where(is_zero, 1.0, norm)
         scale = ops.where(is_zero, 1.0, scale)
-        change = as_type(scale - 1, dtype) * base + as_type(scale, dtype) * update
-        return change * as_type(self.strength_factor, dtype)
+        # The gradients of the magnitude are sums over all rows, which float16 cannot hold.
+        change = (scale - 1) * as_type(base, mindspore.float32) + scale * as_type(update, mindspore.float32)
+        return as_type(change * self.strength_factor, dtype)
 
     def _weight_norm(self) -> Tensor:
         """Return the norm of W + s B A over all axes but the output's, in float32 whatever the layer computes in.

@@ -151,6 +151,27 @@ def test_a_dropout_that_draws_anew_is_warned_of():
         mp.net_recompute(net, "0")
 
 
+class Functional(nn.Cell):
+    def construct(self, x):
+        return ops.dropout(x, 0.5, self.training)
+
+
+class Block(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.draw, self.dropout = Functional(), nn.Dropout(p=0.5)
+
+    def construct(self, x):
+        return self.dropout(self.draw(x))
+
+
+def test_a_function_that_draws_is_warned_of():
+    with pytest.warns(UserWarning, match=r"^blocks.0.draw \(ops.dropout\) may draw another mask"):
+        net = nn.Cell()
+        net.blocks = nn.CellList([Block()])
+        mp.net_recompute(net, r"blocks\.\d+")
+
+
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_mindspores_own_recompute(before, mode):
     net = Blocks(2, 0.5)

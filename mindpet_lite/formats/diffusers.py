@@ -25,7 +25,7 @@ from mindpet_lite.formats.lora import (
     without_settings,
 )
 from mindpet_lite.formats.state import AdapterState, LayerState
-from mindpet_lite.formats.stated_alpha import stated_alpha, warn_of_unused
+from mindpet_lite.formats.stated_alpha import OF_TENSORS, stated_alpha, warn_of_contrary, warn_of_unused
 from mindpet_lite.formats.strict_json import parse_object
 from mindpet_lite.names import components
 from mindpet_lite.names.underscores import in_own_names
@@ -250,6 +250,9 @@ def _inferred(part: _Parts, numbers: _Numbers, metadata: Mapping[str, str], comp
     stated = None if alphas else stated_alpha(metadata, component, ranks.values())
     default = {path: rank if stated is None else stated for path, rank in ranks.items() if path not in alphas}
     warn_of_unused(metadata, default)
+    if not default:
+        warn_of_contrary(metadata, {path: read_alpha(path, value, ranks[path]) for path, value in alphas.items()},
+                         OF_TENSORS)
     settings = {path: (rank, read_alpha(path, alphas[path], rank) if path in alphas else default[path])
                 for path, rank in ranks.items()}
     settings |= {path: (ranks[path], scaled(path, settings[path][1], value)) for path, value in scalars.items()}

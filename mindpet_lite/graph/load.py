@@ -24,7 +24,7 @@ from mindpet_lite.formats.placed import placed
 from mindpet_lite.formats.problems import listed
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.values import in_float32
-from mindpet_lite.graph.adapters import Adapter, deltas_in
+from mindpet_lite.graph.adapters import Adapter, adapters_of, deltas_in
 from mindpet_lite.graph.base_hash import layer_hash
 from mindpet_lite.graph.modules_to_save import Found, find_trained, of_the_base, ties, value_problems
 from mindpet_lite.graph.parameters import apply_trains, parameters_with, what_trains
@@ -88,6 +88,7 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     new = {place: delta for place, delta in adapted.items() if delta is not cells[place]}
     problems += start_problems(net, new)
     trained = find_trained(values, net, problems)
+    problems += _missing_modules(values, trained, adapted, cells)
     tied = ties(net, state, trained)
     followers = {} if source.kind == "peft" and tokens_are_of_table_alone(state.config) else followers_of(
         new, cells, [*(cells[path] for path in adapted), *(cell for _, cell in tied.values())], problems)
@@ -102,8 +103,7 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
         for text in remarks(state.config, source.state.layers, cells, adapted):
             warn_user(f"{path}: {text}")
     unchanged = of_the_base(state)
-    own = {id(item) for item, _ in tied.values()}
-    saved = [item for name, (_, item) in trained.items() if name not in unchanged and id(item) not in own]
+    saved = [item for name, (place, item) in trained.items() if name not in unchanged and place not in tied]
     parameters = parameters_with(net, new)
     if trainable == "adapter":
         apply_trains(net, parameters, what_trains(parameters, cells, adapted.values(), saved))
@@ -158,7 +158,8 @@ def _other_base(state: AdapterState, cells: Mapping[str, nn.Cell], path: str, st
 
 def _adapted(state: AdapterState, cells: Mapping[str, nn.Cell], problems: list[str]) -> dict[str, Delta]:
     """Return the delta that each layer of the file goes to, new where the net's is plain; add every problem found."""
-    unknown = [name for name in state.method.split("+") if name not in METHODS]
+    unknown = [name for name in [*state.method.split("+"), *(layer.method for layer in state.layers.values())]
+               if name and name not in METHODS]
     if unknown:
         problems.append(f"the file is of method {unknown[0]!r}, which is none of {', '.join(METHODS)}.")
         return {}
@@ -228,6 +229,16 @@ def _mismatches(path: str, delta: Delta, layer: LayerState) -> list[str]:
         if name in own:
             problems += value_problems(f"{path}.{name}", own[name], value)
     return problems
+
+
+def _missing_modules(state: AdapterState, found: Found, adapted: Mapping[str, Delta], cells: Mapping[str, nn.Cell]
+                     ) -> list[str]:
+    """Return which base Parameters trained with the net's adapter and are not in the file, which would keep them."""
+    present = [delta for place, delta in adapted.items() if delta is cells[place]]
+    in_file = {id(item) for _, item in found.values()}
+    return [f"missing: {item.path or item.parameter.name}, which trained with the net's adapter, is not in the file: "
+            f"load it into a net without that adapter." for record in adapters_of(present) for item in record.saved
+            if item.other is not None and not item.is_untrained() and id(item.parameter) not in in_file]
 
 
 def _fill(delta: Delta, layer: LayerState, in_file: LayerState) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,15 @@ def test_an_adapter_of_two_methods(pynative_mode):
             assert np.array_equal(fresh(inputs(5, 6)).asnumpy(), plain)
     with pytest.raises(ValueError, match="kohya's files hold LoRA only, but this adapter is of method 'adapter.lora'"):
         mp.save_adapter(net, "both.safetensors", "kohya")
+    for kind, method in (("adapter+lora", "x"), ("x", "x"), ("adapter", "lora")):
+        stored = json.loads(Path("adapter", CONFIG).read_text())
+        stored["pet_type"] = kind
+        for layer in stored["layers"].values():
+            layer["method"] = method
+        shutil.copytree("adapter", "strange", dirs_exist_ok=True)
+        Path("strange", CONFIG).write_text(json.dumps(stored))
+        with pytest.raises(ValueError, match="needs 'settings' and 'tensors'|of method 'x', which is none of"):
+            mp.load_adapter(base(), "strange")
 
 
 @pytest.mark.parametrize("delta_type", [ms.float16, ms.bfloat16], ids=str)

@@ -321,3 +321,33 @@ def test_loading_into_a_net_with_a_start_takes_nothing_out_again(name, base, pyn
     before = output(net)
     mp.load_adapter(net, "out")
     assert np.array_equal(net.q.weight.asnumpy(), base.q.weight.asnumpy()) and np.array_equal(output(net), before)
+
+
+# MindSpore's other ways to load
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["DoRA", "PiSSA", "OLoRA", "tokens"])
+def test_a_base_by_load_state_dict(name, base, mode):
+    net = adapted(Net(2), **STARTS[name])
+    output(net)
+    net.load_state_dict(base.state_dict(), strict=False)
+    assert close(name, output(net), output(base))
+    net.q.weight.assign_value(Net(3).q.weight)
+    net.q.bias.assign_value(Net(3).q.bias)
+    other = Net(1)
+    other.q = Net(3).q
+    assert close(name, output(net), output(other))
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
+def test_a_state_dict_of_another_alpha_leaves_what_the_settings_say(settings, mode):
+    net = adapted(Net(2), lora_alpha=16, **settings)
+    with pytest.warns(UserWarning, match="another scaling"):
+        net.load_state_dict(scaled(4, **settings).state_dict(), strict=False)
+    assert np.array_equal(output(net), output(scaled(16, **settings)))
+
+
+def test_an_optimizer_of_a_scaling_is_refused(pynative_mode):
+    net = scaled(4)
+    with pytest.raises(ValueError, match="it holds q.scaling, which the settings say.*net.get_parameters"):
+        mp.check_optimizer(net, nn.Adam(list(net.get_parameters()), 1e-2))

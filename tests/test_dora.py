@@ -121,3 +121,25 @@ def test_a_zero_row_goes_through_a_file(tmp_path, graph_mode):
     fresh = mp.load_adapter(net_of(with_first_row(0), ms.float32), tmp_path / "adapter")
     assert np.array_equal(fresh(inputs(3, 8)).asnumpy(), net(inputs(3, 8)).asnumpy())
     assert not np.any(net(inputs(3, 8)).asnumpy()[:, 0])
+
+
+def test_the_magnitudes_gradient_in_float16_is_finite(mode):
+    """Sums of products over many rows, of which float16 holds the result and not the way to it."""
+    rng = np.random.default_rng(0)
+    weight = (rng.standard_normal((4, 64)) * 500).astype(np.float16)
+    layer = nn.Dense(64, 4, has_bias=False, dtype=ms.float16)
+    layer.weight.set_data(Tensor(weight))
+    net = nn.SequentialCell(layer)
+    mp.get_pet_model(net, mp.LoraConfig(lora_rank=2, lora_alpha=4, target_modules=["0"], use_dora=True))
+    x = rng.standard_normal((64, 64)).astype(np.float16) / 8
+    slopes = (rng.standard_normal((64, 4)) * 60).astype(np.float16)
+    magnitude = net[0].mindpet_delta_lora_magnitude
+
+    def loss(x):
+        return (net(x).astype(ms.float32) * Tensor(slopes.astype(np.float32))).sum()
+
+    found = ms.grad(loss, None, [magnitude])(Tensor(x))[0].asnumpy().reshape(-1)
+    rows = weight.astype(np.float64)
+    wanted = (slopes.astype(np.float64) * (x.astype(np.float64) @ rows.T)).sum(0) / np.linalg.norm(rows, axis=1)
+    # The layer's own output is rounded to float16 before.
+    np.testing.assert_allclose(found, wanted, rtol=5e-3, atol=5e-2)

@@ -248,10 +248,12 @@ def test_an_alpha_that_cannot_be_right_is_refused(metadata, message):
 def test_kohyas_layout_has_its_alpha_in_tensors_alone(name):
     with pytest.warns(UserWarning, match=f"say {name}='2', which is not used: .*, 4 for conv_in and its own for 1"):
         assert alphas(KOHYA, {name: "2"}) == [4, 2]
+    own = {f"lora_unet_conv_{way}.alpha": np.float32(1) for way in ("in", "out")}
+    with pytest.warns(UserWarning, match=f"say {name}='2', which is not used: the tensors of alpha count, 1 for"):
+        assert alphas(KOHYA | own, {name: "2"}) == [1, 1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        own = {f"lora_unet_conv_{way}.alpha": np.float32(1) for way in ("in", "out")}
-        assert alphas(KOHYA | own, {name: "2"}) == [1, 1]
+        assert alphas(KOHYA | own, {name: "1"}) == alphas(KOHYA | own, {name: "Dynamic"}) == [1, 1]
 
 
 def test_what_kohya_tells_of_the_training_is_not_used_in_diffusers_layout():

@@ -121,6 +121,13 @@ def test_what_is_refused(tensors, changes, message):
         mlx.decode(tensors, {**CONFIG, **changes})
 
 
+def test_first_versions_do_not_say_what_they_tuned():
+    config = {name: value for name, value in CONFIG.items() if name != "fine_tune_type"}
+    assert detect(list(PAIR), {}, config) == "mlx"
+    ours, theirs = mlx.decode(PAIR, config), mlx.decode(PAIR, CONFIG)
+    assert ours.layers[Q].settings == theirs.layers[Q].settings
+
+
 def test_it_is_told_from_mindformers():
     names = list(PAIR)
     assert detect(names, {}, CONFIG) == "mlx"

@@ -53,9 +53,13 @@ def test_adapter_names_and_wrappers_are_taken_out(changes):
 
 
 def test_every_tensor_of_an_adapter_may_carry_the_name():
-    bare = {**PAIR, f"{PREFIX}q.lora_magnitude_vector": np.ones(4, np.float32), f"{PREFIX}q.lora_B.bias": tensor((4,)),
+    # PEFT has a bias of B without DoRA alone.
+    named = renamed((".weight", ".default.weight"), (".bias", ".default.bias"),
+                    tensors={**PAIR, f"{PREFIX}q.lora_B.bias": tensor((4,))})
+    assert len(peft.decode(named, {**CONFIG, "lora_bias": True}).layers["q"].tensors) == 3
+    bare = {**PAIR, f"{PREFIX}q.lora_magnitude_vector": np.ones(4, np.float32),
             f"{PREFIX}head.weight": tensor((3, 4)), f"{PREFIX}head.bias": tensor((3,))}
-    config = {**CONFIG, "use_dora": True, "lora_bias": True, "modules_to_save": ["head"]}
+    config = {**CONFIG, "use_dora": True, "modules_to_save": ["head"]}
     named = renamed((".weight", ".default.weight"), (".bias", ".default.bias"),
                     ("magnitude_vector", "magnitude_vector.default"), ("head.default", "head.modules_to_save.default"),
                     tensors=bare)

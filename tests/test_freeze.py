@@ -82,7 +82,7 @@ def test_by_hand_too():
 HISTORIES = {
     "nothing": lambda net: None, "itself": lambda net: freeze_delta(net, "lora"),
     "bitfit": lambda net: freeze_delta(net, "bitfit"), "all frozen": lambda net: freeze_modules(net, include=["*"]),
-    "all thawed": lambda net: freeze_modules(net, exclude=["*"]),
+    "all unfrozen": lambda net: freeze_modules(net, exclude=["*"]),
     "lora with lists": lambda net: freeze_delta(net, "lora", include=["*to_q*"], exclude=["classifier*"]),
 }
 
@@ -288,3 +288,15 @@ def test_a_shared_parameter_counts_once():
     net = nn.SequentialCell(nn.Dense(4, 4, has_bias=False), nn.Dense(4, 4, has_bias=False))
     net[1].weight = net[0].weight
     assert freeze_modules(net, exclude=["*"]).total == 16
+
+
+def test_what_cannot_train_is_refused():
+    net = nn.SequentialCell(nn.Dense(4, 4), nn.Dense(4, 4))
+    net[1].weight = Parameter(Tensor(np.ones((4, 4), np.int8)), name="1.weight", requires_grad=False)
+    with pytest.raises(ValueError, match="modules_to_save holds 1.weight, whose type Int8 cannot train"):
+        mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"], modules_to_save=["1"]))
+    with pytest.raises(ValueError, match="freeze_exclude pattern '1.weight' names 1.weight, whose type Int8 cannot"):
+        mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"], freeze_exclude=["1.weight"]))
+    # Among others it stays as it is.
+    mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"], freeze_exclude=["1.*"]))
+    assert [item.requires_grad for item in (net[1].weight, net[1].bias)] == [False, True]

@@ -143,7 +143,7 @@ def test_9_base_names_stay_and_all_names_are_unique(case, how):
     base = [item.name for item in plain.get_parameters()]
     assert [name for name in names if name in base] == base
     delta = delta_of(adapted)
-    own = {item.name for item in [*delta_parameters(adapted), *delta.live_parameters().values()]}
+    own = {item.name for item in [*delta_parameters(adapted), *delta.setting_parameters().values()]}
     assert set(names) == {*base, *own}
     if delta.unmergeable:
         return

@@ -11,6 +11,7 @@ from mindspore.train import Model
 from nets import config
 
 import mindpet_lite as mp
+from mindpet_lite.graph import freeze_delta
 
 
 def build() -> nn.Cell:
@@ -115,3 +116,14 @@ def test_wrong_types():
         mp.check_optimizer(adapted(), [])
     with pytest.raises(TypeError, match="net must be"):
         mp.check_optimizer([], nn.Adam(build().trainable_params()))
+
+
+def test_made_before_more_was_set_to_train():
+    net = nn.SequentialCell(nn.Dense(4, 4), nn.ReLU(), nn.Dense(4, 2))
+    mp.get_pet_model(net, mp.LoraConfig(lora_rank=2, lora_alpha=4, target_modules=["0"]))
+    optimizer = nn.Adam(net.trainable_params(), 1e-2)
+    mp.check_optimizer(net, optimizer)
+    freeze_delta(net, "lora", exclude=["*2.weight"])
+    with pytest.raises(ValueError, match="it lacks 2.weight of the adapter"):
+        mp.check_optimizer(net, optimizer)
+    mp.check_optimizer(net, nn.Adam(net.trainable_params(), 1e-2))

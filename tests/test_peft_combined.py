@@ -183,19 +183,6 @@ def test_pissa_leaves_embeddings_alone(pynative_mode):
     same_files(folder, "ours")
 
 
-@pytest.mark.parametrize("mapping, is_refused", [(None, True), ({"parent_library": "transformers.models.gpt2"}, True),
-                                                 ({"parent_library": "mine"}, False)])
-def test_tokens_of_a_tied_table_are_refused_where_peft_ties_them(mapping, is_refused, pynative_mode):
-    folder = write({"wte.token_adapter.trainable_tokens_delta": np.ones((2, 4), np.float32), **low_rank("h.0.fc")},
-                   target_modules=["h.0.fc"], trainable_token_indices={"wte": [1, 3]}, auto_mapping=mapping)
-    mp.load_adapter(Net(), folder)
-    if is_refused:
-        with pytest.raises(ValueError, match="lm_head.*tied weights"):
-            mp.load_adapter(Net(tied=True), folder)
-    else:
-        mp.load_adapter(Net(tied=True), folder)
-
-
 def test_fields_that_are_not_pefts_are_named_and_kept(pynative_mode):
     folder = write(low_rank("h.0.fc"), target_modules=["h.0.fc"], gain_of_tomorrow=3, empty_of_tomorrow=None)
     with pytest.warns(UserWarning, match="gain_of_tomorrow, which no version of PEFT") as caught:
@@ -260,4 +247,70 @@ def test_no_warning_for_pefts_own_config(pynative_mode):
                    peft_version="0.21.2")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        mp.load_adapter(Net(), folder)
+
+
+def whole(name, seed):
+    return {name: np.random.default_rng(seed).standard_normal((9, 4)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("saved, equal, expected", [
+    (["wte", "lm_head"], False, ("wte", "lm_head")), (["wte", "lm_head"], True, ("wte", "wte")),
+    # PEFT writes a grown embedding along, which no entry names: there it goes into the base, tied as it is.
+    (None, None, ("wte", "wte")), (["wte"], None, ("wte", "base"))])
+def test_both_sides_of_a_tie_have_the_values_that_peft_gives_them(saved, equal, expected, pynative_mode):
+    values = whole("wte.weight", 1) if equal is None else {
+        **whole("wte.weight", 1), **whole("lm_head.weight", 1 if equal else 2)}
+    folder = write({**low_rank("h.0.fc"), **values}, target_modules=["h.0.fc"], modules_to_save=saved)
+    net = mp.load_adapter(Net(tied=True), folder)
+    held = {"wte": values["wte.weight"], "lm_head": values.get("lm_head.weight"),
+            "base": Net().wte.embedding_table.asnumpy()}
+    assert np.array_equal(net.wte.embedding_table.asnumpy(), held[expected[0]])
+    assert np.array_equal(net.lm_head.weight.asnumpy(), held[expected[1]])
+    mp.save_adapter(net, "ours")
+    again = mp.load_adapter(Net(tied=True), "ours")
+    for ours, theirs in zip(again.get_parameters(), net.get_parameters()):
+        assert np.array_equal(ours.asnumpy(), theirs.asnumpy())
+    if equal is False:
+        with pytest.raises(ValueError, match="was one weight with"):
+            mp.merge(net)
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+def test_a_file_without_what_trained_with_the_nets_adapter_is_refused(settings, pynative_mode):
+    folder = write(low_rank("h.0.fc"), target_modules=["h.0.fc"])
+    net = mp.get_pet_model(Net(), mp.LoraConfig(2, 4, target_modules=["h.0.fc"], **settings))
+    mp.load_adapter(net, folder)
+    shaken(net)
+    before = net(IDS).asnumpy()
+    with pytest.raises(ValueError, match="missing: .*, which trained with the net's adapter, is not in the file"):
+        mp.load_adapter(net, folder)
+    assert np.array_equal(net(IDS).asnumpy(), before)
+
+
+def test_layers_of_two_configs_that_differ_in_a_flag_are_saved_in_our_own_form(mode):
+    net = mp.get_pet_model(Net(), mp.LoraConfig(2, 4, target_modules=["h.0.fc"], use_dora=True))
+    mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["h.1.fc"], use_rslora=True))
+    shaken(net)
+    mp.save_adapter(net, "ours")
+    assert "peft_type" not in json.loads(Path("ours/adapter_config.json").read_text())
+    assert np.array_equal(mp.load_adapter(Net(), "ours")(IDS).asnumpy(), net(IDS).asnumpy())
+
+
+def test_a_state_dict_of_a_saved_module(pynative_mode):
+    head = whole("lm_head.weight", 3)["lm_head.weight"]
+    folder = write({**low_rank("h.0.fc"), "lm_head.modules_to_save.default.weight": head,
+                    "lm_head.original_module.weight": head + 1}, target_modules=["h.0.fc"], modules_to_save=["lm_head"])
+    assert np.array_equal(mp.load_adapter(Net(), folder).lm_head.weight.asnumpy(), head)
+
+
+def test_blocks_in_a_file_that_it_has_not_are_said(pynative_mode):
+    folder = write(low_rank("h.0.fc"), target_modules=["fc"], layers_to_transform=[0, 7])
+    with pytest.warns(UserWarning, match="layers_to_transform '7' fits none of its layers"):
+        mp.load_adapter(Net(), folder)
+
+
+def test_dora_with_a_bias_of_b_is_refused_as_in_peft(pynative_mode):
+    folder = write(low_rank("h.0.fc"), target_modules=["fc"], use_dora=True, lora_bias=True)
+    with pytest.raises(ValueError, match="lora_bias and use_dora do not go together"):
         mp.load_adapter(Net(), folder)

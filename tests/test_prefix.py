@@ -454,6 +454,32 @@ class TurnedByFunction(Attention):
         return attend(apply_rotary(self.to_q(x), 1), apply_rotary(self.to_k(x), 1), self.to_v(x))
 
 
+class TurnedByHelper(Attention):
+    """Nothing but what the helper does tells."""
+
+    def construct(self, x):
+        return attend(self.turned(self.to_q(x)), self.turned(self.to_k(x)), self.to_v(x))
+
+    def turned(self, x):
+        return helper(x)
+
+
+def helper(x):
+    return x * ops.cos(ops.arange(x.shape[1]))[:, None]
+
+
+class FromTheModel(Attention):
+    """As transformers' Llama."""
+
+    def construct(self, x, position_embeddings=None):
+        return attend(self.to_q(x), self.to_k(x), self.to_v(x))
+
+
+class Causal(Attention):
+    def construct(self, x):
+        return attend(self.to_q(x), self.to_k(x), self.to_v(x)) + 0 * ops.tril(ops.ones((3, 3)))[0, 0]
+
+
 class Relative(Attention):
     def __init__(self) -> None:
         super().__init__()
@@ -467,7 +493,10 @@ class Fused(Attention):
 
 @pytest.mark.parametrize("attention, message", [
     (Turned, r"blocks.0 takes positions from the place of each key \(RotaryEmbedding\)"),
-    (TurnedByFunction, r"takes positions from the place of each key \(apply_rotary\)"),
+    (TurnedByFunction, r"takes positions from the place of each key \(apply_rotary, freqs_cis\)"),
+    (TurnedByHelper, r"takes positions from the place of each key \(cos\)"),
+    (FromTheModel, r"takes positions from the place of each key \(position_embeddings\)"),
+    (Causal, r"makes its mask itself \(tril\), without columns for a prefix"),
     (Relative, "relative_attention_bias"), (Fused, "is a fused one .flash_attention_score")])
 @pytest.mark.parametrize("settings", [PrefixTuningConfig(target_modules=["to_k", "to_v"], **DENSE), mp.Ptuning2Config(
     target_modules=["to_k", "to_v"], pre_seq_len=ROWS)], ids=["prefixtuning", "ptuning2"])

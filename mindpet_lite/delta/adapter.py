@@ -56,7 +56,7 @@ class AdapterLayer(BottleneckLayer):
     `mindpet_delta_adapter_block` holds `mindpet_delta_adapter_down_sampler` with `weight`
     (bottleneck_size, hidden_size) and `bias` (bottleneck_size,), `mindpet_delta_adapter_non_linear`, and
     `mindpet_delta_adapter_up_sampler` with `weight` (hidden_size, bottleneck_size) and `bias` (hidden_size,).
-    `scaling` () is s, a Parameter that is never trained: it holds the live factor, so that it can change in a
+    `scaling` () is s, a Parameter that is never trained: it is one so that it can change in a
     compiled graph (:func:`mindpet_lite.set_lora_scale`, :func:`mindpet_lite.adapters_disabled`).
 
     The map up starts at zero and the map down He-uniform with negative slope √5, so the layer starts as the identity,
@@ -156,7 +156,7 @@ class AdapterDense(BottleneckDense):
     .. math:: h = act(x W^T + b), y = h + s (act_a(h W_d^T + b_d) W_u^T + b_u)
 
     `weight` (out_channels, in_channels) and `bias` (out_channels,) are where nn.Dense has them;
-    `mindpet_delta_adapter` is the :class:`AdapterLayer`, and `scaling` () its live factor s. The layer starts
+    `mindpet_delta_adapter` is the :class:`AdapterLayer`, and `scaling` () its scaling s. The layer starts
     equal to its base, exactly. For the dtype rule see :class:`AdapterLayer`; without `compute_dtype` and `to_float()`
     the whole layer computes in the type of `weight`.
 

@@ -16,6 +16,8 @@ from mindpet_lite.delta.values import Start
 from mindpet_lite.names.expressions import compile_end
 
 FLOAT_TYPES = (mstype.float16, mstype.bfloat16, mstype.float32)
+# The types of Parameters that can train.
+FLOATS = (*FLOAT_TYPES, mstype.float64)
 # From here on rounding gives infinity: half a step above the largest number.
 _LIMITS = {mstype.float16: 65520.0, mstype.bfloat16: 2.0 ** 128 - 2.0 ** 119, mstype.float32: 2.0 ** 128 - 2.0 ** 103}
 
@@ -34,7 +36,7 @@ def overflow(what: str, number: float, types: Iterable[Any]) -> str:
 
 def type_refusal(parameter: Parameter, method: str) -> str | None:
     """Return why the layer of this Parameter cannot be adapted, where it is not of a float type; else None."""
-    if parameter.dtype in (*FLOAT_TYPES, mstype.float64):
+    if parameter.dtype in FLOATS:
         return None
     return (f"its {parameter.name.rpartition('.')[2]} is of the type {parameter.dtype}, in which the input and the "
             f"deltas would be cut down to whole numbers: {method} adapts layers of a float type. Give the layer its "
@@ -44,17 +46,17 @@ def type_refusal(parameter: Parameter, method: str) -> str | None:
 class Delta:
     """What a method tells the rest of the package about one layer; mixed into the cell class of most methods.
 
-    `delta_names` names the attributes that hold what it trains: Parameters, or cells of them. `live_names` names
-    Parameters that are never trained, counted or written to a file: those that steer a compiled graph by their value,
-    and constants. `output_names` names those of `delta_parameters()` on the side of the layer's output, as LoRA's B.
-    `strength` multiplies the delta (1 is the trained adapter, 0 the base), `enabled` switches it; `refresh` puts both
-    into effect. `fixed` and `unmergeable` say why a method cannot be steered or merged.
-    `foldable` says that some of what trains can be left out for inference, by `fold`.
+    `delta_names` names the attributes that hold what it trains: Parameters, or cells of them. `setting_names` names
+    Parameters that are never trained, counted or written to a file: those that hold what the settings say, which a
+    compiled graph reads, and constants. `output_names` names those of `delta_parameters()` on the side of the layer's
+    output, as LoRA's B. `strength` multiplies the delta (1 is the trained adapter, 0 the base), `enabled`
+    switches it; `refresh` puts both into effect. `fixed` and `unmergeable` say why a method cannot be steered
+    or merged. `foldable` says that some of what trains can be left out for inference, by `fold`.
     """
 
     method: ClassVar[str]
     delta_names: tuple[str, ...]
-    live_names: tuple[str, ...] = ()
+    setting_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
 
     strength: float = 1.0
@@ -68,6 +70,9 @@ class Delta:
     fixed: str = ""
     unmergeable: str = ""
     foldable: bool = False
+    # The layer computes with another delta's Parameters, because it has that layer's weight (tied weights): it trains
+    # nothing of its own, and stands in no file.
+    follows: bool = False
 
     @property
     def base_layer(self) -> Any:
@@ -85,26 +90,37 @@ class Delta:
                 found[name] = part
         return found
 
-    def live_parameters(self) -> dict[str, Parameter]:
+    def setting_parameters(self) -> dict[str, Parameter]:
         """Return the Parameters that are never trained, by attribute name."""
-        return {name: getattr(self, name) for name in self.live_names}
+        return {name: getattr(self, name) for name in self.setting_names}
 
     def delta_norm(self) -> float:
         """Return how large the delta is: the root of the sum of the squares of all it trains."""
         return math.sqrt(sum(float(np.square(float64(item)).sum()) for item in self.delta_parameters().values()))
 
-    def live_values(self) -> dict[str, Any]:
-        """Return what the live Parameters are to hold by the settings, `strength` and `enabled`, by attribute name."""
-        raise NotImplementedError(f"{type(self).__name__}.live_values() is missing: {self.fixed or 'write it'}")
+    def setting_values(self) -> dict[str, Any]:
+        """Return what the Parameters of `setting_names` are to hold by the settings, `strength` and `enabled`."""
+        raise NotImplementedError(f"{type(self).__name__}.setting_values() is missing: {self.fixed or 'write it'}")
 
     def refresh(self) -> None:
-        """Write `strength` and `enabled` into the live Parameters; a running graph sees it at its next call."""
-        for name, value in self.live_values().items():
+        """Write `strength` and `enabled` into those Parameters; a running graph sees it at its next call."""
+        for name, value in self.setting_values().items():
             put(getattr(self, name), Tensor(value, getattr(self, name).dtype))
 
     def base_parameter(self) -> Parameter | None:
         """Return the base Parameter that the start is made from, or None where the start takes nothing from it."""
         return None
+
+    def followers(self, cells: Mapping[str, nn.Cell]) -> dict[str, Delta]:
+        """Return the other layers of a net that this delta changes with its own, as they are then, by path.
+
+        Args:
+            cells: of the net, by path, without this delta.
+
+        Raises:
+            ValueError: one of them cannot follow.
+        """
+        return {}
 
     def watch_start(self) -> None:
         """Let the start be made again where the base is loaded later, while nothing has trained."""

@@ -40,23 +40,23 @@ class BottleneckSettings:
 
 
 class Steered(Delta):
-    """A delta behind the live factor `scaling`, which a running graph reads: 1 as trained, 0 the base."""
+    """A delta times its `scaling`, which a running graph reads: 1 as trained, 0 the base."""
 
-    live_names = ("scaling",)
+    setting_names = ("scaling",)
     unmergeable = "the adapter applies a non-linearity to the layer's output, so no weight of the layer equals both."
 
     scaling: Parameter
 
     def overflows(self, strength: float) -> str:
-        """Return why the live factor cannot be this, or nothing."""
+        """Return why the scaling cannot be this strength, or nothing."""
         return overflow("the strength", strength, (mindspore.float32, self._compute_type()))
 
     def _compute_type(self) -> mindspore.dtype:
         """Return the type that the delta is computed in."""
         raise NotImplementedError
 
-    def live_values(self) -> dict[str, Any]:
-        """Return `strength` for the live factor, or 0 where switched off."""
+    def setting_values(self) -> dict[str, Any]:
+        """Return `strength` as the scaling, or 0 where switched off."""
         return {"scaling": self.strength if self.enabled else 0.0}
 
     def unlike(self, settings: Mapping[str, Any]) -> list[str]:
@@ -128,7 +128,7 @@ class BottleneckLayer(TypedCell, Steered):
 
     def inner_strategies(self, non_linearity: tuple | None, bias_up: tuple | None,
                          residual: tuple | None) -> list[Strategy]:
-        """Return the strategies of what is between and after the two maps, those of the live factor among them."""
+        """Return the strategies of what is between and after the two maps, those of the scaling among them."""
         check_strategies({"strategy_non_linearity": non_linearity, "strategy_bias_up_sampler": bias_up})
         return [("strategy_non_linearity", self._parts()[1], non_linearity),
                 ("strategy_non_linearity", self.low_mul, (non_linearity[0], ()) if non_linearity else None),

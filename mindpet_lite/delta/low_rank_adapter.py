@@ -177,7 +177,7 @@ class LowRankAdapterLayer(BottleneckLayer):
     `mindpet_delta_low_rank_adapter_down_sampler` and `mindpet_delta_low_rank_adapter_up_sampler` are
     :class:`LowRankLinear`, from hidden_size to hidden_size // reduction_factor and back, with
     `mindpet_delta_low_rank_adapter_non_linear` between them. `scaling` () is s, a Parameter that is never
-    trained: it holds the live factor, so that it can change in a compiled graph
+    trained: it is one so that it can change in a compiled graph
     (:func:`mindpet_lite.set_lora_scale`, :func:`mindpet_lite.adapters_disabled`).
 
     R_u starts at zero and the other factors by `low_rank_w_init`, so the layer starts as the identity, exactly.
@@ -286,7 +286,7 @@ class LowRankAdapterDense(BottleneckDense):
     .. math:: h = act(x W^T + b), y = h + s (act_a(h L_d R_d + b_d) L_u R_u + b_u)
 
     `weight` (out_channels, in_channels) and `bias` (out_channels,) are where nn.Dense has them;
-    `mindpet_delta_low_rank_adapter` is the :class:`LowRankAdapterLayer`, and `scaling` () its live factor s.
+    `mindpet_delta_low_rank_adapter` is the :class:`LowRankAdapterLayer`, and `scaling` () its scaling s.
     The layer starts equal to its base, exactly. For the dtype rule see :class:`LowRankAdapterLayer`; without
     `compute_dtype` and `to_float()` the whole layer computes in the type of `weight`.
 

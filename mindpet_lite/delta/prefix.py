@@ -22,6 +22,7 @@ from mindspore import Parameter, Tensor, nn
 from mindpet_lite.arguments import check_bool, check_int, check_probability, warn_user
 from mindpet_lite.delta.base import DeltaConfig, check_float_type
 from mindpet_lite.delta.dense import dense_refusal
+from mindpet_lite.delta.dropout import delta_dropout
 from mindpet_lite.delta.parts import initial, prefix_of
 from mindpet_lite.delta.prefix_dense import (
     PrefixDelta,
@@ -73,7 +74,7 @@ class Prefixes(PrefixDelta):
         """Make the Parameters of P (prefix_token_num, width), or its parts under `folded_names` without an MLP."""
         self.prefix_token_num, self.embed_dim, self.mid_dim = config.prefix_token_num, config.embed_dim, config.mid_dim
         self.dropout_rate, self.prefix_projection = config.dropout_rate, config.prefix_projection
-        self.dropout = nn.Dropout(p=self.dropout_rate)
+        self.dropout = delta_dropout(self.dropout_rate)
         self.has_dropout = self.dropout_rate > 0
         rows, dtype = config.prefix_token_num, config.param_init_type
         if config.prefix_projection:
@@ -186,7 +187,7 @@ class PrefixLayer(Prefixes, nn.Cell):
             [0, 1).
     """
 
-    live_names = ("input_tokens",)
+    setting_names = ("input_tokens",)
 
     def __init__(self, prefix_token_num: int, batch_size: int, num_heads: int, hidden_dim: int, embed_dim: int,
                  mid_dim: int = 512, dropout_rate: float = 0.1, prefix_projection: bool = True,
@@ -236,7 +237,7 @@ class PrefixLayer(Prefixes, nn.Cell):
             return rows[:, :self.hidden_dim], rows[:, self.hidden_dim:]
         return self.mindpet_delta_prefixtuning_key, self.mindpet_delta_prefixtuning_value
 
-    def live_values(self) -> dict[str, Any]:
+    def setting_values(self) -> dict[str, Any]:
         """Return the row numbers."""
         return {"input_tokens": np.arange(self.prefix_token_num)}
 

@@ -1,8 +1,10 @@
 """What Prefix-Tuning and P-Tuning v2 share: rows put before a sequence, the mask for them, a Dense that adds them."""
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
+from types import CodeType
 from typing import Any
 
 import mindspore
@@ -110,9 +112,12 @@ class PrefixedDense(PrefixDelta, AdaptedDense):
 
 
 # What tells such an attention: names of its class and its parts, and names in the code of its `construct`.
-_POSITIONS = re.compile(r"rotary|(^|_)rope(_|$)|RoPE|freqs?_cis|alibi|relative_(attention|position)|position_bias",
-                        re.I)
-_FUSED = re.compile(r"flash|scaled_dot_product|fused_attention|is_causal", re.I)
+_POSITIONS = re.compile(r"rota[tr]|(^|_)(rope|cos|sin|pos|rel)(_|$)|RoPE|freqs?(_|$)|alibi|slopes|relative|position",
+                        re.IGNORECASE)
+_FUSED = re.compile(r"flash|scaled_dot_product|fused_attention|is_causal", re.IGNORECASE)
+_MASKS = re.compile(r"(^|_)(tril|triu)(_|$)", re.IGNORECASE)
+# Code of these packages is known by its names alone.
+_LIBRARIES = ("mindspore", "numpy", "math", "builtins")
 
 
 def attention_refusal(path: str, cells: Mapping[str, nn.Cell]) -> str | None:
@@ -130,7 +135,8 @@ def attention_refusal(path: str, cells: Mapping[str, nn.Cell]) -> str | None:
     names = {name for place, cell in cells.items() if f".{place}.".startswith(f".{around}." if around else ".")
              for name in _names_in(cell)}
     for pattern, reason in ((_POSITIONS, "takes positions from the place of each key ({}), which a prefix moves"),
-                            (_FUSED, "is a fused one ({}), whose mask has no columns for a prefix")):
+                            (_FUSED, "is a fused one ({}), whose mask has no columns for a prefix"),
+                            (_MASKS, "makes its mask itself ({}), without columns for a prefix")):
         found = sorted(filter(pattern.search, names))
         if found:
             return (f"the attention at {around or 'the net itself'} {reason.format(', '.join(found[:3]))}. Use LoRA "
@@ -139,9 +145,26 @@ def attention_refusal(path: str, cells: Mapping[str, nn.Cell]) -> str | None:
 
 
 def _names_in(cell: nn.Cell) -> set[str]:
-    code = getattr(type(cell).construct, "__code__", None)
-    return {type(cell).__name__, *(name for name in vars(cell) if not name.startswith("_")), *cell.name_cells(),
-            *((*code.co_names, *code.co_varnames) if code else ())}
+    """Return the names of a cell's parts, and those in the code that it runs, in functions and methods it calls too."""
+    found = {type(cell).__name__, *(name for name in vars(cell) if not name.startswith("_")), *cell.name_cells()}
+    waiting, seen = [getattr(type(cell).construct, "__func__", type(cell).construct)], set()
+    while waiting:
+        function = waiting.pop()
+        code = getattr(function, "__code__", None)
+        if code is None or code in seen or (function.__module__ or "").partition(".")[0] in _LIBRARIES:
+            continue
+        seen.add(code)
+        names = [name for part in (code, *_inner(code)) for name in (*part.co_names, *part.co_varnames)]
+        found.update(names)
+        waiting += [item for name in names for item in (function.__globals__.get(name), getattr(type(cell), name, None))
+                    if inspect.isfunction(item)]
+    return found
+
+
+def _inner(code: CodeType) -> list[CodeType]:
+    """Return the code of the functions and comprehensions in some code."""
+    own = [part for part in code.co_consts if isinstance(part, CodeType)]
+    return [*own, *(part for one in own for part in _inner(one))]
 
 
 def check_targets(target_modules: str | tuple[str, ...] | None) -> None:

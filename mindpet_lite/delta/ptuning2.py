@@ -19,6 +19,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindpet_lite.arguments import check_bool, check_int, check_probability
 from mindpet_lite.delta.base import DeltaConfig, check_float_type
 from mindpet_lite.delta.dense import dense_refusal
+from mindpet_lite.delta.dropout import delta_dropout
 from mindpet_lite.delta.parts import check_init, initial, prefix_of
 from mindpet_lite.delta.prefix_dense import (
     PrefixDelta,
@@ -116,7 +117,7 @@ class Prompts(PrefixDelta):
         """Make the Parameters of P (pre_seq_len, width)."""
         self.pre_seq_len, self.prefix_projection = config.pre_seq_len, config.prefix_projection
         self.projection_dim, self.dropout_prob = config.projection_dim, config.dropout_prob
-        self.dropout = nn.Dropout(p=self.dropout_prob)
+        self.dropout = delta_dropout(self.dropout_prob)
         self.has_dropout = self.dropout_prob > 0
         self.mindpet_delta_ptuning2_embedding = embedding
         self.delta_names = (_EMBEDDING,)
@@ -193,7 +194,7 @@ class PrefixEncoder(Prompts, nn.Cell):
         ValueError: an int is not positive; dropout_prob is outside [0, 1); out_perm is no such permutation.
     """
 
-    live_names = ("mindpet_delta_ptuning2_prefix",)
+    setting_names = ("mindpet_delta_ptuning2_prefix",)
 
     def __init__(self, pre_seq_len: int, num_layers: int, num_heads: int, kv_channels: int, prefix_projection: bool,
                  projection_dim: int, dropout_prob: float, parallel_config: Any = None,
@@ -209,7 +210,7 @@ class PrefixEncoder(Prompts, nn.Cell):
         self.num_layers, self.num_heads, self.kv_channels = num_layers, num_heads, kv_channels
         self.out_perm = tuple(out_perm)
         ids = Tensor(np.arange(settings.pre_seq_len), mindspore.int64)
-        self.mindpet_delta_ptuning2_prefix = setting_parameter(ids, self.live_names[0])
+        self.mindpet_delta_ptuning2_prefix = setting_parameter(ids, self.setting_names[0])
         data_parallel, model_parallel, vocab_emb_dp = _parallel(parallel_config)
         width = num_layers * 2 * num_heads * kv_channels
         # The ids are looked up once for the whole batch: nothing of them is split among the devices.
@@ -240,9 +241,9 @@ class PrefixEncoder(Prompts, nn.Cell):
         layers = self.split_layers(self.transpose(rows, self.out_perm))
         return tuple([self.cast(layer, dtype) for layer in layers])
 
-    def live_values(self) -> dict[str, Any]:
+    def setting_values(self) -> dict[str, Any]:
         """Return the row numbers."""
-        return {self.live_names[0]: np.arange(self.pre_seq_len)}
+        return {self.setting_names[0]: np.arange(self.pre_seq_len)}
 
     def shard(self, data_parallel: int, model_parallel: int) -> PrefixEncoder:
         """Set how the operators are split in (semi-)auto-parallel training.

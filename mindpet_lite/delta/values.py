@@ -5,7 +5,7 @@ import hashlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,10 @@ class SettingParameter(Parameter, Tensor):
                       "with those; a strength is set with set_lora_scale().")
         return self
 
+    def assign_value(self, value: Tensor) -> SettingParameter:
+        """Keep the value, as `set_data` does: `Cell.load_state_dict` loads so."""
+        return self.set_data(value)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> SettingParameter:
         return _as_setting(super().__deepcopy__(memo))
 
@@ -59,8 +63,12 @@ def _as_setting(parameter: Parameter) -> SettingParameter:
     return parameter
 
 
+# The functions of MindSpore that load many values, and what they call them.
+_GIVEN = {"load_param_into_net": "parameter_dict", "load_state_dict": "state_dict"}
+
+
 class Load:
-    """By what a value is loaded: the checkpoint that `load_param_into_net` was given, else the line that does it.
+    """By what a value is loaded: what `load_param_into_net` or `load_state_dict` was given, else the line that does it.
 
     Made while it goes on. It keeps nothing of the checkpoint alive.
     """
@@ -68,10 +76,11 @@ class Load:
     def __init__(self) -> None:
         frame: FrameType | None = sys._getframe(1)
         self.line = user_line()
-        self.parameter: Callable[[], Parameter | None] | None = None
+        self.parameter: Callable[[], Tensor | None] | None = None
         while frame is not None and self.parameter is None:
-            if frame.f_code.co_name == "load_param_into_net" and frame.f_locals.get("parameter_dict"):
-                self.parameter = weakref.ref(next(iter(frame.f_locals["parameter_dict"].values())))
+            given = frame.f_locals.get(_GIVEN.get(frame.f_code.co_name, ""))
+            if given:
+                self.parameter = weakref.ref(next(iter(given.values())))
             frame = frame.f_back
 
     def is_same(self, other: Load) -> bool:
@@ -82,46 +91,80 @@ class Load:
         return parameter is not None and parameter is other.parameter()
 
 
-# A context around a call of `set_data` with a value.
+# A context around a call of `set_data` or `assign_value` with a value.
 Around = Callable[[Tensor, Load], AbstractContextManager[None]]
 
 
 class _Watched:
-    """Stands as `set_data` on a Parameter, so that its watchers hear of a value that comes from a checkpoint."""
+    """Stands before `set_data` and `assign_value` of a Parameter: its watchers hear of a value from a checkpoint."""
 
     def __init__(self, parameter: Parameter) -> None:
         self.parameter = parameter
         self.watchers: list[Around] = []
+        # `Parameter.set_data` calls `assign_value`, of which nobody is to hear.
+        self.is_quiet = False
 
-    def __call__(self, data: Any, slice_shape: bool = False) -> Parameter:
+    def set_data(self, data: Any, slice_shape: bool = False) -> Parameter:
+        with self._heard(data):
+            Parameter.set_data(self.parameter, data, slice_shape)
+        return self.parameter
+
+    def assign_value(self, value: Any) -> Parameter:
+        with self._heard(value):
+            Tensor.assign_value(self.parameter, value)
+        return self.parameter
+
+    @contextmanager
+    def _heard(self, data: Any) -> Iterator[None]:
+        if self.is_quiet:
+            yield
+            return
         load = Load()
         with ExitStack() as stack:
             for around in self.watchers:
                 stack.enter_context(around(data, load))
-            set_value(self.parameter, data, slice_shape)
-        return self.parameter
+            with self.quiet():
+                yield
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Let nobody hear of values inside the block."""
+        before, self.is_quiet = self.is_quiet, True
+        try:
+            yield
+        finally:
+            self.is_quiet = before
 
 
 def watch(parameter: Parameter, around: Around) -> None:
-    """Let `around` be entered around each `set_data` of a Parameter. A copy of the Parameter is not watched."""
-    if not isinstance(vars(parameter).get("set_data"), _Watched):
-        parameter.set_data = _Watched(parameter)
-    if around not in parameter.set_data.watchers:
-        parameter.set_data.watchers.append(around)
+    """Let `around` be entered around each `set_data` and `assign_value` of a Parameter. Copies are not watched."""
+    watched = _watched(parameter)
+    if watched is None:
+        watched = _Watched(parameter)
+        parameter.set_data, parameter.assign_value = watched.set_data, watched.assign_value
+    if around not in watched.watchers:
+        watched.watchers.append(around)
 
 
 def unwatch(parameter: Parameter, around: Around) -> None:
     """Undo :func:`watch`."""
-    watched = vars(parameter).get("set_data")
-    if isinstance(watched, _Watched) and around in watched.watchers:
+    watched = _watched(parameter)
+    if watched is not None and around in watched.watchers:
         watched.watchers.remove(around)
         if not watched.watchers:
-            del parameter.set_data
+            del parameter.set_data, parameter.assign_value
+
+
+def _watched(parameter: Parameter) -> _Watched | None:
+    found = getattr(vars(parameter).get("set_data"), "__self__", None)
+    return found if isinstance(found, _Watched) and found.parameter is parameter else None
 
 
 def set_value(parameter: Parameter, value: Tensor, slice_shape: bool = False) -> None:
     """Give a Parameter a value as `set_data` does, without a word to those who watch it."""
-    Parameter.set_data(parameter, value, slice_shape)
+    watched = _watched(parameter)
+    with watched.quiet() if watched else nullcontext():
+        Parameter.set_data(parameter, value, slice_shape)
 
 
 class Start:

@@ -131,7 +131,7 @@ def _decode(kind: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str,
     if kind in ("peft", "mlx"):
         state = (peft if kind == "peft" else mlx).decode(tensors, config or {})
         warn_of_contrary(metadata, {path: layer.settings["lora_alpha"] for path, layer in state.layers.items()
-                                    if layer.settings and "lora_alpha" in layer.settings})
+                                    if layer.settings and "lora_alpha" in layer.settings}, "the config counts")
         return state
     if kind == native.FORMAT:
         return native.decode(tensors, config or {})

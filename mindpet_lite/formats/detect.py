@@ -35,7 +35,7 @@ def detect(names: Collection[str], metadata: Mapping[str, str], config: Mapping[
     """
     if config is not None and config.get("format") == NATIVE:
         return NATIVE
-    if config is not None and "fine_tune_type" in config:
+    if config is not None and {"fine_tune_type", "lora_parameters"} & config.keys():
         return "mlx"
     names = [name for name in names if not name.startswith(BUNDLED)]
     kinds = [kind for kind, pattern in _KEYS.items() if names and all(map(pattern.fullmatch, names))]

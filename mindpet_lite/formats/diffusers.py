@@ -25,7 +25,7 @@ from mindpet_lite.formats.lora import (
     without_settings,
 )
 from mindpet_lite.formats.state import AdapterState, LayerState
-from mindpet_lite.formats.stated_alpha import stated_alpha, warn_of_unused
+from mindpet_lite.formats.stated_alpha import OF_TENSORS, stated_alpha, warn_of_contrary, warn_of_unused
 from mindpet_lite.formats.strict_json import parse_object
 from mindpet_lite.names import components
 from mindpet_lite.names.underscores import in_own_names
@@ -44,7 +44,7 @@ _LAYOUTS = [re.compile(pattern) for pattern in (
     r"(?P<path>.+)\.lora(?:_linear_layer)?\.(?P<factor>down|up)\.(?P<kind>weight)",
     r"(?P<path>.+)\.lora_(?P<factor>down|up)\.(?P<kind>weight)",
     r"(?P<path>.+)\.(?P<old>to_q|to_k|to_v|to_out)_lora\.(?P<factor>down|up)\.(?P<kind>weight)",
-    r"(?P<path>.+)\.(?P<aside>alpha|dora_scale|scalar)")]
+    r"(?P<path>.+)\.(?P<number>alpha|dora_scale|scalar)")]
 _FACTORS = {"A": "lora_A", "B": "lora_B", "down": "lora_A", "up": "lora_B"}
 # What stands before a component's layers, kohya's prefixes with a dot too. What is called the diffusion model is the
 # U-Net or the transformer, as the layers' names say.
@@ -79,7 +79,7 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     tensors: dict[str, np.ndarray] = {}
     config: dict[str, Any] = {}
     for component in names:
-        layers = {below: state.layers[path] for path, (home, below) in places.items() if home == component}
+        layers = {below: state.layers[path] for path, (owner, below) in places.items() if owner == component}
         part, fields = peft.encode(AdapterState(state.method, layers,
                                                 config=_fields_of(state.config, component, names)))
         fields = _by_ends(fields) if component.startswith("text_encoder") else fields
@@ -131,16 +131,16 @@ def decode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> Ad
         ValueError: keys of no LoRA layer, of several adapters, or twice; a damaged config; a part that LoRA has no
             place for; or what `peft.decode` refuses. All problems of a kind stand in one message.
     """
-    parts, asides = _sorted_out(without_extras(tensors))
+    parts, numbers = _sorted_out(without_extras(tensors))
     own, config = _own(metadata), _config(metadata)
     layers, kept, problems = {}, {}, []
     for component, part in parts.items():
-        aside = asides[component]
-        if config is not None and (aside["alpha"] or aside["scalar"]):
+        by_kind = numbers[component]
+        if config is not None and (by_kind["alpha"] or by_kind["scalar"]):
             raise ValueError(f"the file has a config ({CONFIG_ENTRY}) and keys of alpha: which counts is not said.")
         try:
-            part |= _magnitudes(part, aside["dora_scale"])
-            fields = _inferred(part, aside, metadata, component) if config is None else \
+            part |= _magnitudes(part, by_kind["dora_scale"])
+            fields = _inferred(part, by_kind, metadata, component) if config is None else \
                 _fields_of(config, component, list(parts))
             state = peft.decode(part, fields)
         except ValueError as error:
@@ -157,13 +157,13 @@ def decode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> Ad
 
 # The tensors of a component by PEFT's keys, and beside them by kind (`alpha`, `dora_scale`, `scalar`) those by path.
 _Parts = dict[str, np.ndarray]
-_Asides = dict[str, dict[str, np.ndarray]]
+_Numbers = dict[str, dict[str, np.ndarray]]
 
 
-def _sorted_out(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, _Parts], dict[str, _Asides]]:
+def _sorted_out(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, _Parts], dict[str, _Numbers]]:
     """Return by component the tensors by PEFT's keys, and those beside them."""
     parts: dict[str, _Parts] = defaultdict(dict)
-    asides: dict[str, _Asides] = defaultdict(lambda: defaultdict(dict))
+    numbers: dict[str, _Numbers] = defaultdict(lambda: defaultdict(dict))
     problems, adapters = [], set()
     for key, (component, below) in _by_component(tensors).items():
         match = next(filter(None, (layout.fullmatch(below.replace(".processor.", ".")) for layout in _LAYOUTS)), None)
@@ -173,8 +173,8 @@ def _sorted_out(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, _Parts], d
         found = match.groupdict()
         adapters |= {found["adapter"]} if "adapter" in found else set()
         path = found["path"] + (f".{_old_name(found['old'], component)}" if found.get("old") else "")
-        if found.get("aside"):
-            place, name = asides[component][found["aside"]], path
+        if found.get("number"):
+            place, name = numbers[component][found["number"]], path
         else:
             tail = f".{found['kind']}" if found.get("kind") else ""
             place, name = parts[component], f"{_PEFT}{path}.{_FACTORS.get(found['factor'], found['factor'])}{tail}"
@@ -183,13 +183,13 @@ def _sorted_out(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, _Parts], d
         place[name] = tensors[key]
     if len(adapters) > 1:
         problems.append(f"it holds several adapters: {', '.join(sorted(map(str, adapters)))}.")
-    problems += [f"{path}.{kind} belongs to no layer of the file." for component in asides.keys() - parts.keys()
-                 for kind, found in asides[component].items() for path in found]
+    problems += [f"{path}.{kind} belongs to no layer of the file." for component in numbers.keys() - parts.keys()
+                 for kind, found in numbers[component].items() for path in found]
     if not parts and not problems:
         problems.append("it holds no tensor.")
     if problems:
         raise ValueError("\n  ".join(problems))
-    return parts, asides
+    return parts, numbers
 
 
 def _by_component(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -236,13 +236,13 @@ def _old_name(name: str, component: str) -> str:
     return _OLD_TEXT[name] if component.startswith("text_encoder") else _OLD_UNET.get(name, name)
 
 
-def _inferred(part: _Parts, aside: _Asides, metadata: Mapping[str, str], component: str) -> dict[str, Any]:
+def _inferred(part: _Parts, numbers: _Numbers, metadata: Mapping[str, str], component: str) -> dict[str, Any]:
     """Return the config of a file without one: ranks by the shapes, alpha as given or the rank."""
     ranks = {key.removeprefix(_PEFT).removesuffix(".lora_A.weight"): int(value.shape[0]) for key, value in part.items()
              if key.endswith(".lora_A.weight") and value.ndim}
     if not ranks:
         raise ValueError("it has no config and no factor A to tell the rank by.")
-    alphas, scalars = aside["alpha"], aside["scalar"]
+    alphas, scalars = numbers["alpha"], numbers["scalar"]
     for kind, found in (("alpha", alphas), ("scalar", scalars)):
         unknown = [path for path in found if path not in ranks]
         if unknown:
@@ -250,6 +250,9 @@ def _inferred(part: _Parts, aside: _Asides, metadata: Mapping[str, str], compone
     stated = None if alphas else stated_alpha(metadata, component, ranks.values())
     default = {path: rank if stated is None else stated for path, rank in ranks.items() if path not in alphas}
     warn_of_unused(metadata, default)
+    if not default:
+        warn_of_contrary(metadata, {path: read_alpha(path, value, ranks[path]) for path, value in alphas.items()},
+                         OF_TENSORS)
     settings = {path: (rank, read_alpha(path, alphas[path], rank) if path in alphas else default[path])
                 for path, rank in ranks.items()}
     settings |= {path: (ranks[path], scaled(path, settings[path][1], value)) for path, value in scalars.items()}

@@ -29,7 +29,7 @@ from mindpet_lite.formats.lora import (
     without_settings,
 )
 from mindpet_lite.formats.state import AdapterState, LayerState
-from mindpet_lite.formats.stated_alpha import warn_of_unused
+from mindpet_lite.formats.stated_alpha import OF_TENSORS, warn_of_contrary, warn_of_unused
 from mindpet_lite.names import components
 from mindpet_lite.names.underscores import Paths, cut_together, in_own_names
 
@@ -110,8 +110,11 @@ def decode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
         problems.append("it holds no tensor.")
     if problems:
         raise ValueError("\n  ".join(problems))
-    warn_of_unused(metadata, {path: int(parts[name][_DOWN].shape[0]) for name, path in places.items()
-                              if _ALPHA not in parts[name]})
+    default = {path: int(parts[name][_DOWN].shape[0]) for name, path in places.items() if _ALPHA not in parts[name]}
+    warn_of_unused(metadata, default)
+    if not default and not own:
+        warn_of_contrary(metadata, {path: layer.settings["lora_alpha"] for path, layer in layers.items()
+                                    if layer.settings}, OF_TENSORS)
     kept = {key: value for key, value in metadata.items() if key not in (*_SUMMARY, OWN_ENTRY)
             and (key, value) != (_MODULE, _module(layers))}
     if any(name.startswith("lora_te1_") for name in parts) and not any(name.startswith("lora_te2_") for name in parts):

@@ -51,7 +51,8 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Adap
 
 def _settings(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     """Return the settings of every layer: alpha is scale * rank."""
-    kind, found = config.get("fine_tune_type"), config.get("lora_parameters")
+    # The first versions do not say it: they had LoRA alone.
+    kind, found = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
     if kind not in ("lora", "dora"):
         problems.append(f"fine_tune_type must be 'lora' or 'dora', but the config says {kind!r:.40}.")
     if not isinstance(found, Mapping):

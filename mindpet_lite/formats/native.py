@@ -37,7 +37,8 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Adap
                if not isinstance(layer, dict) or not isinstance(layer.get("settings"), dict)
                or not isinstance(layer.get("tensors"), list)
                or not all(isinstance(name, str) for name in layer["tensors"])
-               or "+" in config["pet_type"] and layer.get("method") not in config["pet_type"].split("+")]
+               or layer.get("method", None if "+" in config["pet_type"] else config["pet_type"])
+               not in config["pet_type"].split("+")]
     if damaged:
         raise ValueError(f"the config needs 'settings' and 'tensors', and with several methods 'method', for "
                          f"{', '.join(map(repr, damaged))}.")

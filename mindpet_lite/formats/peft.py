@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 
 from mindpet_lite.formats.lora import TOKENS, without_settings
-from mindpet_lite.formats.peft_config import RESTATED, config_of, problems_of, settings_of, targets, tokens_of
+from mindpet_lite.formats.peft_config import (
+    RESTATED,
+    config_of,
+    mixed_fields,
+    problems_of,
+    settings_of,
+    targets,
+    tokens_of,
+)
 from mindpet_lite.formats.peft_keys import PREFIX, plain_keys, reads_as_lora
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.names.parameter_names import is_embedding, is_head, pytorch_name
@@ -33,9 +41,11 @@ _CARRIED = (_COPY, ".original_module.", ".num_batches_tracked.")
 def can_hold(state: AdapterState) -> bool:
     """Tell whether PEFT's files can hold an adapter: of LoRA, without a base parameter whose name reads as a factor.
 
-    A cell of the user's that is called ``lora_A`` and trains with the deltas has such a name.
+    A cell of the user's that is called ``lora_A`` and trains with the deltas has such a name. Nor may layers differ in
+    what PEFT has one field for, as those of two configs may.
     """
-    return state.method in METHODS and not any(reads_as_lora(f"{PREFIX}{pytorch_name(name)}") for name in state.trained)
+    return (state.method in METHODS and not mixed_fields(state)
+            and not any(reads_as_lora(f"{PREFIX}{pytorch_name(name)}") for name in state.trained))
 
 
 def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from mindpet_lite.arguments import MAX_ALPHA, is_alpha
+from mindpet_lite.formats.base_hash import FIELD
 from mindpet_lite.formats.lora import PEFT_FIELDS
 from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.names.expressions import MOST, compile_checked, compile_end
@@ -45,6 +46,8 @@ def problems_of(config: Mapping[str, Any]) -> list[str]:
     if start not in (*_STARTS, *RESIDUAL_STARTS):
         problems.append(f"init_lora_weights = {start!r} is not supported: its base is not the one the adapter was "
                         f"trained on. If yours is the residual base, set the field to true.")
+    if config.get("lora_bias") and config.get("use_dora"):
+        problems.append("lora_bias and use_dora do not go together.")
     if start in RESIDUAL_STARTS and config.get("use_dora"):
         problems.append(f"init_lora_weights = {start!r} with use_dora is not supported.")
     dropout = config.get("lora_dropout")
@@ -80,9 +83,13 @@ def unknown_fields(config: Mapping[str, Any]) -> list[str]:
 
 
 def unhit_patterns(config: Mapping[str, Any], paths: Collection[str]) -> list[tuple[str, str]]:
-    """Return the fields and patterns of ranks and alphas that fit none of the layers at these paths."""
-    return [(field, pattern) for field in ("rank_pattern", "alpha_pattern") for pattern in config.get(field) or {}
-            if not any(compile_end(pattern, path).match(path) for path in paths)]
+    """Return the fields and what they say of ranks, alphas and blocks that fits none of the layers at these paths."""
+    found = [(field, pattern) for field in ("rank_pattern", "alpha_pattern") for pattern in config.get(field) or {}
+             if not any(compile_end(pattern, path).match(path) for path in paths)]
+    blocks = config.get("layers_to_transform")
+    numbers = {int(part) for path in paths for part in path.split(".") if part.isdecimal()}
+    return found + [("layers_to_transform", str(block)) for block in (blocks if isinstance(blocks, list) else [blocks])
+                    if block is not None and block not in numbers]
 
 
 def _list_problems(config: Mapping[str, Any]) -> list[str]:
@@ -136,10 +143,8 @@ def config_of(state: AdapterState, modules_to_save: list[str], bias: str) -> dic
     found = {name: [item[name] for item in low_rank.values() if name in item] or [default]
              for name, default in (("lora_rank", 8), ("lora_alpha", 8), ("lora_dropout", 0.0))}
     common = {name: Counter(values).most_common(1)[0][0] for name, values in found.items()}
-    flags = {name: {bool(item.get(name)) for item in low_rank.values()}
-             for name in ("use_rslora", "use_dora", "lora_bias")}
-    starts = {item.get("init_lora_weights", True) for item in low_rank.values() if "lora_dropout" in item}
-    mixed = [name for name, values in {**flags, "init_lora_weights": starts}.items() if len(values) > 1]
+    flags, starts = _fields_of_all(low_rank)
+    mixed = mixed_fields(state)
     if mixed:
         raise ValueError(f"PEFT has one {' and one '.join(mixed)} for all layers, but here layers differ in it.")
     tokens = {path: item["token_indices"] for path, item in settings.items() if "token_indices" in item}
@@ -155,6 +160,20 @@ def config_of(state: AdapterState, modules_to_save: list[str], bias: str) -> dic
                           if item["lora_alpha"] != common["lora_alpha"]},
         **{name: next(iter(values), False) for name, values in flags.items()},
     }
+
+
+def mixed_fields(state: AdapterState) -> list[str]:
+    """Return the fields that PEFT has once for all layers, and in which the layers of this adapter differ."""
+    flags, starts = _fields_of_all({path: layer.settings for path, layer in state.layers.items()
+                                    if layer.settings and "token_indices" not in layer.settings})
+    return [name for name, values in {**flags, "init_lora_weights": starts}.items() if len(values) > 1]
+
+
+def _fields_of_all(settings: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, set[bool]], set[Any]]:
+    """Return which values the layers of LoRA have for PEFT's flags, and for the start."""
+    return ({name: {bool(item.get(name)) for item in settings.values()}
+             for name in ("use_rslora", "use_dora", "lora_bias")},
+            {item.get("init_lora_weights", True) for item in settings.values() if "lora_dropout" in item})
 
 
 def targets(path: str, config: Mapping[str, Any]) -> bool:
@@ -186,3 +205,13 @@ def _pattern(path: str, others: Iterable[str]) -> str:
     """Return the pattern that means `path` and no other layer: PEFT matches it with the end of every path."""
     return path if all(other == path or by_pattern({path: True}, other, False) is False for other in others) \
         else f"^{re.escape(path)}$"
+
+
+def tokens_are_of_table_alone(config: Mapping[str, Any]) -> bool:
+    """Tell whether tokens of this config trained in an embedding alone, though its table is another layer's weight too.
+
+    PEFT changes tied output layers of transformers' models with their embedding, but those of no other model.
+    """
+    mapping = config.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, Mapping) else "transformers"
+    return FIELD not in config and not str(library).startswith("transformers")

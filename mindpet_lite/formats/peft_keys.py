@@ -31,7 +31,10 @@ def plain_keys(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     adapters = sorted({match["adapter"] or "one without a name" for match in matches})
     problems = [f"it holds several adapters: {', '.join(adapters)}; save the one that is meant alone."] \
         if len(adapters) > 1 else []
-    name = matches[0]["adapter"] if matches else None
+    # Of a state dict of the whole model, in which a saved module stands beside its base; "default" is PEFT's own name.
+    name = (matches[0]["adapter"] if matches else None) or (
+        "default" if any(f"{_SAVED}default." in key and key.replace(f"{_SAVED}default.", ".") not in keys.values()
+                         and not key.endswith("bias") for key in keys.values()) else None)
     found: dict[str, np.ndarray] = {}
     for key, value in tensors.items():
         # A module that is saved whole stands beside its base then, in the place of which PEFT puts it.

@@ -11,6 +11,8 @@ _NAMES, _RANKS = ("alpha", "lora_alpha", "network_alpha"), ("rank", "r", "lora_r
 # kohya's description of the training, with "Dynamic" where layers differ. No tool computes with it: without a tensor
 # of alpha, the scale is 1.
 _DESCRIBED = ("ss_network_alpha",)
+# What counts where every layer has a tensor of alpha.
+OF_TENSORS = "the tensors of alpha count"
 
 
 def stated_alpha(metadata: Mapping[str, str], component: str, ranks: Collection[int]) -> float | None:
@@ -52,16 +54,17 @@ def warn_of_unused(metadata: Mapping[str, str], ranks: Mapping[str, float]) -> N
     _warn(stated, ranks, "a layer without a tensor of alpha has its rank for it")
 
 
-def warn_of_contrary(metadata: Mapping[str, str], alphas: Mapping[str, float]) -> None:
-    """Warn of an alpha in the metadata that no layer has, where the config beside the file says all.
+def warn_of_contrary(metadata: Mapping[str, str], alphas: Mapping[str, float], rule: str) -> None:
+    """Warn of an alpha in the metadata that no layer has, where something else says all.
 
     Args:
         metadata: of the safetensors file.
         alphas: by path.
+        rule: which counts, as a part of a sentence.
     """
     stated = {name: text for name, text in _entries(metadata, (*_NAMES, *_DESCRIBED), "").items()
-              if _positive(text) not in alphas.values()}
-    _warn(stated, alphas, "the config counts")
+              if _positive(text) is not None and _positive(text) not in alphas.values()}
+    _warn(stated, alphas, rule)
 
 
 def _warn(stated: Mapping[str, str], alphas: Mapping[str, float], rule: str) -> None:

@@ -164,7 +164,7 @@ def bring_up_to_date(found: Mapping[str, Delta]) -> None:
 
 def _restore_settings(delta: Delta) -> bool:
     """Write what the settings say where something else stands, and tell whether that was so."""
-    wanted = delta.live_values() if delta.live_names else {}
+    wanted = delta.setting_values() if delta.setting_names else {}
     now = {name: getattr(delta, name).asnumpy() for name in wanted}
     if all(np.array_equal(now[name], np.asarray(value, now[name].dtype)) for name, value in wanted.items()):
         return False
@@ -206,12 +206,12 @@ def _saved_of_another_base(record: Adapter, found: list[Delta]) -> list[str]:
 def deltas_in(cells: Mapping[str, nn.Cell]) -> dict[str, Delta]:
     """Return the deltas of a net of these cells: adapted cells, and those that methods which add nothing left on cells.
 
-    A cell that is shared stands under its first path.
+    A cell that is shared stands under its first path. Layers that follow another delta are none of their own.
     """
     found: dict[int, tuple[str, Delta]] = {}
     for path, cell in without_inner(cells).items():
         delta = cell if isinstance(cell, Delta) else vars(cell).get(_SELECTED)
-        if delta is not None:
+        if delta is not None and not delta.follows:
             found.setdefault(id(cell), (path, delta))
     return dict(found.values())
 

@@ -25,7 +25,7 @@ def parameter_hash(weight: Parameter) -> str:
 
 def base_weight(cell: nn.Cell, delta: Delta | None) -> Parameter | None:
     """Return the largest base Parameter of a layer that `delta` does not train; None if it has none."""
-    own = {} if delta is None else {**delta.delta_parameters(), **delta.live_parameters()}
+    own = {} if delta is None else {**delta.delta_parameters(), **delta.setting_parameters()}
     trained = {id(item) for item in own.values()}
     base = [item for _, item in cell.parameters_and_names(expand=False) if id(item) not in trained]
     return max(base, key=lambda item: item.size) if base else None

@@ -149,9 +149,9 @@ def save_trainable(network: nn.Cell, path: Path, more: Mapping[str, Any]) -> Non
                 "parameters": {own: parameter.name for own, parameter in cell.delta_parameters().items()}}
         for place, cell in found.items()}
     own = {name for layer in layers.values() for name in layer["parameters"].values()}
-    beside = {parameter.name for parameter in chosen} - own
-    entry = {"layers": layers, "trained": sorted(beside), "more": sorted(more), "config": {}} \
-        if beside or more else layers
+    trained = {parameter.name for parameter in chosen} - own
+    entry = {"layers": layers, "trained": sorted(trained), "more": sorted(more), "config": {}} \
+        if trained or more else layers
     with atomic_file(path) as temporary:
         try:
             mindspore.save_checkpoint([{"name": parameter.name, "data": parameter} for parameter in chosen],

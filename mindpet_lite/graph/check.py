@@ -42,6 +42,8 @@ def check_adapters(net: nn.Cell, *inputs: Any) -> list[str]:
     found = deltas(net)
     if adapters_are_disabled(net):
         raise ValueError("The adapters are switched off by adapters_disabled(): leave the block before you check them.")
+    if all(delta.strength == 0 for delta in found.values()):
+        raise ValueError("The strength of the adapters is 0: call set_lora_scale(net, 1) before you check them.")
     owned = [(path, item) for path, delta in found.items() for item in delta.delta_parameters().values()]
     parameters = list({id(item): item for _, item in owned}.values())
     with _moved(parameters):

@@ -10,7 +10,7 @@ from mindspore import Parameter, nn
 
 from mindpet_lite.arguments import WrongArgumentError, did_you_mean
 from mindpet_lite.delta import METHODS
-from mindpet_lite.delta.base import Delta, DeltaConfig
+from mindpet_lite.delta.base import FLOATS, Delta, DeltaConfig
 from mindpet_lite.graph.match import check_patterns, selector, wildcard
 from mindpet_lite.graph.parameters import apply_trains, net_parameters
 from mindpet_lite.graph.put_in import put_in
@@ -113,7 +113,7 @@ def freeze_delta(model: nn.Cell, mode: str, include: Sequence[str] | None = None
     apply_trains(model, parameters, trains)
     if kind.adds_nothing:
         put_in(model, cells, {path: delta for path, delta in _selected_by(kind, cells).items()
-                              if any(item.requires_grad for item in delta.delta_parameters().values())}, (), {})
+                              if any(item.requires_grad for item in delta.delta_parameters().values())}, {}, (), {})
     return count(model)
 
 
@@ -169,5 +169,13 @@ def with_lists(parameters: list[tuple[Parameter, list[str]]], trains: list[bool]
             raise WrongArgumentError(f"{field} is an empty list: leave it out, or name parameters such as "
                                      f"['*embedding*'].")
     names = [spellings for _, spellings in parameters]
-    frozen, thawed = selector(*include, names), selector(*exclude, names)
-    return [thawed(index) if frozen(index) != thawed(index) else old for index, old in enumerate(trains)]
+    frozen, unfrozen = selector(*include, names), selector(*exclude, names)
+    can_train = [item.dtype in FLOATS for item, _ in parameters]
+    for pattern in exclude[1] or ():
+        hits = selector(exclude[0], [pattern], names)
+        if not any(can_train[index] for index in range(len(names)) if hits(index)):
+            first = next(item for index, (item, _) in enumerate(parameters) if hits(index))
+            raise ValueError(f"{exclude[0]} pattern {pattern!r:.100} names {first.name}, whose type {first.dtype} "
+                             f"cannot train.")
+    return [unfrozen(index) and can_train[index] if frozen(index) != unfrozen(index) else old
+            for index, old in enumerate(trains)]

@@ -17,7 +17,7 @@ from mindpet_lite.graph.freeze import with_lists
 from mindpet_lite.graph.match import targets
 from mindpet_lite.graph.modules_to_save import saved_by
 from mindpet_lite.graph.parameters import apply_trains, parameters_with, what_trains
-from mindpet_lite.graph.put_in import adapt, put_in, start_problems
+from mindpet_lite.graph.put_in import adapt, followers_of, put_in, start_problems
 from mindpet_lite.graph.ranks import same_on_all_ranks
 from mindpet_lite.graph.tree import cells_by_path
 
@@ -79,6 +79,7 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
                         "use the adapted layer's own from_dense(), or wrap it in a cell.")
     problems += start_problems(net, adapted)
     saved, ties = saved_by(config, net, cells, chosen, problems)
+    followers = followers_of(adapted, cells, [*chosen.values(), *(cell for _, cell in ties.values())], problems)
     parameters = parameters_with(net, adapted)
     trains = what_trains(parameters, cells, adapted.values(), saved)
     try:
@@ -98,7 +99,7 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
     more = [item for (item, _), value in zip(parameters, trains) if value and id(item) not in of_deltas]
     same_on_all_ranks([parameter for (parameter, _), value in zip(parameters, trains) if value])
     apply_trains(net, parameters, trains)
-    _, untied = put_in(net, cells, adapted, [*saved, *more], ties)
+    _, untied = put_in(net, cells, adapted, followers, [*saved, *more], ties)
     for parameter in untied.values():
         parameter.requires_grad = True
     return net

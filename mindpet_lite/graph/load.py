@@ -19,17 +19,18 @@ from mindpet_lite.formats.adapters import read_adapter
 from mindpet_lite.formats.base_hash import differing
 from mindpet_lite.formats.component import part
 from mindpet_lite.formats.peft import unsaved_modules
+from mindpet_lite.formats.peft_config import tokens_are_of_table_alone
 from mindpet_lite.formats.placed import placed
 from mindpet_lite.formats.problems import listed
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.values import in_float32
-from mindpet_lite.graph.adapters import Adapter, deltas_in
+from mindpet_lite.graph.adapters import Adapter, adapters_of, deltas_in
 from mindpet_lite.graph.base_hash import layer_hash
 from mindpet_lite.graph.modules_to_save import Found, find_trained, of_the_base, ties, value_problems
 from mindpet_lite.graph.parameters import apply_trains, parameters_with, what_trains
 from mindpet_lite.graph.parents import refusal_at
-from mindpet_lite.graph.peft_semantics import remarks, tied_tokens
-from mindpet_lite.graph.put_in import adapt, put_in, start_problems
+from mindpet_lite.graph.peft_semantics import remarks
+from mindpet_lite.graph.put_in import adapt, followers_of, put_in, start_problems
 from mindpet_lite.graph.saved_parameter import SavedParameter
 from mindpet_lite.graph.shapes import shape_problems
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, without_inner
@@ -87,24 +88,26 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     new = {place: delta for place, delta in adapted.items() if delta is not cells[place]}
     problems += start_problems(net, new)
     trained = find_trained(values, net, problems)
+    problems += _missing_modules(values, trained, adapted, cells)
+    tied = ties(net, state, trained)
+    followers = {} if source.kind == "peft" and tokens_are_of_table_alone(state.config) else followers_of(
+        new, cells, [*(cells[path] for path in adapted), *(cell for _, cell in tied.values())], problems)
     if not problems:
         problems += _other_base(state, cells, str(path), strict_base)
     if source.kind == "peft":
-        problems += tied_tokens(net, state) + unsaved_modules(state, [
+        problems += unsaved_modules(state, [
             name.rpartition(".")[0] for _, owners in owners_of_parameters(net) for name, _ in owners])
     if problems:
         raise ValueError(f"The adapter in {path} does not fit the net, which is unchanged:\n  {listed(problems)}")
     if source.kind == "peft":
         for text in remarks(state.config, source.state.layers, cells, adapted):
             warn_user(f"{path}: {text}")
-    tied = ties(net, state, trained)
     unchanged = of_the_base(state)
-    own = {id(item) for item, _ in tied.values()}
-    saved = [item for name, (_, item) in trained.items() if name not in unchanged and id(item) not in own]
+    saved = [item for name, (place, item) in trained.items() if name not in unchanged and place not in tied]
     parameters = parameters_with(net, new)
     if trainable == "adapter":
         apply_trains(net, parameters, what_trains(parameters, cells, adapted.values(), saved))
-    record, untied = put_in(net, cells, adapted, saved, tied)
+    record, untied = put_in(net, cells, adapted, followers, saved, tied)
     for parameter in untied.values():
         parameter.requires_grad = trainable == "adapter" or parameter.requires_grad
     for place, delta in adapted.items():
@@ -155,7 +158,8 @@ def _other_base(state: AdapterState, cells: Mapping[str, nn.Cell], path: str, st
 
 def _adapted(state: AdapterState, cells: Mapping[str, nn.Cell], problems: list[str]) -> dict[str, Delta]:
     """Return the delta that each layer of the file goes to, new where the net's is plain; add every problem found."""
-    unknown = [name for name in state.method.split("+") if name not in METHODS]
+    unknown = [name for name in [*state.method.split("+"), *(layer.method for layer in state.layers.values())]
+               if name and name not in METHODS]
     if unknown:
         problems.append(f"the file is of method {unknown[0]!r}, which is none of {', '.join(METHODS)}.")
         return {}
@@ -220,11 +224,21 @@ def _mismatches(path: str, delta: Delta, layer: LayerState) -> list[str]:
     problems += shape_problems(path, layer, {name: item.shape for name, item in own.items()})
     # MindPet's checkpoints hold constants as well.
     problems += [f"unexpected: {path}.{name}." for name in layer.tensors
-                 if name not in own and name not in delta.live_parameters()]
+                 if name not in own and name not in delta.setting_parameters()]
     for name, value in layer.tensors.items():
         if name in own:
             problems += value_problems(f"{path}.{name}", own[name], value)
     return problems
+
+
+def _missing_modules(state: AdapterState, found: Found, adapted: Mapping[str, Delta], cells: Mapping[str, nn.Cell]
+                     ) -> list[str]:
+    """Return which base Parameters trained with the net's adapter and are not in the file, which would keep them."""
+    present = [delta for place, delta in adapted.items() if delta is cells[place]]
+    in_file = {id(item) for _, item in found.values()}
+    return [f"missing: {item.path or item.parameter.name}, which trained with the net's adapter, is not in the file: "
+            f"load it into a net without that adapter." for record in adapters_of(present) for item in record.saved
+            if item.other is not None and not item.is_untrained() and id(item.parameter) not in in_file]
 
 
 def _fill(delta: Delta, layer: LayerState, in_file: LayerState) -> None:

@@ -7,10 +7,12 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
 
+from mindpet_lite.arguments import some_of, warn_user
 from mindpet_lite.delta.base import Delta
 from mindpet_lite.delta.values import set_value
 from mindpet_lite.formats.problems import listed
 from mindpet_lite.graph.adapters import adapters_of, bring_up_to_date, deltas, deltas_in, select
+from mindpet_lite.graph.base_hash import parameter_hash
 from mindpet_lite.graph.saved_parameter import copy_of
 from mindpet_lite.graph.strength import adapters_are_disabled
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, replace
@@ -23,13 +25,14 @@ _KEPT = "mindpet_kept_for_unmerge"
 class _Kept:
     """A layer from before the merge: its cell, the base values (subtracting would change some), and what trained.
 
-    `selected` is the delta of a method that adds nothing to the cell.
+    `selected` is the delta of a method that adds nothing to the cell. `merged` are the hashes of the merged values.
     """
 
     cell: nn.Cell
     selected: Delta | None
     values: tuple[tuple[Parameter, Tensor], ...]
     trained: tuple[Parameter, ...]
+    merged: tuple[str, ...] = ()
 
 
 def merge(net: nn.Cell) -> nn.Cell:
@@ -70,7 +73,8 @@ def merge(net: nn.Cell) -> nn.Cell:
                          f"is not finite, or does not fit the weight's type. The net is unchanged.")
     owners = {id(parameter): places for parameter, places in owners_of_parameters(net)}
     tied = [f"{path}: {parameter.name} is used at {place} too." for path, values in merged.items()
-            for parameter in values for place, cell in owners[id(parameter)] if cell is not found[path]]
+            for parameter in values for place, cell in owners[id(parameter)]
+            if cell is not found[path] and not _follows(cell)]
     if tied:
         raise ValueError("Merging would change other layers that use the same weight. The net is unchanged: use it "
                          "unmerged, or give each layer a weight of its own first.\n  " + listed(tied))
@@ -89,12 +93,14 @@ def merge(net: nn.Cell) -> nn.Cell:
         record.unwatch(delta for delta in found.values() if delta.adapter is record)
     cells = cells_by_path(net)
     swaps = {}
-    for path, delta in found.items():
+    followers = {path: cell for path, cell in cells.items() if isinstance(cell, Delta) and cell.follows}
+    for path, delta in {**found, **followers}.items():
         kept = _Kept(cells[path], None if isinstance(delta, nn.Cell) else delta,
-                     tuple((parameter, copy_of(parameter)) for parameter in merged[path]),
+                     tuple((parameter, copy_of(parameter)) for parameter in merged.get(path, {})),
                      tuple(item for item in delta.delta_parameters().values() if item.requires_grad))
-        for parameter, value in merged[path].items():
+        for parameter, value in merged.get(path, {}).items():
             set_value(parameter, value)
+        kept = dataclasses.replace(kept, merged=tuple(parameter_hash(parameter) for parameter, _ in kept.values))
         for parameter in kept.trained:
             parameter.requires_grad = False
         select(cells[path], None)
@@ -106,8 +112,8 @@ def merge(net: nn.Cell) -> nn.Cell:
 def unmerge(net: nn.Cell) -> nn.Cell:
     """Undo :func:`merge`: put back the adapted layers and the base weights, bit for bit, in place.
 
-    Training mode, precision, recomputation and hooks are those that the net has now. All nets of
-    the process compile again at their next call.
+    Training mode, precision, recomputation and hooks are those that the net has now. Weights that changed since the
+    merge are put back too, with a warning. All nets of the process compile again at their next call.
 
     Args:
         net: a net that `merge` changed, or the plain layer it returned.
@@ -122,6 +128,12 @@ def unmerge(net: nn.Cell) -> nn.Cell:
     merged = {cell: vars(cell)[_KEPT] for cell in cells_by_path(net).values() if _KEPT in vars(cell)}
     if not merged:
         raise ValueError("There is nothing to unmerge: no layer of this net was merged by merge().")
+    others = [parameter.name for kept in merged.values() for (parameter, _), value in zip(kept.values, kept.merged)
+              if parameter_hash(parameter) != value]
+    if others:
+        warn_user(f"{some_of(others, 3)} changed since merge(), by training or because another base was loaded: "
+                  f"unmerge() puts back the values from before. To have the adapter on another base, load the base "
+                  f"after unmerge().")
     for cell, kept in merged.items():
         for parameter, value in kept.values:
             set_value(parameter, value)
@@ -133,6 +145,11 @@ def unmerge(net: nn.Cell) -> nn.Cell:
     net = _swap(net, {cell: kept.cell for cell, kept in merged.items()})
     bring_up_to_date(deltas_in(cells_by_path(net)))
     return net
+
+
+def _follows(cell: nn.Cell) -> bool:
+    """Tell whether a layer follows the delta of another, whose weight it has: merged, that changes both rightly."""
+    return isinstance(cell, Delta) and cell.follows
 
 
 def _hand_over(plain: nn.Cell, adapted: nn.Cell) -> None:

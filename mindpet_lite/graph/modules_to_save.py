@@ -8,9 +8,10 @@ from mindspore import Parameter, nn
 from mindspore import dtype as mstype
 
 from mindpet_lite.arguments import did_you_mean
-from mindpet_lite.delta.base import DeltaConfig
+from mindpet_lite.delta.base import FLOATS, Delta, DeltaConfig
+from mindpet_lite.formats.base_hash import FIELD
 from mindpet_lite.formats.state import AdapterState
-from mindpet_lite.graph.parameters import net_parameters
+from mindpet_lite.graph.parameters import STATISTICS, net_parameters
 from mindpet_lite.graph.saved_parameter import copy_of
 from mindpet_lite.graph.tree import drop_compiled_graphs, owners_of_parameters, set_parameter
 from mindpet_lite.names.parameter_names import pytorch_name
@@ -40,7 +41,7 @@ def saved_by(config: DeltaConfig, net: nn.Cell, cells: Mapping[str, nn.Cell], ch
     whole: list[str] = []
     for entry in config.modules_to_save or ():
         hits = [path for path in cells if path == entry or path.endswith("." + entry)]
-        inner = [path for path, cell in cells.items() if id(cell) in adapted
+        inner = [path for path, cell in cells.items() if (id(cell) in adapted or isinstance(cell, Delta))
                  and any(path == hit or path.startswith(hit + ".") for hit in hits)]
         if inner:
             problems.append(f"modules_to_save entry {entry!r:.100} holds the adapted layer {inner[0]}: take it out of "
@@ -53,6 +54,8 @@ def saved_by(config: DeltaConfig, net: nn.Cell, cells: Mapping[str, nn.Cell], ch
         return list(found.values()), {}
     named = {path: item for item, owners in owners_of_parameters(net) for path, _ in owners
              if path.startswith(tuple(whole))}
+    problems += [f"modules_to_save holds {path}, whose type {item.dtype} cannot train: take it out."
+                 for path, item in named.items() if item.dtype not in FLOATS and not path.endswith(STATISTICS)]
     ties = shared_outside(net, named)
     found.update({id(item): item for path, item in named.items() if path not in ties})
     return list(found.values()), ties
@@ -64,11 +67,28 @@ def of_the_base(state: AdapterState) -> set[str]:
 
 
 def ties(net: nn.Cell, state: AdapterState, found: Found) -> Ties:
-    """Return the tied weights that an adapter has for one of their cells alone, as `shared_outside` does."""
+    """Return the tied weights that need Parameters of their own for what an adapter has for them.
+
+    They are those that it has for one of their cells alone, as `shared_outside` finds them, and those that it has with
+    another value for each. PEFT writes embeddings along that are no module to save: those keep their ties, as there.
+    """
     biases = state.config.get("bias") in ("all", "lora_only")
-    return shared_outside(net, {path for name, (path, _) in found.items()
-                                if name.rpartition(".")[0] not in state.layers
-                                and not (biases and name.endswith("bias"))})
+    whole = state.config.get("modules_to_save") or []
+    all_are_whole = "peft_type" not in state.config or FIELD in state.config
+    own = {path for name, (path, _) in found.items() if name.rpartition(".")[0] not in state.layers
+           and not (biases and name.endswith("bias"))
+           and (all_are_whole or any(f".{entry}." in f".{name}" for entry in whole))}
+    return {**shared_outside(net, own), **_parted(net, state, found)}
+
+
+def _parted(net: nn.Cell, state: AdapterState, found: Found) -> Ties:
+    """Return the paths of tied weights for which an adapter has another value than for the first of them."""
+    values: dict[int, list[tuple[str, np.ndarray]]] = {}
+    for name, (path, parameter) in found.items():
+        values.setdefault(id(parameter), []).append((path, state.trained[name]))
+    cells = {path: (parameter, cell) for parameter, owners in owners_of_parameters(net) for path, cell in owners}
+    return {path: cells[path] for (_, first), *others in values.values() for path, value in others
+            if not np.array_equal(value, first)}
 
 
 def shared_outside(net: nn.Cell, paths: Collection[str]) -> Ties:

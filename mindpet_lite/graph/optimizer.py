@@ -1,24 +1,25 @@
 """Does an optimizer hold what trains, and nothing else of the net?"""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from mindspore import nn
 from mindspore.experimental import optim
 
-from mindpet_lite.graph.adapters import deltas_in, saved_of
-from mindpet_lite.graph.parameters import net_parameters
+from mindpet_lite.graph.adapters import bring_up_to_date, deltas_in, saved_of
+from mindpet_lite.graph.parameters import STATISTICS, net_parameters
 from mindpet_lite.graph.tree import cells_by_path, require_cell
 
 _OPTIMIZERS = (nn.Optimizer, optim.Optimizer)
 
 
 def check_optimizer(net: nn.Cell, optimizer: nn.Cell) -> None:
-    """Raise unless `optimizer` holds every trainable Parameter of the net's adapters, and no frozen one of the net.
+    """Raise unless `optimizer` holds all that trains with the net's adapters, and nothing frozen of the net.
 
-    An optimizer that was made before the net was adapted lacks the adapter: the loss stays constant. One that was made
-    before something was frozen trains it all the same in graph mode. Groups of parameters, such as those of
+    Where the base is frozen, that is every trainable Parameter of the net. An optimizer that was made before the net
+    was adapted lacks the adapter: the loss stays constant. One that was made before something was frozen trains it all
+    the same in graph mode. Groups of parameters, such as those of
     :func:`mindpet_lite.lora_plus_groups`, are an optimizer like any other. To train a part of an adapter, freeze the
     rest with :func:`mindpet_lite.freeze_modules`.
 
@@ -53,16 +54,26 @@ def check_optimizers_of(net: nn.Cell, params: Any) -> None:
         _check(net, found)
 
 
-def _check(net: nn.Cell, optimizers: Iterable[nn.Cell]) -> None:
+def _check(net: nn.Cell, optimizers: Sequence[nn.Cell]) -> None:
     held = {id(item) for optimizer in optimizers for item in optimizer.parameters}
-    found = deltas_in(cells_by_path(net)).values()
-    of_adapter = saved_of(found).keys() | {id(item) for delta in found for item in delta.delta_parameters().values()}
+    states = {id(item) for optimizer in optimizers for item in optimizer.get_parameters()} - held
+    found = deltas_in(cells_by_path(net))
+    bring_up_to_date(found)
+    parameters = [(item, names) for item, names in net_parameters(net) if id(item) not in states]
+    of_adapter = saved_of(found.values()).keys() | {
+        id(item) for delta in found.values() for item in delta.delta_parameters().values()}
+    # Where the base is frozen, all that trains is saved with the adapter.
+    base_is_frozen = any(not item.requires_grad for item, names in parameters
+                         if id(item) not in of_adapter and not names[0].endswith(STATISTICS))
     missing, frozen = [], []
-    for parameter, names in net_parameters(net):
-        if parameter.requires_grad and id(parameter) in of_adapter - held:
+    for parameter, names in parameters:
+        if parameter.requires_grad and id(parameter) not in held and found and (
+                base_is_frozen or id(parameter) in of_adapter):
             missing.append(names[0])
         elif not parameter.requires_grad and id(parameter) in held:
             frozen.append(names[0])
+    settings = [f"{path}.{name}" for path, delta in found.items() for name, item in delta.setting_parameters().items()
+                if id(item) in held]
     problems = []
     if missing:
         problems.append(f"it lacks {_some(missing)} of the adapter, which would stay as {_it_is(missing)}: it was made "
@@ -70,6 +81,9 @@ def _check(net: nn.Cell, optimizers: Iterable[nn.Cell]) -> None:
     if frozen:
         problems.append(f"it holds {_some(frozen)}, which {'is' if len(frozen) == 1 else 'are'} frozen and would train "
                         f"in graph mode all the same: it was made before that was frozen.")
+    if settings:
+        problems.append(f"it holds {_some(settings)}, which the settings say, such as lora_alpha, and which never "
+                        f"train: it was made from net.get_parameters().")
     if problems:
         raise ValueError("The optimizer does not fit the net:\n  " + "\n  ".join(problems) + "\nMake it from "
                          "net.trainable_params(), after the net is adapted and frozen.")

@@ -15,10 +15,10 @@ STATISTICS = ("moving_mean", "moving_variance", "running_mean", "running_var", "
 
 def net_parameters(net: nn.Cell) -> list[tuple[Parameter, list[str]]]:
     """Return the net's Parameters with all names each goes by, without those that only steer a delta."""
-    live = {id(parameter) for cell in cells_by_path(net).values() if isinstance(cell, Delta)
-            for parameter in cell.live_parameters().values()}
+    settings = {id(parameter) for cell in cells_by_path(net).values() if isinstance(cell, Delta)
+            for parameter in cell.setting_parameters().values()}
     return [(parameter, list(dict.fromkeys([*paths, parameter.name])))
-            for parameter, paths in paths_of_parameters(net) if id(parameter) not in live]
+            for parameter, paths in paths_of_parameters(net) if id(parameter) not in settings]
 
 
 def apply_trains(net: nn.Cell, parameters: list[tuple[Parameter, list[str]]], trains: list[bool]) -> None:
@@ -69,7 +69,7 @@ def _settle_names(base: list[tuple[Parameter, list[str]]], adapted: Mapping[str,
     taken = {parameter.name for parameter, _ in base}
     of_base = {id(parameter) for parameter, _ in base}
     for path, delta in adapted.items():
-        own = {name: parameter for name, parameter in {**delta.delta_parameters(), **delta.live_parameters()}.items()
+        own = {name: parameter for name, parameter in {**delta.delta_parameters(), **delta.setting_parameters()}.items()
                if id(parameter) not in of_base}
         if any(parameter.name in taken or "." not in parameter.name for parameter in own.values()):
             for name, parameter in own.items():

@@ -8,8 +8,6 @@ from mindspore import nn
 
 from mindpet_lite.formats.base_hash import FIELD
 from mindpet_lite.formats.peft_config import unhit_patterns, unknown_fields
-from mindpet_lite.formats.state import AdapterState
-from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters
 
 
 def remarks(config: Mapping[str, Any], in_file: Collection[str], cells: Mapping[str, nn.Cell],
@@ -37,18 +35,3 @@ def remarks(config: Mapping[str, Any], in_file: Collection[str], cells: Mapping[
             found.append(f"{one} is one layer with {', '.join(others)} in this net, so that both are adapted; PEFT "
                          f"adapts a shared module under the name in the file only.")
     return found
-
-
-def tied_tokens(net: nn.Cell, state: AdapterState) -> list[str]:
-    """Return why tokens cannot train, where the table is tied: PEFT then changes Hugging Face's output layers too."""
-    mapping = state.config.get("auto_mapping")
-    library = mapping.get("parent_library") if isinstance(mapping, Mapping) else "transformers"
-    if FIELD in state.config or not str(library).startswith("transformers"):
-        return []
-    cells = cells_by_path(net)
-    trained = {id(cells[path]): path for path, layer in state.layers.items()
-               if "token_indices" in (layer.settings or {}) and path in cells}
-    return [f"trainable_token_indices: the table of {trained[id(cell)]} is the weight of {other} too (tied weights), "
-            f"whose rows PEFT changes with it; this is not supported. Use a net whose {other} has a weight of its own."
-            for _, owners in owners_of_parameters(net) for _, cell in owners if id(cell) in trained
-            for other in [next((path for path, one in owners if one is not cell), "")] if other]

@@ -29,6 +29,31 @@ def adapt(config: DeltaConfig, path: str, cells: Mapping[str, nn.Cell]) -> Delta
     return delta
 
 
+def followers_of(new: Mapping[str, Delta], cells: Mapping[str, nn.Cell], taken: Iterable[nn.Cell],
+                 problems: list[str]) -> dict[nn.Cell, Delta]:
+    """Return the layers that new deltas change besides their own, each with what takes its place.
+
+    Args:
+        new: the deltas that are to be put in, by the path of their layer.
+        cells: of the net, by path.
+        taken: the cells that are adapted or train whole.
+        problems: a sentence each.
+    """
+    taken_ids = {id(cell) for cell in taken}
+    found: dict[nn.Cell, Delta] = {}
+    for path, delta in new.items():
+        try:
+            more = delta.followers(cells)
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
+            continue
+        problems += [f"{path}: {place} has the same weight (tied weights), and computes with what trains here: it can "
+                     f"neither be adapted nor train whole besides. Leave it out, or give it a weight of its own."
+                     for place in more if id(cells[place]) in taken_ids]
+        found.update({cells[place]: follower for place, follower in more.items()})
+    return found
+
+
 def start_problems(net: nn.Cell, new: Mapping[str, Delta]) -> list[str]:
     """Return a sentence for each delta whose start takes a part out of a weight that another layer uses too.
 
@@ -46,8 +71,8 @@ def start_problems(net: nn.Cell, new: Mapping[str, Delta]) -> list[str]:
             f"own." for path, places in shared.items()]
 
 
-def put_in(net: nn.Cell, cells: Mapping[str, nn.Cell], adapted: Mapping[str, Delta], saved: Iterable[Parameter],
-           ties: Ties) -> tuple[Adapter, dict[str, Parameter]]:
+def put_in(net: nn.Cell, cells: Mapping[str, nn.Cell], adapted: Mapping[str, Delta], followers: Mapping[nn.Cell, Delta],
+           saved: Iterable[Parameter], ties: Ties) -> tuple[Adapter, dict[str, Parameter]]:
     """Put the deltas of an adapter into a net, in place; all that can be wrong is known to be right.
 
     A net has biases that BitFit trains, or another adapter: with both, the biases belong to the other adapter.
@@ -56,6 +81,7 @@ def put_in(net: nn.Cell, cells: Mapping[str, nn.Cell], adapted: Mapping[str, Del
         net: to change.
         cells: of the net, by path.
         adapted: the adapter's deltas by the path of their layer; those that the net has already stay where they are.
+        followers: what takes the place of other layers that the new deltas change, see `followers_of`.
         saved: the base Parameters that belong to the adapter. Their values now are kept as the base's.
         ties: the tied weights of which it saves one place alone.
 
@@ -82,7 +108,7 @@ def put_in(net: nn.Cell, cells: Mapping[str, nn.Cell], adapted: Mapping[str, Del
     paths = {id(parameter): places[0] for parameter, places in paths_of_parameters(net)}
     record.untied.update({path: paths[id(ties[path][0])] for path in untied})
     record.save([*saved, *untied.values()])
-    swaps = {}
+    swaps: dict[nn.Cell, nn.Cell] = {plain: layer for plain, layer in followers.items() if isinstance(layer, nn.Cell)}
     for path, delta in adapted.items():
         if not isinstance(delta, nn.Cell):
             select(cells[path], delta)

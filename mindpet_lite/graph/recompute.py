@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,9 @@ from mindpet_lite.graph.tree import (
 # Functions of mindspore.ops that write into a Parameter.
 _WRITERS = ("assign", "assign_add", "assign_sub")
 # Cells that draw by other operators than nn.Dropout's.
+# How the names of MindSpore's functions begin that draw.
+_RANDOM = ("dropout", "rand", "bernoulli", "multinomial", "normal", "standard_normal", "uniform", "gamma", "poisson",
+           "gumbel", "alpha_dropout", "feature_alpha_dropout")
 _OTHER_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, mint.nn.Dropout)
 
 
@@ -136,10 +140,34 @@ def _refusal(path: str, cell: nn.Cell, chosen: Mapping[int, str], cells: Mapping
 
 def _warn_of_other_dropouts(cells: Mapping[str, nn.Cell]) -> None:
     found = [f"{path} ({type(cell).__name__})" for path, cell in cells.items() if isinstance(cell, _OTHER_DROPOUTS)]
+    found += [f"{path} ({name})" for path, cell in cells.items() if not type(cell).__module__.startswith("mindspore.")
+              for name in _drawing_functions(cell)]
     if found:
         warn_user(f"{', '.join(found[:3])}{f' and {len(found) - 3} more' if len(found) > 3 else ''} may draw another "
                   f"mask when it is computed again, and the gradients are then not those of the forward pass: use "
                   f"nn.Dropout there, whose mask is kept.")
+
+
+def _drawing_functions(cell: nn.Cell) -> list[str]:
+    """Return the functions of MindSpore that draw random numbers in the `construct` of a cell."""
+    known = getattr(type(cell).construct, "__globals__", {})
+    found = []
+    for node in ast.walk(_tree_of(cell) or ast.Module([], [])):
+        if isinstance(node, ast.Call):
+            parts = ast.unparse(node.func).split(".")
+            function = functools.reduce(lambda item, name: getattr(item, name, None), parts[1:], known.get(parts[0]))
+            if callable(function) and parts[-1].lower().startswith(_RANDOM) \
+                    and str(getattr(function, "__module__", "")).startswith("mindspore"):
+                found.append(".".join(parts))
+    return found
+
+
+def _tree_of(cell: nn.Cell) -> ast.AST | None:
+    """Return the code of the `construct` of a cell; None where it cannot be read."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(type(cell).construct)))
+    except (OSError, TypeError, SyntaxError):
+        return None
 
 
 def _is_called(cell: nn.Cell) -> bool:
@@ -152,9 +180,8 @@ def _writes(cell: nn.Cell) -> bool:
         return False
     if writing_operators(cell):
         return True
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(type(cell).construct)))
-    except (OSError, TypeError, SyntaxError):
+    tree = _tree_of(cell)
+    if tree is None:
         return False
     own = {name for name, _ in cell.parameters_and_names(expand=False)}
     for node in ast.walk(tree):

@@ -11,7 +11,7 @@ from mindspore import Parameter, nn, ops
 from mindspore.train.callback import LambdaCallback, _CallbackManager
 
 from mindpet_lite.delta.base import Delta
-from mindpet_lite.graph.masks import Dropout, KeepsMasks
+from mindpet_lite.delta.dropout import Dropout, KeepsMasks
 
 # What a cell carries besides its structure, and a cell put in its place must carry on.
 _CARRIED = ("_forward_pre_hook", "_forward_hook", "_backward_pre_hook", "_backward_hook", "_cell_backward_hook",

@@ -242,7 +242,7 @@ def _shards(root: Path, index: Path, here: set[Path]) -> list[Path]:
     for shard in shards:
         with open_file(root / shard) as file:
             held = set(file.keys())
-        named = {name for name, home in table.items() if index.parent / home == shard}
+        named = {name for name, file in table.items() if index.parent / file == shard}
         problems += [f"{name} is not in {shard}, though the index says so." for name in sorted(named - held)]
         problems += [f"{name} is in {shard}, but not in the index." for name in sorted(held - named)]
     if problems:

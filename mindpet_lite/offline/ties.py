@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from mindpet_lite.arguments import warn_user
-from mindpet_lite.formats.base_hash import FIELD
 from mindpet_lite.formats.files import as_float
 from mindpet_lite.formats.lora import EMBEDDING_A, EMBEDDING_B, A, B
+from mindpet_lite.formats.peft_config import tokens_are_of_table_alone
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.names.placing import map_names
 from mindpet_lite.names.table import Table, renamed
@@ -201,12 +201,10 @@ def _are_one(changed: list[_Part], tables: list[str]) -> bool:
 
 
 def _tokens_of_both(changed: list[_Part], tables: list[str], state: AdapterState, base: Base) -> bool:
-    """Tell whether only tokens trained, and in a net of transformers, whose output layer PEFT changes with them."""
-    mapping = state.config.get("auto_mapping")
-    library = mapping.get("parent_library") if isinstance(mapping, Mapping) else "transformers"
+    """Tell whether only tokens trained, and where the output layer has the trained rows too."""
     return (len(changed) == len(tables) == 1 and changed[0].name in state.layers
             and "token_indices" in (state.layers[changed[0].name].settings or {})
-            and FIELD not in state.config and str(library).startswith("transformers")
+            and not tokens_are_of_table_alone(state.config)
             and not base.config.get("is_encoder_decoder"))
 
 

@@ -24,7 +24,7 @@ from mindpet_lite.delta.lora.layer import LoRALayer
 from mindpet_lite.delta.lora.linear import LoRALinear
 from mindpet_lite.delta.lora.low_rank import LowRank
 from mindpet_lite.delta.lora.settings import LoraSettings
-from mindpet_lite.delta.lora.tokens import TrainedTokens
+from mindpet_lite.delta.lora.tokens import TokenTable, token_table
 
 _LAYERS: tuple[type[LoRALayer], ...] = (LoRALinear, LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRAMintConv1d,
                                         LoRAMintConv2d, LoRAMintConv3d, LoRAMintEmbedding)
@@ -50,7 +50,7 @@ class LoraConfig(DeltaConfig, LoraSettings):
         alpha_pattern: alphas, likewise.
         bias: which biases of the base train too: "none", "all", or "lora_only", those of the adapted layers.
         trainable_token_indices: token numbers whose rows train, by the name of the embedding, or a list of them for
-            ``embed_tokens``.
+            ``embed_tokens``. An output layer with the same table as its weight (tied weights) has the trained rows too.
         token_indices: the same for the one layer that these settings are made for.
 
     Raises:
@@ -111,10 +111,9 @@ class LoraConfig(DeltaConfig, LoraSettings):
         """
         found: dict[str, nn.Cell] = {}
         for name in self._tokens():
-            hits = {path: cell for path, cell in cells.items() if _ends(path, name)
-                    and isinstance(cell, nn.Embedding) and not isinstance(cell, Delta)}
+            hits = {path: cell for path, cell in cells.items() if _ends(path, name) and token_table(cell)}
             if not hits:
-                raise ValueError(f"trainable_token_indices names {name!r}, but the net has no nn.Embedding there."
+                raise ValueError(f"trainable_token_indices names {name!r}, but the net has no embedding there."
                                  f"{did_you_mean(name, [path.rpartition('.')[2] for path in cells if path])}")
             found.update(hits)
         return found
@@ -139,21 +138,23 @@ class LoraConfig(DeltaConfig, LoraSettings):
         return (override_refusal(cell, plain, layer.plain_name, "LoRA")
                 or type_refusal(getattr(cell, layer.base_names[0]), "LoRA"))
 
-    def adapt(self, cell: nn.Cell) -> LowRank | TrainedTokens:
+    def adapt(self, cell: nn.Cell) -> LowRank | TokenTable:
         """Return the LoRA cell on the Parameter objects of `cell`."""
         if self.token_indices is not None:
-            if not isinstance(cell, nn.Embedding):
-                raise TypeError(f"tokens can only be trained of an nn.Embedding, not of a {type(cell).__name__}.")
-            return TrainedTokens.on_rows(cell, self.token_indices)
+            kind = token_table(cell)
+            if kind is None:
+                raise TypeError(f"tokens can only be trained of an embedding, not of a {type(cell).__name__}.")
+            return kind.on_rows(cell, self.token_indices)
         return self._kind_for(cell)._on(cell, self)
 
     def shapes(self, cell: nn.Cell) -> dict[str, tuple[int, ...]]:
         """Return the shapes of what these settings train on `cell`."""
         if self.token_indices is None:
             return self._kind_for(cell).delta_shapes(cell, self)
-        if not isinstance(cell, nn.Embedding):
+        kind = token_table(cell)
+        if kind is None:
             return {}
-        return {"mindpet_delta_lora_tokens": (len(self.token_indices), cell.embedding_table.shape[1])}
+        return {"mindpet_delta_lora_tokens": (len(self.token_indices), getattr(cell, kind.base_names[0]).shape[1])}
 
     @staticmethod
     def _kind_for(cell: nn.Cell) -> Any:

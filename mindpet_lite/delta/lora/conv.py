@@ -29,7 +29,7 @@ class LoRAConv(LoRALayer):
 
     A is a convolution to `lora_rank` channels with the kernel size, stride, padding and dilation of the layer, B one
     of kernel size 1: `mindpet_delta_lora_a` (lora_rank, in_channels, *kernel) and `mindpet_delta_lora_b`
-    (out_channels, lora_rank / group, 1, ...), as PEFT has them. With the live factor in `scaling` (), see
+    (out_channels, lora_rank / group, 1, ...), as PEFT has them. With the scaling `scaling` (), see
     :class:`LoRADense`, where the dtype rule stands too.
 
     With ``group > 1``, A sees all channels and B has the groups, as in PEFT: output group g is made of the g-th

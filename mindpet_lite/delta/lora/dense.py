@@ -7,6 +7,7 @@ import mindspore
 from mindspore import Tensor, nn, ops
 
 from mindpet_lite.delta.dense import AdaptedDense, dense_refusal
+from mindpet_lite.delta.dropout import delta_dropout
 from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, LowRank
 from mindpet_lite.delta.lora.settings import NEWER, LoraSettings
 from mindpet_lite.delta.lora.start import RESIDUAL
@@ -20,7 +21,7 @@ class LoRADense(AdaptedDense, LowRank):
 
     `weight` (out_channels, in_channels) and `bias` (out_channels,) are where nn.Dense has them. The layer adds
     `mindpet_delta_lora_a` (lora_rank, in_channels) and `mindpet_delta_lora_b` (out_channels, lora_rank), and
-    `scaling` (), a Parameter that is never trained: it holds the live factor, so that it can change in a
+    `scaling` (), a Parameter that is never trained: it holds strength · alpha / r, so that it can change in a
     compiled graph (:func:`mindpet_lite.set_lora_scale`, :func:`mindpet_lite.adapters_disabled`).
 
     Dtype rule: parameters keep their type. `to_float(t)` on the layer, or on a net around it, means what it means in
@@ -199,7 +200,7 @@ class LoRADense(AdaptedDense, LowRank):
             if strategy_lora_b_matmul is None:
                 strategy_lora_b_matmul = ((dense[0][0], 1), (dense[1][0], 1))
         if not hasattr(self, "lora_dropout"):
-            self.lora_dropout = nn.Dropout(p=0.0)
+            self.lora_dropout = delta_dropout(0.0)
         set_strategies([
             ("strategy_org_dense_matmul", self.matmul, dense),
             ("strategy_org_bias_add", self.bias_add if self.has_bias else None, strategy_org_bias_add),

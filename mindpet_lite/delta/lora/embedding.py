@@ -23,7 +23,7 @@ class LoRATable(LoRALayer):
     .. math:: y_i = T_i + \frac{\alpha}{r} (B A)^T_i
 
     `mindpet_delta_lora_embedding_a` (lora_rank, vocab_size) and `mindpet_delta_lora_embedding_b` (embedding_size,
-    lora_rank) are PEFT's lora_embedding_A and B; `scaling` () holds the live factor, see :class:`LoRADense`.
+    lora_rank) are PEFT's lora_embedding_A and B; for `scaling` () see :class:`LoRADense`.
     As in PEFT, A starts from zeros and B from a normal distribution of deviation 1 (the other way round, B would learn
     through an A of the size 1/√vocab_size), and A's column at `padding_idx` gets no gradient.
 

@@ -37,7 +37,7 @@ class LoRALayer(TypedLayer, LowRank):
         raise NotImplementedError
 
     def _scaled(self, low: Tensor, dtype: mindspore.dtype) -> Tensor:
-        """Return the low-rank activations times the live factor."""
+        """Return the low-rank activations times the scaling."""
         return ops.mul(low, as_type(self.scaling, dtype))
 
     def plain_cell(self) -> nn.Cell:

@@ -1,4 +1,4 @@
-"""What LoRA is on every kind of layer: its two factors and the live factor that scales them."""
+"""What LoRA is on every kind of layer: its two factors and their scaling."""
 from __future__ import annotations
 
 import math
@@ -12,6 +12,7 @@ from mindspore.common.initializer import HeUniform
 
 from mindpet_lite.arguments import warn_user
 from mindpet_lite.delta.base import Delta, float64, overflow
+from mindpet_lite.delta.dropout import delta_dropout
 from mindpet_lite.delta.lora.settings import LoraSettings, OwnStart, scale_of
 from mindpet_lite.delta.lora.start import RESIDUAL, factors
 from mindpet_lite.delta.parts import as_type, initial, put
@@ -38,7 +39,7 @@ class LowRank(Delta):
 
     method: ClassVar[str] = "lora"
     delta_names: tuple[str, ...] = ("mindpet_delta_lora_a", "mindpet_delta_lora_b")
-    live_names: tuple[str, ...] = ("scaling",)
+    setting_names: tuple[str, ...] = ("scaling",)
     # How A and B start unless the settings say otherwise.
     a_start: ClassVar[Any] = HE_UNIFORM
     b_start: ClassVar[Any] = "zeros"
@@ -110,7 +111,7 @@ class LowRank(Delta):
         steering = {"scaling": self._factor(), **({"strength_factor": 1.0} if config.use_dora else {})}
         for name, number in steering.items():
             setattr(self, name, setting_parameter(number, prefix + name))
-        self.delta_names, self.live_names = made, tuple(steering)
+        self.delta_names, self.setting_names = made, tuple(steering)
         self.output_names = self.delta_names[1:]
         if config.use_dora:
             self.mindpet_delta_lora_magnitude = Parameter(self._magnitude(),
@@ -121,7 +122,7 @@ class LowRank(Delta):
     def _magnitude(self) -> Tensor:
         """Return what DoRA's magnitude starts with, in the shape in which it multiplies the layer's output."""
         # By the same operators as in the forward, so that their quotient is 1 exactly; and in float32, as there.
-        norm = self._live_norm().asnumpy()
+        norm = self._weight_norm().asnumpy()
         return Tensor(norm.reshape(self.over_outputs).copy())
 
     def base_parameter(self) -> Parameter | None:
@@ -146,7 +147,7 @@ class LowRank(Delta):
     def _add_dropout(self) -> None:
         self.has_dropout = self.dropout_rate > 0
         if self.has_dropout:
-            self.lora_dropout = nn.Dropout(p=self.dropout_rate)
+            self.lora_dropout = delta_dropout(self.dropout_rate)
 
     def _other_start(self, config: LoraSettings, weight: Parameter, a_shape: tuple[int, ...],
                      b_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -179,7 +180,7 @@ class LowRank(Delta):
         return scale_of(self.lora_alpha, self.lora_rank, self.use_rslora)
 
     def overflows(self, strength: float) -> str:
-        """Return why the live factors cannot be those of this strength, or nothing."""
+        """Return why the scaling cannot be that of this strength, or nothing."""
         types = (mindspore.float32, self._compute_type())
         if self.use_dora:
             return overflow("the strength", strength, types)
@@ -209,8 +210,8 @@ class LowRank(Delta):
         squares = np.sum((b.swapaxes(1, 2) @ b) * (a @ a.swapaxes(1, 2)))
         return float(self._factor() * np.sqrt(np.maximum(squares, 0)))
 
-    def live_values(self) -> dict[str, Any]:
-        """Return ``strength · s`` for the live factor, or 0 where switched off; with DoRA s, and the live strength."""
+    def setting_values(self) -> dict[str, Any]:
+        """Return ``strength · s`` as the scaling, or 0 where switched off; with DoRA s, and the strength."""
         strength = self.strength if self.enabled else 0.0
         if self.use_dora:
             return {"scaling": self._factor(), "strength_factor": strength}
@@ -229,14 +230,15 @@ class LowRank(Delta):
             update: what s · B A makes of it.
             dtype: of the computation.
         """
-        norm = ops.stop_gradient(ops.reshape(self._live_norm(), self.over_outputs))
+        norm = ops.stop_gradient(ops.reshape(self._weight_norm(), self.over_outputs))
         is_zero = ops.equal(norm, 0)
         scale = as_type(self.mindpet_delta_lora_magnitude, mindspore.float32) / ops.where(is_zero, 1.0, norm)
         scale = ops.where(is_zero, 1.0, scale)
-        change = as_type(scale - 1, dtype) * base + as_type(scale, dtype) * update
-        return change * as_type(self.strength_factor, dtype)
+        # The gradients of the magnitude are sums over all rows, which float16 cannot hold.
+        change = (scale - 1) * as_type(base, mindspore.float32) + scale * as_type(update, mindspore.float32)
+        return as_type(change * self.strength_factor, dtype)
 
-    def _live_norm(self) -> Tensor:
+    def _weight_norm(self) -> Tensor:
         """Return the norm of W + s B A over all axes but the output's, in float32 whatever the layer computes in.
 
         Each output's weights are divided by the largest of them before they are squared, so that no square vanishes.

@@ -1,10 +1,12 @@
 """Dropout in blocks that are recomputed: the backward pass must see the mask of the forward pass."""
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 
 # The masks of the block that runs now, in PyNative mode: to be filled, or to be used once more.
 _recorded: list[Tensor] | None = None
@@ -32,6 +34,45 @@ class Dropout(ops.Dropout):
         else:
             return super().__call__(x)
         return x * mask, mask
+
+
+class DeltaDropout(Dropout):
+    """The one of a delta, which is true or refused in blocks of MindSpore's own `Cell.recompute()` too."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `x` after dropout, and the mask.
+
+        Raises:
+            RuntimeError: a block around it was set by `Cell.recompute()` alone, and PyNative mode would draw another
+                mask in the backward pass.
+        """
+        if _replayed is None and _recorded is None and _is_recomputed():
+            raise RuntimeError("An adapter with dropout is in a block set by MindSpore's own recompute(), whose "
+                               "backward pass has other masks than its forward pass in PyNative mode. Set the block "
+                               "with net_recompute(net, pattern) instead, which keeps the masks, or train without "
+                               "dropout.")
+        return super().__call__(x)
+
+
+# A compiler finds an operator by the name of its class.
+DeltaDropout.__name__ = "Dropout"
+
+
+def delta_dropout(rate: float) -> nn.Dropout:
+    """Return the dropout of a delta."""
+    cell = nn.Dropout(p=rate)
+    cell.dropout = DeltaDropout(**cell.dropout.init_attrs)
+    return cell
+
+
+def _is_recomputed() -> bool:
+    """Tell whether this call is inside of a block that MindSpore computes again in PyNative mode."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if type(frame.f_locals.get("self")).__name__ == "_RecomputeCell":
+            return True
+        frame = frame.f_back
+    return False
 
 
 class KeepsMasks:

@@ -115,7 +115,9 @@ def tanhs_of_the_compiled_step(folder: Path, change: str) -> int:
     """Return how often the compiled training step has a Tanh."""
     code = SAVED.format(paths=[str(Path(mp.__file__).parents[1]), str(Path(__file__).parent)], change=change,
                         folder=str(folder))
-    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300)
+    # Without `env` a process inherits what MindSpore's own code has set in this one besides os.environ.
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300,
+                            env=dict(os.environ))
     assert result.returncode == 0, result.stderr[-2000:]
     graph = max(folder.rglob("*validate*.ir"), key=os.path.getmtime).read_text(encoding="utf-8")
     return graph.count("= PrimFunc_Tanh(")

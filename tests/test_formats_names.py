@@ -231,6 +231,9 @@ def test_what_the_table_does_not_rename_is_an_error():
         map_names(["to_q"], ["to_q"], [(".*", "")])
     # A name of kohya's, which told the path when the file was read.
     assert map_names(["a.b_c"], ["a.b_c"], {"lora_unet_a_b_c": "a.b_c"}) == {"a.b_c": "a.b_c"}
+    for name in ("..", "a.", ".a", "a..b"):
+        with pytest.raises(ValueError, match="which is no path: a part between its dots is empty"):
+            map_names(["to_q"], ["to_q"], {"to_q": name})
 
 
 def test_a_hint_is_never_the_name_asked_for():

@@ -405,3 +405,10 @@ def test_a_killed_merge_leaves_nothing_that_looks_merged():
         assert done.returncode == -signal.SIGKILL and not Path("out").exists()
     merge(Path("base"), Path("adapter"), Path("out"), quiet=True)
     assert sorted(name for name in os.listdir(".") if "out" in name) == ["out"]
+
+
+def test_a_layer_that_the_base_lacks_is_asked_for():
+    Path("base.safetensors").write_bytes(to_bytes({"teacher.q.weight": np.zeros((4, 6), np.float32)}))
+    adapter = write_adapter(Path("adapter"), lora({"student.q": (4, 6)}))
+    with pytest.raises(ValueError, match="student.q: the base has no such layer. Say with a name map"):
+        merge(Path("base.safetensors"), adapter, Path("out"), quiet=True)

@@ -42,8 +42,8 @@ def net_recompute(net: nn.Cell, pattern: str | Sequence[str]) -> list[str]:
 
     Gradients stay those of the forward pass. What `nn.Dropout` gave, in the deltas and in the base, is kept and not
     drawn again: in a graph its output and its mask, in PyNative its mask. Other random operators (`ops.dropout`,
-    `nn.Dropout2d`, `mint.nn.Dropout`) may draw anew, as all of them may under MindSpore's own `Cell.recompute()`: for
-    cells of these a warning names them.
+    `nn.Dropout2d`, `mint.nn.Dropout`) may draw anew, as those of the base may under MindSpore's own `Cell.recompute()`:
+    a warning names cells of these.
 
     Args:
         net: any Cell; it is changed in place.

@@ -51,7 +51,8 @@ def renamed(paths: Iterable[str], table: Table | None) -> tuple[dict[str, str], 
     paths = list(dict.fromkeys(paths))
     if isinstance(table, Mapping):
         known = set(paths)
-        return {path: table[path] for path in paths if path in table}, [
+        mapped = {path: table[path] for path in paths if path in table}
+        return mapped, _no_paths(mapped) + [
             f"the name map renames {key}, but the adapter has no such layer.{near(key, paths)}"
             for key, name in table.items() if key not in known and not (name in known and _spells_out(key, name))]
     found, hits = {}, set()
@@ -67,9 +68,15 @@ def renamed(paths: Iterable[str], table: Table | None) -> tuple[dict[str, str], 
         if used:
             found[path] = changed
     problems = [f"the name map leaves nothing of {path}." for path, name in found.items() if not name]
-    return found, problems + [
+    return found, problems + _no_paths({path: name for path, name in found.items() if name}) + [
         f"{pattern!r} of the name map is found in no layer of the adapter, such as {paths[0] if paths else '(none)'}."
         for number, (pattern, _) in enumerate(table or ()) if number not in hits]
+
+
+def _no_paths(names: Mapping[str, str]) -> list[str]:
+    """Return a sentence for each new name that is no path: a part of it is empty."""
+    return [f"the name map gives {path} the name {name!r:.100}, which is no path: a part between its dots is empty."
+            for path, name in names.items() if not all(name.split("."))]
 
 
 def near(path: str, others: Iterable[str]) -> str:

@@ -78,6 +78,10 @@ def settle_ties(state: AdapterState, base: Base, table: Table | None = None) -> 
         changed = [part for part in changed if part.weight is None and not _has_twin(part, own)]
     elif _are_one(changed, tables) or _tokens_of_both(changed, tables, state, base):
         changed = []
+    if changed and is_tied is None:
+        raise ValueError("\n  ".join(
+            f"{part.name}: the base has no such layer. Say with a name map (--names) which of its layers that is. If "
+            f"it is the output layer of a net that uses its embedding's weight for it, {_CURE}" for part in changed))
     if changed:
         weights = ", ".join(tables[:3]) or "its embedding"
         raise ValueError("\n  ".join(

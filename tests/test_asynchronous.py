@@ -9,13 +9,13 @@ from pathlib import Path
 
 import mindpet_lite as mp
 
-LAWS = Path(__file__).parent / "test_laws.py"
+FILES = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("laws", "recompute_dropout")]
 
 
 def test_laws_of_values_hold_under_asynchronous_launch(tmp_path):
-    """The output, the gradients, merge and its undoing, of the first layer of each kind."""
-    chosen = "pynative and hand and (test_1_ or test_5_ or test_7_ or test_15_)"
-    done = subprocess.run([sys.executable, "-m", "pytest", str(LAWS), "-k", chosen, "-p", "no:cacheprovider",
+    """The output, the gradients, merge and its undoing, of the first layer of each kind; the masks of dropout."""
+    chosen = "pynative and (hand and (test_1_ or test_5_ or test_7_ or test_15_) or mask or recompute)"
+    done = subprocess.run([sys.executable, "-m", "pytest", *FILES, "-k", chosen, "-p", "no:cacheprovider",
                            "-p", "no:xdist"], cwd=tmp_path, capture_output=True, text=True, timeout=600,
                           env={**os.environ, "MINDPET_LITE_TESTS_ASYNCHRONOUS": "1",
                                "PYTHONPATH": str(Path(mp.__file__).parents[1])})

@@ -7,7 +7,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "wukong"))
 
-from tokenizer import CharTokenizer  # noqa: E402
+from tokenizer import CharTokenizer, remarks  # noqa: E402
+from wordpiece import WordPieceTokenizer  # noqa: E402
 
 PAD, UNKNOWN, BEGIN, END = range(4)
 
@@ -43,3 +44,19 @@ def test_long_texts_are_cut_and_keep_their_end(text):
 def test_refusals(vocabulary, length, words):
     with pytest.raises(ValueError, match=words):
         CharTokenizer(vocabulary, length)
+
+
+def test_what_is_not_read_is_named():
+    tokenizer = CharTokenizer("狐狸脸", 5)
+    assert tokenizer.unread("狐 狸") == ([], "") and tokenizer.unread("狐猫犬猫") == (["猫", "犬"], "猫")
+    assert remarks(tokenizer, ["狐狸", "狐猫", "狐狸脸狐", "狐猫"]) == [
+        "'狐猫': the base does not know 猫, and draws as if another word stood there",
+        "'狐狸脸狐' is longer than the base reads: it does not see '狐'"]
+
+
+def test_what_wordpiece_does_not_read_is_named(tmp_path):
+    path = tmp_path / "vocabulary.txt"
+    path.write_text("[PAD]\n[CLS]\n[SEP]\n[UNK]\nred\n##dish\n狐\n", encoding="utf-8")
+    tokenizer = WordPieceTokenizer(path, 5)
+    assert tokenizer.unread("Reddish 狐") == ([], "")
+    assert tokenizer.unread("blue 猫 狐 reddish") == (["blue", "猫"], "reddish")

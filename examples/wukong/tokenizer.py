@@ -1,4 +1,7 @@
-"""Texts to ids, one character at a time."""
+"""Texts to ids, one character at a time; what of a text a tokenizer does not read."""
+
+from collections.abc import Iterable
+from typing import Protocol
 
 
 class CharTokenizer:
@@ -23,8 +26,39 @@ class CharTokenizer:
         self.context_length = context_length
         self.vocab_size = self.END + 1 + len(vocabulary)
 
+    def unread(self, text: str) -> tuple[list[str], str]:
+        """The characters of a text that are not in the vocabulary, each once, and the end that does not fit in."""
+        characters = "".join(text.split())
+        unknown = [character for character in dict.fromkeys(characters) if character not in self.ids]
+        return unknown, characters[self.context_length - 2:]
+
     def __call__(self, text: str) -> list[int]:
         """The ids of one text, cut and padded to the context length; white space does not count."""
         ids = [self.ids.get(character, self.UNKNOWN) for character in "".join(text.split())]
         ids = [self.BEGIN, *ids[: self.context_length - 2], self.END]
         return ids + [self.PAD] * (self.context_length - len(ids))
+
+
+class Reads(Protocol):
+    """A tokenizer that says what it does not read."""
+
+    def unread(self, text: str) -> tuple[list[str], str]:
+        """The unknown words of a text, and the end that is cut off."""
+
+
+def remarks(tokenizer: Reads, prompts: Iterable[str]) -> list[str]:
+    """A sentence for each prompt of which the base reads something as unknown, or not at all.
+
+    Args:
+        tokenizer: Of the base.
+        prompts: The texts.
+    """
+    found = []
+    for prompt in dict.fromkeys(prompts):
+        unknown, rest = tokenizer.unread(prompt)
+        if unknown:
+            found.append(f"{prompt!r}: the base does not know {', '.join(unknown[:10])}, and draws as if another word "
+                         f"stood there")
+        if rest:
+            found.append(f"{prompt!r} is longer than the base reads: it does not see {rest[:40]!r}")
+    return found

@@ -22,6 +22,7 @@ from finetune import all_or_nothing
 from pictures import save_grid, save_image
 from samplers import SOLVERS, GuidedStep, sampling_times
 from settings import HERE, Settings, add_flags, read
+from tokenizer import remarks
 
 from mindpet_lite import load_adapter, merge, set_lora_scale
 
@@ -70,6 +71,8 @@ def draw(settings: Settings, arguments: argparse.Namespace) -> None:
     shape = pipeline.latent_shape(base, settings.image_size)
     label = put_adapter(base, arguments)
     noise = pipeline.start_noise(shape, len(prompts), settings.seed)
+    for remark in remarks(base.tokenizer, prompts):
+        print(f"txt2img.py: warning: {remark}", file=sys.stderr)
     with all_or_nothing(arguments.out) as out:
         images = pipeline.generate(base, GuidedStep(base.unet), prompts, noise, solver=arguments.sampler,
                                    steps=arguments.steps, guidance=arguments.guidance)

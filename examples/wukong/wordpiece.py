@@ -35,6 +35,13 @@ class WordPieceTokenizer:
         ids = [self.ids[piece] for piece in ("[CLS]", *pieces, "[SEP]")]
         return ids + [0] * (self.context_length - len(ids))
 
+    def unread(self, text: str) -> tuple[list[str], str]:
+        """The words of a text that the vocabulary lacks, each once, and the end that does not fit in."""
+        cut = [(word, len(self.pieces(word))) for word in words(text)]
+        unknown = [word for word in dict.fromkeys(word for word, _ in cut) if self.pieces(word) == ["[UNK]"]]
+        ends = [sum(size for _, size in cut[: i + 1]) for i in range(len(cut))]
+        return unknown, " ".join(word for (word, _), end in zip(cut, ends) if end > self.context_length - 2)
+
     def pieces(self, word: str) -> list[str]:
         """The longest pieces from left to right, or [UNK] where one is not in the vocabulary."""
         found: list[str] = []

@@ -510,6 +510,23 @@ def test_an_attention_that_a_prefix_would_shift_is_refused(attention, message, s
     mp.get_pet_model(net, mp.LoraConfig(target_modules=["to_k", "to_v"], lora_rank=2))
 
 
+class Absolute(Attention):
+    """As transformers' BERT, which can have relative positions too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position_embedding_type = "absolute"
+
+    def construct(self, x):
+        if self.position_embedding_type == "relative_key":
+            x = x * ops.cos(ops.arange(x.shape[1]))[:, None]
+        return attend(self.to_q(x), self.to_k(x), self.to_v(x))
+
+
+def test_an_attention_that_says_its_positions_are_in_its_input_is_adapted():
+    mp.get_pet_model(Net(Absolute), PrefixTuningConfig(target_modules=["to_k", "to_v"], **DENSE))
+
+
 def test_names_of_injected_prefixes_stand_beside_the_weight():
     net = mp.get_pet_model(Net(Attention), PrefixTuningConfig(target_modules=["to_v"], **DENSE))
     assert [item.name for item in net.blocks[1].to_v.trainable_params()] == [

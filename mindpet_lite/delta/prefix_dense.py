@@ -132,8 +132,12 @@ def attention_refusal(path: str, cells: Mapping[str, nn.Cell]) -> str | None:
         cells: of the net, by path.
     """
     around = path.rpartition(".")[0]
-    names = {name for place, cell in cells.items() if f".{place}.".startswith(f".{around}." if around else ".")
-             for name in _names_in(cell)}
+    inside = [cell for place, cell in cells.items()
+              if place == around or (f"{place}.".startswith(f"{around}.") if around else "." not in place)]
+    names = {name for cell in inside for name in _names_in(cell)}
+    if any(getattr(cell, "position_embedding_type", None) == "absolute" for cell in inside):
+        # transformers' BERT, whose code has relative positions too.
+        names = {name for name in names if not _POSITIONS.search(name)}
     for pattern, reason in ((_POSITIONS, "takes positions from the place of each key ({}), which a prefix moves"),
                             (_FUSED, "is a fused one ({}), whose mask has no columns for a prefix"),
                             (_MASKS, "makes its mask itself ({}), without columns for a prefix")):

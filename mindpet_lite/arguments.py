@@ -116,10 +116,14 @@ def warn_user(message: str) -> None:
     warnings.warn(message, stacklevel=_user_frame()[0])
 
 
-def user_line() -> tuple[str, int]:
-    """Return the file and line of the caller's own code."""
-    frame = _user_frame()[1]
-    return frame.f_code.co_filename, frame.f_lineno
+def user_lines() -> tuple[tuple[str, int], ...]:
+    """Return the file and line of the caller's own code, and of all that called it."""
+    frame: FrameType | None = _user_frame()[1]
+    found = []
+    while frame is not None:
+        found.append((frame.f_code.co_filename, frame.f_lineno))
+        frame = frame.f_back
+    return tuple(found)
 
 
 def _user_frame() -> tuple[int, FrameType]:

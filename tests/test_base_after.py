@@ -351,3 +351,41 @@ def test_an_optimizer_of_a_scaling_is_refused(pynative_mode):
     net = scaled(4)
     with pytest.raises(ValueError, match="it holds q.scaling, which the settings say.*net.get_parameters"):
         mp.check_optimizer(net, nn.Adam(list(net.get_parameters()), 1e-2))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["module", "biases"])
+def test_a_base_in_several_files_is_one_base(name, base, pynative_mode):
+    held = {item.name: item for item in base.get_parameters()}
+    net = adapted(Net(2), **STARTS[name])
+    for part in (["embed.embedding_table", "q.weight"], ["q.bias"], ["head.weight", "head.bias"]):
+        ms.save_checkpoint([{"name": item, "data": held[item]} for item in part], "part.ckpt")
+        ms.load_param_into_net(net, ms.load_checkpoint("part.ckpt"))
+    assert np.array_equal(output(net), output(base)) and np.array_equal(switched_off(net), output(base))
+    # What the base gave already, another file gives the adapter.
+    ms.save_checkpoint([{"name": "head.bias", "data": Tensor(np.ones(4, np.float32))}], "part.ckpt")
+    ms.load_param_into_net(net, ms.load_checkpoint("part.ckpt"))
+    assert np.array_equal(switched_off(net), output(base)) and not np.array_equal(output(net), output(base))
+
+
+def put_by_hand(net: nn.Cell, values: dict[str, np.ndarray]) -> None:
+    for item in net.get_parameters():
+        if item.name in values:
+            item.set_data(Tensor(values[item.name]))
+
+
+@pytest.mark.parametrize("name", ["PiSSA", "OLoRA", "module"])
+def test_a_base_and_an_adapter_by_one_helper_are_two(name, base, pynative_mode):
+    source = adapted(Net(1), **STARTS[name])
+    randomise(source, 5)
+    net = adapted(Net(2), **STARTS[name])
+    put_by_hand(net, {item.name: item.asnumpy() for item in base.get_parameters()})
+    put_by_hand(net, {item.name: item.asnumpy() for item in source.trainable_params()})
+    assert np.array_equal(output(net), output(source))
+
+
+def test_an_adapter_with_a_residual_start_loads_onto_its_base_without_a_word(base, pynative_mode, recwarn):
+    net = adapted(Net(1), init_lora_weights="pissa")
+    mp.save_adapter(net, "out")
+    mp.load_adapter(Net(1), "out", strict_base=True)
+    assert not recwarn.list

@@ -17,6 +17,7 @@ from mindpet_lite.formats.base_hash import FIELD
 from mindpet_lite.formats.component import part
 from mindpet_lite.formats.files import to_bytes
 from mindpet_lite.names.components import COMPONENTS, component_of
+from mindpet_lite.names.placing import map_names
 from mindpet_lite.offline.convert import convert
 from mindpet_lite.offline.merge import merge
 
@@ -239,3 +240,9 @@ def test_a_parameters_name_is_mindpets_and_a_path_is_ours():
     mp.load_adapter(net, "mindpet.ckpt")
     assert list(adapted(net)) == ["first"]
     assert np.array_equal(net.first.mindpet_delta_lora_a.asnumpy(), dense().tensors[A])
+
+
+@pytest.mark.parametrize("component", ["transformer_2", "vae", "unet", "text_encoder_2"])
+def test_layers_below_a_transformer_are_no_other_components(component):
+    with pytest.raises(ValueError, match="transformer.blocks.0.to_q"):
+        map_names(["transformer.blocks.0.to_q"], [f"{component}.blocks.0.to_q", f"{component}.blocks.1.to_q"])

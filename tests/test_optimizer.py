@@ -127,3 +127,14 @@ def test_made_before_more_was_set_to_train():
     with pytest.raises(ValueError, match="it lacks 2.weight of the adapter"):
         mp.check_optimizer(net, optimizer)
     mp.check_optimizer(net, nn.Adam(net.trainable_params(), 1e-2))
+
+
+def test_a_training_step_has_parameters_of_its_own():
+    net = nn.SequentialCell(nn.Dense(4, 4), nn.ReLU(), nn.Dense(4, 2))
+    mp.get_pet_model(net, mp.LoraConfig(lora_rank=2, lora_alpha=4, target_modules=["0"]))
+    optimizer = nn.Adam(net.trainable_params(), 1e-2)
+    step = nn.TrainOneStepWithLossScaleCell(nn.WithLossCell(net, nn.MSELoss()), optimizer,
+                                            nn.DynamicLossScaleUpdateCell(1024.0, 2, 100))
+    mp.check_optimizer(step, optimizer)
+    with pytest.raises(ValueError, match="it lacks .*0.mindpet_delta_lora_b of the adapter"):
+        mp.check_optimizer(step, nn.Adam(net.trainable_params()[:1], 1e-2))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import warnings
 
@@ -465,7 +466,30 @@ class TurnedByHelper(Attention):
 
 
 def helper(x):
-    return x * ops.cos(ops.arange(x.shape[1]))[:, None]
+    angles = ops.arange(x.shape[1])[:, None]
+    return x * ops.cos(angles) + x * ops.sin(angles)
+
+
+def through(function):
+    @functools.wraps(function)
+    def wrapped(self, x):
+        return function(self, x)
+    return wrapped
+
+
+class Inherited(TurnedByHelper):
+    def construct(self, x):
+        return super().construct(x)
+
+
+class Kept(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.change = helper
+
+    @through
+    def construct(self, x):
+        return attend(self.change(self.to_q(x)), self.change(self.to_k(x)), self.to_v(x))
 
 
 class FromTheModel(Attention):
@@ -473,6 +497,16 @@ class FromTheModel(Attention):
 
     def construct(self, x, position_embeddings=None):
         return attend(self.to_q(x), self.to_k(x), self.to_v(x))
+
+
+class Stored(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = Tensor(np.tril(np.ones((8, 8), np.float32)))
+
+    def construct(self, x):
+        seen = self.mask[: x.shape[1], : x.shape[1] + ROWS]
+        return attend(self.to_q(x), self.to_k(x), self.to_v(x)) + 0 * seen[0, 0]
 
 
 class Causal(Attention):
@@ -494,8 +528,10 @@ class Fused(Attention):
 @pytest.mark.parametrize("attention, message", [
     (Turned, r"blocks.0 takes positions from the place of each key \(RotaryEmbedding\)"),
     (TurnedByFunction, r"takes positions from the place of each key \(apply_rotary, freqs_cis\)"),
-    (TurnedByHelper, r"takes positions from the place of each key \(cos\)"),
-    (FromTheModel, r"takes positions from the place of each key \(position_embeddings\)"),
+    (TurnedByHelper, r"takes positions from the place of each key \(cos and sin\)"),
+    (Inherited, "cos and sin"), (Kept, "cos and sin"),
+    (FromTheModel, r"takes positions from the place of each key \(input position_embeddings\)"),
+    (Stored, "makes its mask itself .a stored mask, cut from its first row and column"),
     (Causal, r"makes its mask itself \(tril\), without columns for a prefix"),
     (Relative, "relative_attention_bias"), (Fused, "is a fused one .flash_attention_score")])
 @pytest.mark.parametrize("settings", [PrefixTuningConfig(target_modules=["to_k", "to_v"], **DENSE), mp.Ptuning2Config(
@@ -519,12 +555,29 @@ class Absolute(Attention):
 
     def construct(self, x):
         if self.position_embedding_type == "relative_key":
-            x = x * ops.cos(ops.arange(x.shape[1]))[:, None]
+            x = helper(x)
         return attend(self.to_q(x), self.to_k(x), self.to_v(x))
 
 
-def test_an_attention_that_says_its_positions_are_in_its_input_is_adapted():
-    mp.get_pet_model(Net(Absolute), PrefixTuningConfig(target_modules=["to_k", "to_v"], **DENSE))
+class Plain(Attention):
+    """Names that sound like positions and are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos_drop, self.position_embeddings = nn.Dropout(p=0.1), nn.Embedding(4, 6)
+        self.mask = Tensor(np.tril(np.ones((8, 8), np.float32)))
+
+    def construct(self, x):
+        y = attend(self.to_q(x), self.to_k(x), self.to_v(x))
+        keys, queries = ROWS + x.shape[1], x.shape[1]
+        # As transformers' GPT-2 cuts its mask: from the right.
+        rel_error = self.mask[keys - queries: keys, :keys]
+        return self.pos_drop(y) + 0 * rel_error[0, 0]
+
+
+@pytest.mark.parametrize("attention", [Absolute, Plain])
+def test_names_that_mean_no_positions_of_keys_are_no_reason(attention):
+    mp.get_pet_model(Net(attention), PrefixTuningConfig(target_modules=["to_k", "to_v"], **DENSE))
 
 
 def test_names_of_injected_prefixes_stand_beside_the_weight():

@@ -190,3 +190,16 @@ def test_the_largest_alpha_is_saved_and_read_again_in_every_format_or_refused():
             mp.save_adapter(large, name, target)
         assert not Path(name).exists()
     assert mp.load_adapter(net(), mp.save_adapter(large, "large")).to_q.lora_alpha == 6e8
+
+
+@pytest.mark.parametrize("fields", [{"modules_to_save": 5}, {"modules_to_save": [None]}, {"pet_type": ""},
+                                    {"peft_type": None}, {"peft_type": "LORA", "fan_in_fan_out": [1]},
+                                    {"layers_to_transform": ["x"]}])
+def test_fields_of_our_own_form_are_checked_where_it_is_read(fields):
+    net = mp.get_pet_model(nn.SequentialCell(nn.Dense(4, 4)), mp.AdapterConfig(bottleneck_size=2, target_modules=["0"]))
+    mp.save_adapter(net, "own")
+    config = json.loads(Path("own", CONFIG_FILE).read_text())
+    Path("own", CONFIG_FILE).write_text(json.dumps({**config, **fields}))
+    for call in (lambda: mp.load_adapter(nn.SequentialCell(nn.Dense(4, 4)), "own"), lambda: inspect(Path("own"))):
+        with pytest.raises(ValueError, match="cannot be used"):
+            call()

@@ -316,3 +316,24 @@ def test_pefts_numbers_of_a_tied_llama(shared, mode):
           ours(Tensor(ids, ms.int32)).asnumpy(), 1e-5)
     mp.merge(net)
     close(net(Tensor(ids, ms.int32)).asnumpy(), wanted, 1e-5)
+
+
+def test_names_where_the_table_has_the_heads(pynative_mode):
+    net = Net()
+    net.embed_tokens.embedding_table.name = "lm_head.weight"
+    adapted(net)
+    assert [item.name for item in net.get_parameters() if "tokens" in item.name or "scaling" in item.name] == [
+        "lm_head.mindpet_delta_lora_tokens", "lm_head.scaling", "q.scaling"]
+
+
+def test_a_table_of_a_model_that_is_not_of_transformers_is_said(pynative_mode):
+    test_files = {"base_model.model.embed_tokens.token_adapter.trainable_tokens_delta": np.ones((2, 4), np.float32),
+                  "base_model.model.q.lora_A.weight": np.zeros((2, 4), np.float32),
+                  "base_model.model.q.lora_B.weight": np.zeros((4, 2), np.float32)}
+    Path("theirs").mkdir()
+    save_file(test_files, "theirs/adapter_model.safetensors")
+    Path("theirs/adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], "lora_dropout": 0.0,
+        "trainable_token_indices": {"embed_tokens": TOKENS}, "auto_mapping": {"parent_library": "mine"}}))
+    with pytest.warns(UserWarning, match="rows of a table that another layer has too.*set auto_mapping to null"):
+        mp.load_adapter(Net(), "theirs")

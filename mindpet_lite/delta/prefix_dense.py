@@ -1,8 +1,10 @@
 """What Prefix-Tuning and P-Tuning v2 share: rows put before a sequence, the mask for them, a Dense that adds them."""
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import textwrap
 from collections.abc import Mapping
 from types import CodeType
 from typing import Any
@@ -112,10 +114,12 @@ class PrefixedDense(PrefixDelta, AdaptedDense):
 
 
 # What tells such an attention: names of its class and its parts, and names in the code of its `construct`.
-_POSITIONS = re.compile(r"rota[tr]|(^|_)(rope|cos|sin|pos|rel)(_|$)|RoPE|freqs?(_|$)|alibi|slopes|relative|position",
-                        re.IGNORECASE)
+_POSITIONS = re.compile(r"rota[tr]|(^|_)rope(_|$)|RoPE|freqs?_cis|inv_freq|cos and sin|input position"
+                        r"|alibi|relative_(attention|position)|position_bias|(^|_)rel_pos", re.IGNORECASE)
 _FUSED = re.compile(r"flash|scaled_dot_product|fused_attention|is_causal", re.IGNORECASE)
-_MASKS = re.compile(r"(^|_)(tril|triu)(_|$)", re.IGNORECASE)
+_MASKS = re.compile(r"(^|_)(tril|triu)(_|$)|stored mask", re.IGNORECASE)
+# What an attention computes, or what does it.
+_ATTENTION = re.compile(r"softmax|attend|attention|attn", re.IGNORECASE)
 # Code of these packages is known by its names alone.
 _LIBRARIES = ("mindspore", "numpy", "math", "builtins")
 
@@ -132,6 +136,9 @@ def attention_refusal(path: str, cells: Mapping[str, nn.Cell]) -> str | None:
         cells: of the net, by path.
     """
     around = path.rpartition(".")[0]
+    # Projections may stand in a cell of their own, beside or below the one that computes the attention.
+    while around and not any(map(_ATTENTION.search, _names_in(cells[around]))):
+        around = around.rpartition(".")[0]
     inside = [cell for place, cell in cells.items()
               if place == around or (f"{place}.".startswith(f"{around}.") if around else "." not in place)]
     names = {name for cell in inside for name in _names_in(cell)}
@@ -151,18 +158,39 @@ def attention_refusal(path: str, cells: Mapping[str, nn.Cell]) -> str | None:
 def _names_in(cell: nn.Cell) -> set[str]:
     """Return the names of a cell's parts, and those in the code that it runs, in functions and methods it calls too."""
     found = {type(cell).__name__, *(name for name in vars(cell) if not name.startswith("_")), *cell.name_cells()}
-    waiting, seen = [getattr(type(cell).construct, "__func__", type(cell).construct)], set()
+    found |= {f"input {name}" for name in inspect.signature(type(cell).construct).parameters}
+    if _cuts_a_stored_mask(cell):
+        found.add("a stored mask, cut from its first row and column")
+    waiting, seen = [vars(kind)["construct"] for kind in type(cell).__mro__ if "construct" in vars(kind)], set()
     while waiting:
         function = waiting.pop()
+        waiting += [function.__wrapped__] if hasattr(function, "__wrapped__") else []
+        function = getattr(function, "__func__", function)
         code = getattr(function, "__code__", None)
         if code is None or code in seen or (function.__module__ or "").partition(".")[0] in _LIBRARIES:
             continue
         seen.add(code)
         names = [name for part in (code, *_inner(code)) for name in (*part.co_names, *part.co_varnames)]
         found.update(names)
-        waiting += [item for name in names for item in (function.__globals__.get(name), getattr(type(cell), name, None))
-                    if inspect.isfunction(item)]
-    return found
+        waiting += [item for name in names for item in (
+            function.__globals__.get(name), getattr(type(cell), name, None), vars(cell).get(name))
+                    if inspect.isfunction(item) or inspect.ismethod(item)]
+    return found | ({"cos and sin"} if {"cos", "sin"} <= found else set())
+
+
+def _cuts_a_stored_mask(cell: nn.Cell) -> bool:
+    """Tell whether a causal mask made in `__init__` is cut as ``mask[:queries, :keys]``, which a prefix would shift."""
+    made = getattr(type(cell).__init__, "__code__", None)
+    if made is None or not {"tril", "triu"}.intersection(made.co_names):
+        return False
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(type(cell).construct)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    return any(len(parts) > 1 and all(isinstance(part, ast.Slice) and part.lower is None and part.upper is not None
+                                      for part in parts[-2:])
+               for node in ast.walk(tree) if isinstance(node, ast.Subscript)
+               for parts in [node.slice.elts if isinstance(node.slice, ast.Tuple) else []])
 
 
 def _inner(code: CodeType) -> list[CodeType]:

@@ -13,7 +13,7 @@ import mindspore
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from mindpet_lite.arguments import user_line, warn_user
+from mindpet_lite.arguments import user_lines, warn_user
 
 if TYPE_CHECKING:
     from mindpet_lite.delta.base import Delta
@@ -75,7 +75,7 @@ class Load:
 
     def __init__(self) -> None:
         frame: FrameType | None = sys._getframe(1)
-        self.line = user_line()
+        self.line = user_lines()
         self.parameter: Callable[[], Tensor | None] | None = None
         while frame is not None and self.parameter is None:
             given = frame.f_locals.get(_GIVEN.get(frame.f_code.co_name, ""))

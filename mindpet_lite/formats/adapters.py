@@ -17,6 +17,7 @@ from mindpet_lite.formats.checkpoint_file import open_checkpoint, to_parts
 from mindpet_lite.formats.detect import FORMATS, detect
 from mindpet_lite.formats.directory import CONFIG_FILE, TENSOR_FILE, read_config
 from mindpet_lite.formats.files import TensorFile, as_float, open_tensors, tensors_in, to_bytes, type_name
+from mindpet_lite.formats.peft_config import kept_problems
 from mindpet_lite.formats.problems import first_of
 from mindpet_lite.formats.settings import settings_problems
 from mindpet_lite.formats.state import AdapterState
@@ -73,7 +74,7 @@ def read_adapter(path: Path, kind: str | None = None, methods: Iterable[str] = (
     try:
         _check_sizes(tensors)
         state = _decode(found, tensors, file.metadata, config, methods, paths)
-        problems = [*_type_problems(state), *settings_problems(state)]
+        problems = [*_type_problems(state), *settings_problems(state), *kept_problems(state.config)]
         if problems:
             raise ValueError("\n  ".join(problems))
     except ValueError as error:

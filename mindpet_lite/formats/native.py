@@ -31,7 +31,7 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Adap
         ValueError: the config is damaged, or tensors and config disagree. All problems stand in one message.
     """
     layers = config.get("layers")
-    if not isinstance(config.get("pet_type"), str) or not isinstance(layers, dict):
+    if not isinstance(config.get("pet_type"), str) or not config["pet_type"] or not isinstance(layers, dict):
         raise ValueError("the config must hold 'pet_type' (a method's name) and 'layers' (settings by path).")
     damaged = [path for path, layer in layers.items()
                if not isinstance(layer, dict) or not isinstance(layer.get("settings"), dict)

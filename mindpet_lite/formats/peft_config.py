@@ -92,6 +92,11 @@ def unhit_patterns(config: Mapping[str, Any], paths: Collection[str]) -> list[tu
                     if block is not None and block not in numbers]
 
 
+def kept_problems(config: Mapping[str, Any]) -> list[str]:
+    """Return why the fields that an adapter of any format came with, and is written with again, cannot be PEFT's."""
+    return problems_of(config) if "peft_type" in config else _list_problems(config)
+
+
 def _list_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
     for name, kind in (("target_modules", str), ("modules_to_save", str), ("exclude_modules", str),

@@ -99,11 +99,15 @@ class Adapter:
 
     @contextlib.contextmanager
     def _saved_is_loaded(self, data: Tensor, load: Load) -> Iterator[None]:
-        """Around a `set_data` of a base Parameter of the adapter: it is the base's where a base's weight came so."""
+        """Around a `set_data` of a base Parameter of the adapter: it is the base's where a base's weight came so.
+
+        A base may come in several files, one after the other; what it gave already, another file gives the adapter.
+        """
         yield
-        if self.base_load is not None and load.is_same(self.base_load):
+        if self.base_load is not None:
             for item in self.saved:
-                item.base_is_loaded(load)
+                if load.is_same(self.base_load) or not item.is_from_base:
+                    item.base_is_loaded(load)
 
     @contextlib.contextmanager
     def _base_is_loaded(self, data: Tensor, load: Load) -> Iterator[None]:

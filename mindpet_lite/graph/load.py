@@ -88,10 +88,11 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     new = {place: delta for place, delta in adapted.items() if delta is not cells[place]}
     problems += start_problems(net, new)
     trained = find_trained(values, net, problems)
+    alone = source.kind == "peft" and tokens_are_of_table_alone(state.config)
     problems += _missing_modules(values, trained, adapted, cells)
     tied = ties(net, state, trained)
-    followers = {} if source.kind == "peft" and tokens_are_of_table_alone(state.config) else followers_of(
-        new, cells, [*(cells[path] for path in adapted), *(cell for _, cell in tied.values())], problems)
+    followers = followers_of(new, cells, [*(cells[path] for path in adapted), *(cell for _, cell in tied.values())],
+                             [] if alone else problems)
     if not problems:
         problems += _other_base(state, cells, str(path), strict_base)
     if source.kind == "peft":
@@ -102,6 +103,12 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     if source.kind == "peft":
         for text in remarks(state.config, source.state.layers, cells, adapted):
             warn_user(f"{path}: {text}")
+    if followers and alone:
+        warn_user(f"{path}: the tokens that train are rows of a table that another layer has too (tied weights). That "
+                  f"layer stays as it is: by the config (auto_mapping) the adapter is of no model of transformers. "
+                  f"Where the model was a PreTrainedModel of your own, whose output layer PEFT changes too, set "
+                  f"auto_mapping to null in the config.")
+        followers = {}
     unchanged = of_the_base(state)
     saved = [item for name, (place, item) in trained.items() if name not in unchanged and place not in tied]
     parameters = parameters_with(net, new)
@@ -158,8 +165,9 @@ def _other_base(state: AdapterState, cells: Mapping[str, nn.Cell], path: str, st
 
 def _adapted(state: AdapterState, cells: Mapping[str, nn.Cell], problems: list[str]) -> dict[str, Delta]:
     """Return the delta that each layer of the file goes to, new where the net's is plain; add every problem found."""
-    unknown = [name for name in [*state.method.split("+"), *(layer.method for layer in state.layers.values())]
-               if name and name not in METHODS]
+    unknown = [name for name in [*state.method.split("+"), *filter(None, (layer.method for layer in
+                                                                          state.layers.values()))]
+               if name not in METHODS]
     if unknown:
         problems.append(f"the file is of method {unknown[0]!r}, which is none of {', '.join(METHODS)}.")
         return {}

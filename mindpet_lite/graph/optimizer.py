@@ -15,11 +15,12 @@ _OPTIMIZERS = (nn.Optimizer, optim.Optimizer)
 
 
 def check_optimizer(net: nn.Cell, optimizer: nn.Cell) -> None:
-    """Raise unless `optimizer` holds all that trains with the net's adapters, and nothing frozen of the net.
+    """Raise unless `optimizer` holds all that trains of the net's adapters, and nothing frozen of the net.
 
-    Where the base is frozen, that is every trainable Parameter of the net. An optimizer that was made before the net
-    was adapted lacks the adapter: the loss stays constant. One that was made before something was frozen trains it all
-    the same in graph mode. Groups of parameters, such as those of
+    Where the base is frozen, all that trains of the net belongs to its adapter, such as what `modules_to_save` or
+    `freeze_delta(..., exclude=)` name. An optimizer
+    that was made before the net was adapted lacks the adapter: the loss stays constant. One that was made before
+    something was frozen trains it all the same in graph mode. Groups of parameters, such as those of
     :func:`mindpet_lite.lora_plus_groups`, are an optimizer like any other. To train a part of an adapter, freeze the
     rest with :func:`mindpet_lite.freeze_modules`.
 
@@ -57,18 +58,21 @@ def check_optimizers_of(net: nn.Cell, params: Any) -> None:
 def _check(net: nn.Cell, optimizers: Sequence[nn.Cell]) -> None:
     held = {id(item) for optimizer in optimizers for item in optimizer.parameters}
     states = {id(item) for optimizer in optimizers for item in optimizer.get_parameters()} - held
-    found = deltas_in(cells_by_path(net))
+    cells = cells_by_path(net)
+    found = deltas_in(cells)
     bring_up_to_date(found)
     parameters = [(item, names) for item, names in net_parameters(net) if id(item) not in states]
     of_adapter = saved_of(found.values()).keys() | {
         id(item) for delta in found.values() for item in delta.delta_parameters().values()}
-    # Where the base is frozen, all that trains is saved with the adapter.
-    base_is_frozen = any(not item.requires_grad for item, names in parameters
-                         if id(item) not in of_adapter and not names[0].endswith(STATISTICS))
+    if found and not any(isinstance(cell, _OPTIMIZERS) for cell in cells.values()):
+        # In a net whose base is frozen, all that trains is saved with the adapter. A training step has more of its own.
+        others = [(item, names) for item, names in parameters
+                  if id(item) not in of_adapter and not names[0].endswith(STATISTICS)]
+        if not all(item.requires_grad for item, _ in others):
+            of_adapter |= {id(item) for item, _ in others}
     missing, frozen = [], []
     for parameter, names in parameters:
-        if parameter.requires_grad and id(parameter) not in held and found and (
-                base_is_frozen or id(parameter) in of_adapter):
+        if parameter.requires_grad and id(parameter) in of_adapter - held:
             missing.append(names[0])
         elif not parameter.requires_grad and id(parameter) in held:
             frozen.append(names[0])

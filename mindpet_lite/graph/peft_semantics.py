@@ -6,6 +6,7 @@ from typing import Any
 
 from mindspore import nn
 
+from mindpet_lite.arguments import some_of
 from mindpet_lite.formats.base_hash import FIELD
 from mindpet_lite.formats.peft_config import unhit_patterns, unknown_fields
 
@@ -23,7 +24,8 @@ def remarks(config: Mapping[str, Any], in_file: Collection[str], cells: Mapping[
     unknown = unknown_fields({name: value for name, value in config.items() if name != FIELD})
     found = [f"its config has {', '.join(unknown)}, which no version of PEFT known here has: nothing is done with it, "
              f"and it is written again when the adapter is saved."] if unknown else []
-    found += [f"its {field} {pattern!r} fits none of its layers." for field, pattern in unhit_patterns(config, in_file)]
+    unhit = [f"{field} {pattern!r:.100}" for field, pattern in unhit_patterns(config, in_file)]
+    found += [f"its {some_of(unhit)} fits none of its layers."] if unhit else []
     if FIELD in config:
         return found
     paths: dict[int, list[str]] = {}

@@ -60,8 +60,9 @@ def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft
         raise ValueError("The net itself is the adapted layer, so it has no path to be saved under: put it in a cell.")
     if not state.config:
         cells, found = cells_by_path(net), deltas(net)
-        state.config[FIELD] = {place: value for place in state.layers
-                               if (value := layer_hash(cells[place], found[place]))}
+        # Of a weight out of which the start took a part, the base's own is not known here.
+        state.config[FIELD] = {place: value for place in state.layers if not found[place].base_values()
+                               and (value := layer_hash(cells[place], found[place]))}
     try:
         files = to_files(part(state, component, format), format, Path(path))
     except ValueError as error:

@@ -25,6 +25,7 @@ class SavedParameter:
         path: that the adapter means, where tied weights have several.
         is_base: whether the base's value is in place.
         file_type: the type that its file has it in; it is written so again where that changes nothing.
+        is_from_base: whether a base gave it a value since it belongs to the adapter.
         load: by what an untrained value was last loaded: with a base, or alone as the adapter's.
         replaced: the base's value before another base was loaded, and by what that was.
         loaded: whether a checkpoint of the adapter was loaded.
@@ -35,6 +36,7 @@ class SavedParameter:
     path: str = ""
     is_base: bool = False
     file_type: np.dtype | None = None
+    is_from_base: bool = False
     load: Load | None = None
     replaced: tuple[Tensor, Load] | None = None
     loaded: bool = False
@@ -60,6 +62,7 @@ class SavedParameter:
         """Take it that this load is one of a base: what it gave an untrained Parameter is the base's value too."""
         if self.other is not None and self.load is not None and load.is_same(self.load):
             self.replaced, self.other, self.load = (self.other, load), copy_of(self.parameter), None
+            self.is_from_base = True
 
     def adapter_is_loaded(self, load: Load) -> None:
         """Take it that this load is one of the adapter: what it gave the Parameter is not the base's."""

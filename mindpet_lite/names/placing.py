@@ -214,6 +214,10 @@ def _in_file(paths: Collection[str], component: str) -> dict[str, _Layer]:
 
 def _same_component(layer: _Layer, place: _Layer) -> bool:
     """Tell whether a layer of a file may be one of the component that a layer of the net is of."""
+    below_transformer = not layer.said and layer.bare.component == TRANSFORMER
+    if below_transformer and place.bare.component not in ("", TRANSFORMER) and f".{TRANSFORMER}." not in place.path:
+        # Whatever it is, a component or a wrapper, no other component's layers stand there.
+        return False
     if not layer.said:
         return not place.said or place.component == TRANSFORMER and layer.component in ("", TRANSFORMER) or \
             bool(layer.component) and alike(layer.component, place.component)

@@ -53,7 +53,8 @@ class TokenTable(TypedLayer, Delta):
                              f"but got {list(tokens)}.")
         layer = cls.on(cls, plain)
         layer._require_still_rows(tokens)
-        prefix = table.name.removesuffix(cls.base_names[0])
+        head, _, last = table.name.rpartition(".")
+        prefix = f"{head}." if head and last in ("weight", "embedding_table") else ""
         layer.token_indices = tuple(tokens)
         layer.mindpet_delta_lora_tokens = Parameter(layer._rows_of(table), name=prefix + "mindpet_delta_lora_tokens")
         layer.scaling = setting_parameter(1.0, prefix + "scaling")

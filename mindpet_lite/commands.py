@@ -100,6 +100,8 @@ def _table(path: Path | None) -> Table | None:
     if path is None:
         return None
     found = read_yaml(path)
+    if not found:
+        raise ValueError(f"{path} names no layer: give names of layers by those in the adapter, or 'patterns'.")
     table = found["patterns"] if set(found) == {"patterns"} and isinstance(found["patterns"], list) else found
     try:
         check_table(table)

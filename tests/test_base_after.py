@@ -389,3 +389,24 @@ def test_an_adapter_with_a_residual_start_loads_onto_its_base_without_a_word(bas
     mp.save_adapter(net, "out")
     mp.load_adapter(Net(1), "out", strict_base=True)
     assert not recwarn.list
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_base_without_the_first_layer_is_one(base, pynative_mode):
+    held = {item.name: item for item in base.get_parameters()}
+    net = adapted(Net(2), target_modules=["embed", "q"], modules_to_save=["head"])
+    ms.save_checkpoint([{"name": name, "data": held[name]} for name in ("q.weight", "head.weight", "head.bias")],
+                       "part")
+    ms.load_param_into_net(net, ms.load_checkpoint("part.ckpt"))
+    off = switched_off(net)
+    assert np.array_equal(off, output(net))
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["head"]}, {"bias": "all"}])
+def test_a_parameter_that_was_written_to_by_slices(settings, pynative_mode):
+    net = adapted(Net(2), **settings)
+    net.head.bias[:] = Tensor(np.ones(4, np.float32))
+    trained = output(net)
+    with mp.adapters_disabled(net):
+        assert not np.array_equal(output(net), trained)
+    assert np.array_equal(output(net), trained)

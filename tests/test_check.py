@@ -53,8 +53,29 @@ def test_layers_whose_delta_does_not_reach_the_output_are_named(mode):
 
 def test_a_table_that_the_head_reads(mode):
     # The embedding itself is called, so its delta runs; merging is refused by no rule, but the output would change.
+    ids = Tensor([[1, 2, 3]], ms.int32)
     net = mp.get_pet_model(TiedHead(), config(["embed", "q"]))
-    assert mp.check_adapters(net, Tensor([[1, 2, 3]], ms.int32)) == ["embed", "q"]
+    with unchanged(net), pytest.raises(ValueError, match="The weights of embed are read by another cell too"):
+        mp.check_adapters(net, ids)
+    tokens = mp.get_pet_model(TiedHead(), config(["q"], trainable_token_indices={"embed": [2]}))
+    with unchanged(tokens), pytest.raises(ValueError, match="The weights of embed are read by another cell too"):
+        mp.check_adapters(tokens, ids)
+    assert mp.check_adapters(mp.get_pet_model(TiedHead(), config(["q"])), ids) == ["q"]
+
+
+def test_tokens_of_which_the_batch_has_none(pynative_mode):
+    net = mp.get_pet_model(nn.SequentialCell(nn.Embedding(12, 6), nn.Dense(6, 6)),
+                           config(["1"], trainable_token_indices={"0": [7]}))
+    assert mp.check_adapters(net, Tensor([[7, 1]], ms.int32)) == ["0", "1"]
+    with pytest.raises(ValueError, match="deltas of 0 do not reach .* or take a batch with those tokens"):
+        mp.check_adapters(net, Tensor([[2, 1]], ms.int32))
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}, {"lora_bias": True}])
+def test_what_merges_passes(settings, mode):
+    net = mp.get_pet_model(Attention().set_train(False), config(["to_q", "to_out.0", "blocks.1.0"], **settings))
+    with unchanged(net):
+        assert len(mp.check_adapters(net, inputs(5, 6))) == 3
 
 
 def test_what_cannot_be_checked_is_refused(pynative_mode):

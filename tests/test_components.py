@@ -246,3 +246,17 @@ def test_a_parameters_name_is_mindpets_and_a_path_is_ours():
 def test_layers_below_a_transformer_are_no_other_components(component):
     with pytest.raises(ValueError, match="transformer.blocks.0.to_q"):
         map_names(["transformer.blocks.0.to_q"], [f"{component}.blocks.0.to_q", f"{component}.blocks.1.to_q"])
+
+
+@pytest.mark.parametrize("to", ["diffusers", "kohya"])
+@pytest.mark.parametrize("name, message", [
+    ("text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q", "place in its pipeline is not known"),
+    ("text_encoders.qwen3_4b.transformer.model.layers.0.self_attn.q_proj", "place in its pipeline is not known"),
+    ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "is one of kohya's keys, in a file of another layout")])
+def test_what_is_of_no_known_component_is_not_written_as_the_unets(name, message, to):
+    tensors = {f"{path}.lora_{way}.weight": np.ones(shape, np.float32) for path in (name, f"diffusion_model.{UNET}")
+               for way, shape in (("down", (2, 4)), ("up", (4, 2)))}
+    Path("a.safetensors").write_bytes(to_bytes(tensors))
+    with pytest.raises(ValueError, match=message):
+        convert(Path("a.safetensors"), Path("b.safetensors"), to)
+    assert not Path("b.safetensors").exists()

@@ -20,7 +20,7 @@ from mindpet_lite.estimate.cpu_operators import CpuOperators
 from mindpet_lite.estimate.kernels import UNIT, Kernel, Memory, as_run, highest, tables_of
 from mindpet_lite.estimate.layers import Lora
 from mindpet_lite.estimate.plan import plan
-from mindpet_lite.estimate.report import net_of
+from mindpet_lite.estimate.report import chosen, net_of
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples" / "wukong"), str(ROOT / "benchmarks")]
@@ -265,7 +265,7 @@ def test_it_plans_without_mindspore():
         names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         # Which know no MindSpore either.
-        others = ("mindpet_lite.arguments", "mindpet_lite.names.expressions", "mindpet_lite.pet_block")
+        others = ("mindpet_lite.arguments", "mindpet_lite.names", "mindpet_lite.pet_block")
         assert all(name.startswith(("mindpet_lite.estimate", *others)) or name.split(".")[0] in sys.stdlib_module_names
                    for name in names), path
 
@@ -286,3 +286,8 @@ def test_a_measured_step(tmp_path):
     from estimate import CASES, planned
     found = planned(CASES["llama small"])["LoRA"].process
     assert abs(json.loads(done.stdout) / found - 1) < 0.15
+
+
+def test_all_linear_leaves_out_the_output_head():
+    layers = ["model.layers.0.self_attn.q_proj", "lm_head"]
+    assert chosen("all-linear", layers) == layers[:1]

@@ -412,3 +412,16 @@ def test_a_layer_that_the_base_lacks_is_asked_for():
     adapter = write_adapter(Path("adapter"), lora({"student.q": (4, 6)}))
     with pytest.raises(ValueError, match="student.q: the base has no such layer. Say with a name map"):
         merge(Path("base.safetensors"), adapter, Path("out"), quiet=True)
+
+
+def test_whole_numbers_are_not_merged_into_fractions():
+    tensors = {"q.weight": np.zeros((4, 6), np.float32), "head.weight": np.zeros((3, 4), np.float32)}
+    Path("base.safetensors").write_bytes(to_bytes(tensors))
+    adapter = write_adapter(Path("adapter"), lora({"q": (4, 6)}))
+    stored = read_tensors(adapter / "adapter_model.safetensors")
+    stored["base_model.model.head.weight"] = np.ones((3, 4), np.int64)
+    (adapter / "adapter_model.safetensors").write_bytes(to_bytes(stored))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["head"]}))
+    with pytest.raises(ValueError, match="the trained values are of type int64"):
+        merge(Path("base.safetensors"), adapter, Path("out"), quiet=True)

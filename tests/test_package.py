@@ -116,14 +116,14 @@ def test_arrows_point_one_way():
             # The shared rooms, and in a method of several files its own folder: never another method.
             shared = {"mindpet_lite.arguments", "mindpet_lite.names.expressions", *(
                 f"mindpet_lite.delta.{item}" for item in (
-                "base", "parts", "values", "activation", "dense", "dropout", "bottleneck", "mixed_precision",
+                "base", "parts", "values", "activation", "dense", "dropout", "bottleneck", "mixed_precision", "source",
                 "prefix_dense"))}
             folder = "mindpet_lite." + ".".join(name.parts[:2]) + "."
             assert all(item in shared or len(name.parts) > 2 and item.startswith(folder) for item in own), name
         elif room == "graph":
             methods = {item for item in own if item.startswith("mindpet_lite.delta.")} - {
                 "mindpet_lite.delta.base", "mindpet_lite.delta.parts", "mindpet_lite.delta.values",
-                "mindpet_lite.delta.dropout"}
+                "mindpet_lite.delta.dropout", "mindpet_lite.delta.source"}
             assert not methods, f"{name} imports a method's file: {methods}"
             assert "mindpet_lite" not in own and "mindpet_lite.cli" not in own, name
         elif room == "train":

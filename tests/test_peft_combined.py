@@ -13,8 +13,12 @@ from safetensors.numpy import load_file, save_file
 
 import mindpet_lite as mp
 from mindpet_lite.formats import peft
+from mindpet_lite.formats.files import to_bytes
 from mindpet_lite.formats.lora import PEFT_FIELDS
 from mindpet_lite.graph.tree import cells_by_path, set_parameter
+from mindpet_lite.offline.convert import convert
+from mindpet_lite.offline.inspect import inspect, table
+from mindpet_lite.offline.merge import merge as merge_files
 
 IDS = Tensor(np.array([[1, 4, 2], [0, 3, 8]], np.int32))
 PREFIX = "base_model.model."
@@ -314,3 +318,23 @@ def test_dora_with_a_bias_of_b_is_refused_as_in_peft(pynative_mode):
     folder = write(low_rank("h.0.fc"), target_modules=["fc"], use_dora=True, lora_bias=True)
     with pytest.raises(ValueError, match="lora_bias and use_dora do not go together"):
         mp.load_adapter(Net(), folder)
+
+
+def test_what_a_config_leaves_out_is_said_whatever_is_done_with_the_file(pynative_mode, recwarn):
+    folder = write({**low_rank("h.0.fc"), **low_rank("h.1.fc")}, target_modules=["h.0.fc"], rank_pattern={"x": 3})
+    Path("base.safetensors").write_bytes(to_bytes({f"h.{n}.fc.weight": np.zeros((4, 4), np.float32) for n in (0, 1)}))
+    said = [mp.load_adapter, lambda net, path: merge_files(Path("base.safetensors"), path, Path("out"), quiet=True),
+            lambda net, path: convert(path, Path("b.safetensors"), "mindpet")]
+    for call in said:
+        recwarn.clear()
+        call(Net(), Path(folder))
+        texts = [str(item.message) for item in recwarn.list]
+        assert any("rank_pattern 'x' fits none of its layers" in text for text in texts)
+        assert any("leave out h.1.fc, of which it holds weights" in text for text in texts)
+    assert "note: its rank_pattern 'x'" in table(inspect(Path(folder)))
+
+
+def test_many_patterns_that_hit_nothing_are_one_warning(pynative_mode, recwarn):
+    folder = write(low_rank("h.0.fc"), target_modules=["h.0.fc"], layers_to_transform=list(range(5000)))
+    mp.load_adapter(Net(), folder)
+    assert len(recwarn.list) == 1 and len(str(recwarn.list[0].message)) < 1000

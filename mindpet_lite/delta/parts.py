@@ -50,8 +50,12 @@ def put(parameter: Parameter, value: Tensor) -> None:
     if parameter.dtype == mindspore.bfloat16 and mindspore.get_context("device_target") == "CPU":
         # No kernel there.
         set_value(parameter, value)
-    else:
+        return
+    try:
         ops.assign(parameter, value)
+    except RuntimeError:
+        # A Parameter that was written to by `p[:] = value` is a view, to which MindSpore assigns nothing.
+        set_value(parameter, value)
 
 
 def check_init(name: str, value: object) -> None:

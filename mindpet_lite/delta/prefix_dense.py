@@ -4,9 +4,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-import textwrap
 from collections.abc import Mapping
-from types import CodeType
 from typing import Any
 
 import mindspore
@@ -15,6 +13,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindpet_lite.delta.base import Delta
 from mindpet_lite.delta.dense import AdaptedDense
 from mindpet_lite.delta.parts import as_type
+from mindpet_lite.delta.source import names_in, tree_of
 
 
 def prepend_prefix(prefix: Tensor, rows: Tensor) -> Tensor:
@@ -120,8 +119,6 @@ _FUSED = re.compile(r"flash|scaled_dot_product|fused_attention|is_causal", re.IG
 _MASKS = re.compile(r"(^|_)(tril|triu)(_|$)|stored mask", re.IGNORECASE)
 # What an attention computes, or what does it.
 _ATTENTION = re.compile(r"softmax|attend|attention|attn", re.IGNORECASE)
-# Code of these packages is known by its names alone.
-_LIBRARIES = ("mindspore", "numpy", "math", "builtins")
 
 
 def attention_refusal(path: str, cells: Mapping[str, nn.Cell]) -> str | None:
@@ -137,11 +134,11 @@ def attention_refusal(path: str, cells: Mapping[str, nn.Cell]) -> str | None:
     """
     around = path.rpartition(".")[0]
     # Projections may stand in a cell of their own, beside or below the one that computes the attention.
-    while around and not any(map(_ATTENTION.search, _names_in(cells[around]))):
+    while around and not any(map(_ATTENTION.search, _telling_names(cells[around]))):
         around = around.rpartition(".")[0]
     inside = [cell for place, cell in cells.items()
               if place == around or (f"{place}.".startswith(f"{around}.") if around else "." not in place)]
-    names = {name for cell in inside for name in _names_in(cell)}
+    names = {name for cell in inside for name in _telling_names(cell)}
     if any(getattr(cell, "position_embedding_type", None) == "absolute" for cell in inside):
         # transformers' BERT, whose code has relative positions too.
         names = {name for name in names if not _POSITIONS.search(name)}
@@ -155,26 +152,11 @@ def attention_refusal(path: str, cells: Mapping[str, nn.Cell]) -> str | None:
     return None
 
 
-def _names_in(cell: nn.Cell) -> set[str]:
-    """Return the names of a cell's parts, and those in the code that it runs, in functions and methods it calls too."""
-    found = {type(cell).__name__, *(name for name in vars(cell) if not name.startswith("_")), *cell.name_cells()}
-    found |= {f"input {name}" for name in inspect.signature(type(cell).construct).parameters}
+def _telling_names(cell: nn.Cell) -> set[str]:
+    """Return the names of a cell's parts and code, and what they tell together."""
+    found = names_in(cell) | {f"input {name}" for name in inspect.signature(type(cell).construct).parameters}
     if _cuts_a_stored_mask(cell):
         found.add("a stored mask, cut from its first row and column")
-    waiting, seen = [vars(kind)["construct"] for kind in type(cell).__mro__ if "construct" in vars(kind)], set()
-    while waiting:
-        function = waiting.pop()
-        waiting += [function.__wrapped__] if hasattr(function, "__wrapped__") else []
-        function = getattr(function, "__func__", function)
-        code = getattr(function, "__code__", None)
-        if code is None or code in seen or (function.__module__ or "").partition(".")[0] in _LIBRARIES:
-            continue
-        seen.add(code)
-        names = [name for part in (code, *_inner(code)) for name in (*part.co_names, *part.co_varnames)]
-        found.update(names)
-        waiting += [item for name in names for item in (
-            function.__globals__.get(name), getattr(type(cell), name, None), vars(cell).get(name))
-                    if inspect.isfunction(item) or inspect.ismethod(item)]
     return found | ({"cos and sin"} if {"cos", "sin"} <= found else set())
 
 
@@ -183,20 +165,10 @@ def _cuts_a_stored_mask(cell: nn.Cell) -> bool:
     made = getattr(type(cell).__init__, "__code__", None)
     if made is None or not {"tril", "triu"}.intersection(made.co_names):
         return False
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(type(cell).construct)))
-    except (OSError, TypeError, SyntaxError):
-        return False
     return any(len(parts) > 1 and all(isinstance(part, ast.Slice) and part.lower is None and part.upper is not None
                                       for part in parts[-2:])
-               for node in ast.walk(tree) if isinstance(node, ast.Subscript)
+               for node in ast.walk(tree_of(cell)) if isinstance(node, ast.Subscript)
                for parts in [node.slice.elts if isinstance(node.slice, ast.Tuple) else []])
-
-
-def _inner(code: CodeType) -> list[CodeType]:
-    """Return the code of the functions and comprehensions in some code."""
-    own = [part for part in code.co_consts if isinstance(part, CodeType)]
-    return [*own, *(part for one in own for part in _inner(one))]
 
 
 def check_targets(target_modules: str | tuple[str, ...] | None) -> None:

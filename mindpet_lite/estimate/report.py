@@ -15,6 +15,7 @@ from mindpet_lite.estimate.mindformers import model_config
 from mindpet_lite.estimate.plan import ITEMS, OPTIMIZERS, Plan, plan
 from mindpet_lite.estimate.unet import UNet
 from mindpet_lite.names.expressions import by_own_name, compile_checked
+from mindpet_lite.names.parameter_names import is_head
 from mindpet_lite.pet_block import pet_block
 
 # Columns by their names: with LoRA or not, recomputed or not.
@@ -119,7 +120,7 @@ def chosen(targets: str | Sequence[str], layers: Sequence[str]) -> list[str]:
     """
     if isinstance(targets, str):
         if targets == "all-linear":
-            return list(layers)
+            return [path for path in layers if not is_head(path)]
         found = _matched("target_modules", targets, layers) or by_own_name(targets, layers)
         missing = [] if found else [targets]
     else:

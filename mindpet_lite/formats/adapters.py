@@ -17,7 +17,7 @@ from mindpet_lite.formats.checkpoint_file import open_checkpoint, to_parts
 from mindpet_lite.formats.detect import FORMATS, detect
 from mindpet_lite.formats.directory import CONFIG_FILE, TENSOR_FILE, read_config
 from mindpet_lite.formats.files import TensorFile, as_float, open_tensors, tensors_in, to_bytes, type_name
-from mindpet_lite.formats.peft_config import kept_problems
+from mindpet_lite.formats.peft_config import kept_problems, remarks
 from mindpet_lite.formats.problems import first_of
 from mindpet_lite.formats.settings import settings_problems
 from mindpet_lite.formats.state import AdapterState
@@ -38,11 +38,13 @@ class Adapter:
         state: what it is.
         kind: its format.
         files: what was read.
+        remarks: a sentence each, what a user must know of it.
     """
 
     state: AdapterState
     kind: str
     files: tuple[Path, ...]
+    remarks: tuple[str, ...] = ()
 
 
 def read_adapter(path: Path, kind: str | None = None, methods: Iterable[str] = ("lora",),
@@ -79,7 +81,8 @@ def read_adapter(path: Path, kind: str | None = None, methods: Iterable[str] = (
             raise ValueError("\n  ".join(problems))
     except ValueError as error:
         raise ValueError(f"The adapter in {path} cannot be used:\n  {first_of(error)}") from error
-    return Adapter(state, found, tuple(filter(None, (config_file, tensor_file))))
+    return Adapter(state, found, tuple(filter(None, (config_file, tensor_file))),
+                   tuple(remarks(config or {}, state)) if found == "peft" else ())
 
 
 def to_files(state: AdapterState, kind: str, path: Path) -> dict[Path, bytes]:

@@ -54,6 +54,7 @@ _HEADS = {"lora_unet.": components.UNET, "lora_transformer.": "transformer", "lo
           "lora_te1.": "text_encoder", "lora_te2.": "text_encoder_2", "lora_te3.": "text_encoder_3",
           **{f"{'.'.join(name)}.": component for name, component in components.SPELLINGS.items()
              if component != components.DENOISER}}
+_KOHYA = re.compile(r"(lora_(unet|te\d?|transformer)|lycoris)_")
 # The attention processors of old files name the layers of text encoders as those of the U-Net.
 _OLD_UNET = {"to_out": "to_out.0"}
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -164,7 +165,10 @@ def _sorted_out(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, _Parts], d
     """Return by component the tensors by PEFT's keys, and those beside them."""
     parts: dict[str, _Parts] = defaultdict(dict)
     numbers: dict[str, _Numbers] = defaultdict(lambda: defaultdict(dict))
-    problems, adapters = [], set()
+    problems = components.unknown_encoders(tensors)
+    problems += [f"{key} is one of kohya's keys, in a file of another layout: which layer it is of is not said."
+                 for key in tensors if _KOHYA.match(key)]
+    adapters: set[str | None] = set()
     for key, (component, below) in _by_component(tensors).items():
         match = next(filter(None, (layout.fullmatch(below.replace(".processor.", ".")) for layout in _LAYOUTS)), None)
         if match is None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from mindpet_lite.arguments import MAX_ALPHA, is_alpha
+from mindpet_lite.arguments import MAX_ALPHA, is_alpha, some_of
 from mindpet_lite.formats.base_hash import FIELD
 from mindpet_lite.formats.lora import PEFT_FIELDS
 from mindpet_lite.formats.state import AdapterState
@@ -23,6 +23,8 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
     "monteclora_config": (None,), "velora_config": (None,), "megatron_config": (None,), "loftq_config": (None, {}),
     "ensure_weight_tying": (False, None),
 }
+_CURES = {"ensure_weight_tying": " Where modules_to_save or trainable_token_indices name both sides, or the model ties "
+                                 "nothing, it changes no number: set it to false. Else train without it."}
 _FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
 # What a config must say anew where the adapter is not the one that it came with: which layers, and their settings.
 RESTATED = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
@@ -36,8 +38,8 @@ def problems_of(config: Mapping[str, Any]) -> list[str]:
     """Return, a sentence each, why an adapter with this config cannot be used."""
     if config.get("peft_type") != "LORA":
         return [f"peft_type must be 'LORA', but the config says {config.get('peft_type')!r:.100}."]
-    problems = [f"{name} = {config[name]!r} is not supported." for name, unused in _UNUSED.items()
-                if name in config and config[name] not in unused]
+    problems = [f"{name} = {config[name]!r:.100} is not supported.{_CURES.get(name, '')}"
+                for name, unused in _UNUSED.items() if name in config and config[name] not in unused]
     problems += [f"{name} must be true or false, but the config says {config[name]!r:.100}." for name in _FLAGS
                  if config.get(name) not in (True, False, None)]
     if config.get("bias", "none") not in ("none", "all", "lora_only", None):
@@ -74,6 +76,19 @@ def problems_of(config: Mapping[str, Any]) -> list[str]:
             except ValueError as error:
                 problems.append(f"{patterns}[{key!r}] {error}")
     return problems
+
+
+def remarks(config: Mapping[str, Any], state: AdapterState) -> list[str]:
+    """Return, a sentence each, what a user must know of an adapter with this config, whatever is done with it."""
+    unknown = unknown_fields({name: value for name, value in config.items() if name != FIELD})
+    found = [f"its config has {some_of(unknown)}, which no version of PEFT known here has: nothing is done with it, "
+             f"and it is written again when the adapter is saved."] if unknown else []
+    unhit = [f"{field} {pattern!r:.100}" for field, pattern in unhit_patterns(config, state.layers)]
+    found += [f"its {some_of(unhit)} fits none of its layers."] if unhit else []
+    beyond = [path for path, layer in state.layers.items() if config.get("target_modules")
+              and "token_indices" not in (layer.settings or {}) and not targets(path, config)]
+    return found + ([f"its target_modules and exclude_modules leave out {some_of(beyond)}, of which it holds weights: "
+                     f"they are used here, and not by PEFT."] if beyond else [])
 
 
 def unknown_fields(config: Mapping[str, Any]) -> list[str]:

@@ -90,12 +90,13 @@ class Adapter:
             for parameter in delta.delta_parameters().values():
                 if id(parameter) not in saved:
                     yield parameter, self._delta_is_loaded
-        if self.weight is None:
-            weights = [base_weight(delta.base_layer, delta) for delta in found]
-            self.weight = next((weight for weight in weights if weight is not None), None)
+        weights = [weight for delta in found if (weight := base_weight(delta.base_layer, delta)) is not None]
+        if self.weight is None and weights:
+            self.weight = weights[0]
             self.base = self.base_now()
-        if self.weight is not None:
-            yield self.weight, self._base_is_loaded
+        for weight in weights:
+            if id(weight) not in saved:
+                yield weight, self._base_is_loaded
 
     @contextlib.contextmanager
     def _saved_is_loaded(self, data: Tensor, load: Load) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """Prove that the adapters of a net run: a layer whose parent reads its weight is never called."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from mindpet_lite.arguments import some_of
+from mindpet_lite.delta.base import Delta
 from mindpet_lite.delta.parts import put
 from mindpet_lite.graph.adapters import deltas
 from mindpet_lite.graph.saved_parameter import copy_of
@@ -22,10 +24,12 @@ def check_adapters(net: nn.Cell, *inputs: Any) -> list[str]:
     """Prove of each adapted layer of `net` that it runs and that its delta reaches the output; return their paths.
 
     A layer does not run where the cell around it reads its weight instead of calling it, as an output head on the table
-    of an embedding does; its delta trains nothing then, and :func:`mindpet_lite.merge` would change the output. Call it
-    once after adapting, in the mode in which the net will train. It takes the gradient, by each delta, of a weighted
-    sum of the net's outputs, with random numbers added to all deltas. Afterwards their values are as before, and the
-    weights, the training flags and the random state of the process are never touched.
+    of an embedding does; its delta trains nothing then, and :func:`mindpet_lite.merge` would change the output. So it
+    would where a layer runs and another cell reads its weight besides. Call it once after adapting, in the mode in
+    which the net will train, with a batch that holds all tokens that train. It takes the gradient, by each delta, of a
+    weighted sum of the net's outputs, with random numbers added to all deltas; then it compares the output with the one
+    on merged weights, unless the net gives another output each time, by dropout. Afterwards all values are as before,
+    and the training flags and the random state of the process are never touched.
 
     Args:
         net: with adapted layers.
@@ -36,8 +40,9 @@ def check_adapters(net: nn.Cell, *inputs: Any) -> list[str]:
 
     Raises:
         TypeError: `net` is no Cell.
-        ValueError: layers of which no delta reaches the output: the message names them. Or the net has no adapted
-            layer, its adapters are switched off, or its output holds no float Tensor.
+        ValueError: layers of which no delta reaches the output, or whose weight another cell reads besides: the message
+            names them. Or the net has no adapted layer, its adapters are switched off, or its output holds no float
+            Tensor.
     """
     found = deltas(net)
     if adapters_are_disabled(net):
@@ -47,7 +52,8 @@ def check_adapters(net: nn.Cell, *inputs: Any) -> list[str]:
     owned = [(path, item) for path, delta in found.items() for item in delta.delta_parameters().values()]
     parameters = list({id(item): item for _, item in owned}.values())
     with _moved(parameters):
-        weights = _weights_for(net(*inputs))
+        outputs = net(*inputs)
+        weights = _weights_for(outputs)
 
         def projection(*batch: Any) -> Tensor:
             outputs = net(*batch)
@@ -58,6 +64,7 @@ def check_adapters(net: nn.Cell, *inputs: Any) -> list[str]:
             return total
 
         _, gradients = mindspore.value_and_grad(projection, None, parameters)(*inputs)
+        read = _read_besides(net, found, inputs, _numbers(outputs))
     reached = {id(item) for item, gradient in zip(parameters, gradients)
                if np.any(gradient.astype(mindspore.float32).asnumpy())}
     silent = [path or "the net itself" for path in found if not any(
@@ -65,9 +72,61 @@ def check_adapters(net: nn.Cell, *inputs: Any) -> list[str]:
     if silent:
         more = f" and {len(silent) - _SHOWN} more" if len(silent) > _SHOWN else ""
         raise ValueError(f"The deltas of {', '.join(silent[:_SHOWN])}{more} do not reach the output: the cell around "
-                         f"such a layer reads its weight instead of calling it, or nothing uses what it returns. Leave "
-                         f"it out of target_modules, or change the cell around it.")
+                         f"such a layer reads its weight instead of calling it, nothing uses what it returns, or the "
+                         f"batch holds none of the tokens that train. Leave it out of target_modules, change the cell "
+                         f"around it, or take a batch with those tokens.")
+    if read:
+        raise ValueError(f"The weights of {some_of(read)} are read by another cell too, which computes without the "
+                         f"delta: merge() would change the output. Leave the layers out of target_modules, or let the "
+                         f"other cell call the layer, or have a weight of its own.")
     return list(found)
+
+
+def _read_besides(net: nn.Cell, found: Mapping[str, Delta], inputs: tuple[Any, ...], outputs: list[np.ndarray]
+                  ) -> list[str]:
+    """Return the layers on whose merged weights, with their deltas off, the net has not the outputs that it has now."""
+    def differ(chosen: Mapping[str, Delta]) -> bool:
+        with _merged(chosen.values()):
+            return not _are_close(_numbers(net(*inputs)), outputs)
+
+    able = {path: delta for path, delta in found.items() if not delta.unmergeable and delta.setting_names}
+    if not able or not _are_close(_numbers(net(*inputs)), outputs) or not differ(able):
+        return []
+    return [path for path, delta in able.items() if differ({path: delta})]
+
+
+@contextmanager
+def _merged(chosen: Iterable[Delta]) -> Iterator[None]:
+    """Have merged weights, and no deltas, inside the block."""
+    chosen = list(chosen)
+    merged = {parameter: value for delta in chosen for parameter, value in delta.merged_value().items()}
+    before = {parameter: copy_of(parameter) for parameter in merged}
+    try:
+        for parameter, value in merged.items():
+            put(parameter, value)
+        for delta in chosen:
+            delta.enabled = False
+            delta.refresh()
+        yield
+    finally:
+        for parameter, value in before.items():
+            put(parameter, value)
+        for delta in chosen:
+            delta.enabled = True
+            delta.refresh()
+
+
+def _numbers(outputs: Any) -> list[np.ndarray]:
+    """Return the float Tensors among the outputs of a net, in float32."""
+    parts = (outputs,) if isinstance(outputs, Tensor) else outputs
+    return [part.astype(mindspore.float32).asnumpy() for part in parts
+            if isinstance(part, Tensor) and part.dtype in mstype.float_type]
+
+
+def _are_close(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
+    """Tell whether outputs are the same but for roundings of half precision."""
+    return all(np.abs(ours - theirs).max(initial=0) <= 2e-2 * np.abs(theirs).max(initial=0)
+               for ours, theirs in zip(one, other))
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from mindpet_lite.graph.base_hash import layer_hash
 from mindpet_lite.graph.modules_to_save import Found, find_trained, of_the_base, ties, value_problems
 from mindpet_lite.graph.parameters import apply_trains, parameters_with, what_trains
 from mindpet_lite.graph.parents import refusal_at
-from mindpet_lite.graph.peft_semantics import remarks
+from mindpet_lite.graph.peft_semantics import shared_layers
 from mindpet_lite.graph.put_in import adapt, followers_of, put_in, start_problems
 from mindpet_lite.graph.saved_parameter import SavedParameter
 from mindpet_lite.graph.shapes import shape_problems
@@ -100,9 +100,8 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
             name.rpartition(".")[0] for _, owners in owners_of_parameters(net) for name, _ in owners])
     if problems:
         raise ValueError(f"The adapter in {path} does not fit the net, which is unchanged:\n  {listed(problems)}")
-    if source.kind == "peft":
-        for text in remarks(state.config, source.state.layers, cells, adapted):
-            warn_user(f"{path}: {text}")
+    for text in [*source.remarks, *(shared_layers(state.config, cells, adapted) if source.kind == "peft" else ())]:
+        warn_user(f"{path}: {text}")
     if followers and alone:
         warn_user(f"{path}: the tokens that train are rows of a table that another layer has too (tied weights). That "
                   f"layer stays as it is: by the config (auto_mapping) the adapter is of no model of transformers. "

@@ -3,13 +3,12 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
-import textwrap
 from collections.abc import Mapping, Sequence
 
 from mindspore import mint, nn
 
 from mindpet_lite.arguments import warn_user
+from mindpet_lite.delta.source import tree_of
 from mindpet_lite.formats.problems import listed
 from mindpet_lite.graph.match import by_expression, by_name
 from mindpet_lite.graph.statistics import statistics_are_frozen
@@ -26,10 +25,10 @@ from mindpet_lite.graph.tree import (
 
 # Functions of mindspore.ops that write into a Parameter.
 _WRITERS = ("assign", "assign_add", "assign_sub")
-# Cells that draw by other operators than nn.Dropout's.
 # How the names of MindSpore's functions begin that draw.
 _RANDOM = ("dropout", "rand", "bernoulli", "multinomial", "normal", "standard_normal", "uniform", "gamma", "poisson",
            "gumbel", "alpha_dropout", "feature_alpha_dropout")
+# Cells that draw by other operators than nn.Dropout's.
 _OTHER_DROPOUTS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, mint.nn.Dropout)
 
 
@@ -152,7 +151,7 @@ def _drawing_functions(cell: nn.Cell) -> list[str]:
     """Return the functions of MindSpore that draw random numbers in the `construct` of a cell."""
     known = getattr(type(cell).construct, "__globals__", {})
     found = []
-    for node in ast.walk(_tree_of(cell) or ast.Module([], [])):
+    for node in ast.walk(tree_of(cell)):
         if isinstance(node, ast.Call):
             parts = ast.unparse(node.func).split(".")
             function = functools.reduce(lambda item, name: getattr(item, name, None), parts[1:], known.get(parts[0]))
@@ -160,14 +159,6 @@ def _drawing_functions(cell: nn.Cell) -> list[str]:
                     and str(getattr(function, "__module__", "")).startswith("mindspore"):
                 found.append(".".join(parts))
     return found
-
-
-def _tree_of(cell: nn.Cell) -> ast.AST | None:
-    """Return the code of the `construct` of a cell; None where it cannot be read."""
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(type(cell).construct)))
-    except (OSError, TypeError, SyntaxError):
-        return None
 
 
 def _is_called(cell: nn.Cell) -> bool:
@@ -180,11 +171,8 @@ def _writes(cell: nn.Cell) -> bool:
         return False
     if writing_operators(cell):
         return True
-    tree = _tree_of(cell)
-    if tree is None:
-        return False
     own = {name for name, _ in cell.parameters_and_names(expand=False)}
-    for node in ast.walk(tree):
+    for node in ast.walk(tree_of(cell)):
         targets = [node.target] if isinstance(node, ast.AugAssign) else \
             node.targets if isinstance(node, ast.Assign) else []
         if any(isinstance(item, ast.Attribute) and item.attr in own for item in targets):

@@ -25,6 +25,8 @@ SPELLINGS = {tuple(spelling.split(".")): component for spelling, component in {
     "clip_l": TEXT_ENCODER, "clip_g": "text_encoder_2", "first_stage_model": "vae",
     "model.diffusion_model": DENOISER, "diffusion_model": DENOISER,
     **{component: component for component in COMPONENTS}}.items()}
+# What ComfyUI's text encoders stand below.
+ENCODERS = "text_encoders"
 # Text encoders that are nets of their own, too.
 _ALONE = {"a language model"}
 # What the layers of transformers of diffusion are in, be they known networks or not.
@@ -70,6 +72,9 @@ def split(paths: Iterable[str], component: str = "") -> dict[str, tuple[str, str
         ValueError: nothing says which component it is, and by the names of its layers it is not the U-Net.
     """
     paths = list(paths)
+    unknown = unknown_encoders(paths)
+    if unknown and component not in COMPONENTS:
+        raise ValueError("\n  ".join(unknown))
     said = "" if component == DENOISER else component
     if component or not in_paths(paths):
         kind = said or component_of(paths) or UNET
@@ -79,6 +84,17 @@ def split(paths: Iterable[str], component: str = "") -> dict[str, tuple[str, str
                              f"component={names[0]!r} (--component {names[0]}), or {' or '.join(names[1:])}.")
         return {path: (kind, path) for path in paths}
     return {path: path.split(".", 1) for path in paths}  # type: ignore[misc]
+
+
+def unknown_encoders(paths: Iterable[str]) -> list[str]:
+    """Return a sentence for each of ComfyUI's text encoders of which the name does not tell its place in a pipeline.
+
+    T5 is the second text encoder of FLUX and the third of Stable Diffusion 3.
+    """
+    heads = dict.fromkeys(".".join(path.split(".")[:2]) for path in paths if path.startswith(f"{ENCODERS}."))
+    known = {".".join(spelling[:2]) for spelling in SPELLINGS}
+    return [f"{head} is a text encoder whose place in its pipeline is not known: begin its names with text_encoder, "
+            f"text_encoder_2 or text_encoder_3 instead." for head in heads if head not in known]
 
 
 def in_paths(paths: Iterable[str]) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mindpet_lite.arguments import warn_user
 from mindpet_lite.formats.adapters import Adapter, read_adapter, to_files, write_files
 from mindpet_lite.formats.component import part
 from mindpet_lite.formats.files import as_float
@@ -64,6 +65,8 @@ def convert(source: Path, target: Path, to: str, kind: str | None = None, table:
     except ValueError as error:
         raise ValueError(f"The adapter in {source} cannot be written as {to}:\n  {first_of(error)}") from error
     _refuse_source(source, found.files, files)
+    for text in found.remarks:
+        warn_user(f"{source}: {text}")
     with tempfile.TemporaryDirectory() as folder:
         copies = {Path(folder, path.name): data for path, data in files.items()}
         write_files(copies)

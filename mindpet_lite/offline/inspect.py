@@ -52,7 +52,7 @@ def inspect(path: Path, kind: str | None = None, methods: Iterable[str] = ("lora
         "fingerprint": state.config.get(FIELD), "parameters": sum(item["parameters"] for item in [*layers, *trained]),
         "bytes": sum(file.stat().st_size for file in found.files), "files": [file.name for file in found.files],
         "norm": math.sqrt(sum(norm ** 2 for norm in norms)) if norms else None,
-        "layers": layers, "trained": trained}
+        "layers": layers, "trained": trained, "remarks": list(found.remarks)}
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -71,6 +71,7 @@ def table(report: Mapping[str, Any]) -> str:
         lines += [f"fingerprint of the base's adapted layers {together}"]
     shared = Counter(str(layer["settings"]) for layer in layers).most_common(1)
     lines += [f"settings {shared[0][0][1:-1]}"] if shared and shared[0][0] != "{}" else []
+    lines += [f"note: {text}" for text in report["remarks"]]
     lines += ["", *_aligned(rows)]
     lines += [f"{layer['path']}: {str(layer['settings'])[1:-1] or 'no settings'}" for layer in layers
               if str(layer["settings"]) != shared[0][0]]

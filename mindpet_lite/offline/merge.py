@@ -75,6 +75,8 @@ def merge(base: Path, adapter: Path, out: Path, kind: str | None = None, table: 
             state = settle_ties(placed_heads(part(found.state, component), tensors), tensors, table)
             state = placed(state, tensors.owners, table, component)
             changes = plan(state, tensors)
+            for text in found.remarks:
+                warn_user(f"{adapter}: {text}")
             _compare(state, tensors, strict_base)
             _tell_of_float8(changes)
         except ValueError as error:

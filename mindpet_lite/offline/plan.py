@@ -218,6 +218,8 @@ def _trained(name: str, value: np.ndarray, base: Base) -> str:
         raise ValueError("it trained beside the deltas, but the base does not have it.")
     if base.shape(own) != value.shape:
         raise ValueError(f"it has the shape {value.shape}, but {base.shape(own)} in the base.")
+    if as_float(value).dtype.kind != "f":
+        raise ValueError(f"the trained values are of type {value.dtype}, and the base's are {base.dtype(own)}.")
     if not np.isfinite(as_float(value)).all():
         raise ValueError("the trained values are not finite.")
     _check_values(own, base)

@@ -279,3 +279,9 @@ def test_kohyas_names_without_a_net(shared):
                  "double_blocks.3.img_mod.lin", "single_blocks.3.linear1", "transformer_blocks.0.attn.add_q_proj"]:
         assert only(path.replace(".", "_")) == path
     assert only("down_blocks_0_other_thing") is None and only("") is None and only("to_q_") is None
+
+
+def test_a_layer_that_is_called_as_its_network_is_is_of_that_network():
+    assert map_names(["bert.pooler.dense"], ["bert.dense", "bert.other"]) == {"bert.pooler.dense": "bert.dense"}
+    with pytest.raises(ValueError, match="roberta.pooler.dense is no layer of the net"):
+        map_names(["roberta.pooler.dense"], ["bert.dense", "bert.other"])

@@ -128,7 +128,8 @@ class _Net:
                 meanings = _spelled(layers, spelling)
                 hits += [{layer.path: same for meaning, those in meanings.items() for layer, head in those
                           if (same := [other.path for other, others_head in there.get(meaning, [])
-                                       if _same_component(layer, other) and _same_architecture(head, others_head)])}
+                                       if _same_component(layer, other) and _same_architecture(head, others_head)
+                                       and _same_architecture(layer.bare, other.bare)])}
                          for there in places]
             most = max(map(len, hits))
             for hit in hits:

@@ -1,6 +1,9 @@
 """Types of every kind of layer: to_float(), compute_dtype, mixed precision, what is no float, what overflows."""
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -327,6 +330,36 @@ def test_a_net_of_level_o1_is_refused_with_what_to_do(graph_mode):
     for config in (mp.LoraConfig(**LORA, target_modules=["q"]), mp.AdapterConfig(target_modules=["q"])):
         with unchanged(net), pytest.raises(ValueError, match="q: mixed precision of level O1 .*adapt the net first"):
             mp.get_pet_model(net, config)
+
+
+FIRST_OF_A_PROCESS = """import mindspore as ms
+from mindspore import amp, nn
+
+import mindpet_lite as mp
+
+
+class Net(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Dense(2, 2)
+
+    def construct(self, x):
+        return self.q(x)
+
+
+net = amp.auto_mixed_precision(Net(), "O1")
+assert type(net.q).__name__ == "DenseOpt"
+try:
+    mp.get_pet_model(net, mp.LoraConfig(lora_rank=1, lora_alpha=1, target_modules=["q"]))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_the_first_layer_that_level_o1_writes_in_a_process_is_refused_too(tmp_path):
+    (tmp_path / "first.py").write_text(FIRST_OF_A_PROCESS)
+    done = subprocess.run([sys.executable, "first.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "q: mixed precision of level O1 has replaced this Dense by a DenseOpt" in done.stdout, done.stderr
 
 
 def test_model_trains_an_adapted_net_at_level_o1(graph_mode):

@@ -47,15 +47,18 @@ def override_refusal(cell: nn.Cell, plain: type[nn.Cell], plain_name: str, metho
         return None
     for name in ("construct", "bprop", "__call__"):
         if getattr(type(cell), name, None) is not getattr(plain, name, None) or name in vars(cell):
-            return (f"{type(cell).__name__} overrides {plain_name}.{name}, so {method} cannot know what it computes; "
-                    f"build it by hand, or leave it out with exclude_modules.")
+            return rewritten_refusal(cell) or (
+                f"{type(cell).__name__} overrides {plain_name}.{name}, so {method} cannot know what it computes; "
+                f"build it by hand, or leave it out with exclude_modules.")
     return None
 
 
 def rewritten_refusal(cell: nn.Cell) -> str | None:
     """Return why a cell that level O1 of mixed precision wrote anew cannot be adapted, or None if it is none."""
-    base = re.fullmatch(r"(\w+)Opt_\d+", type(cell).__name__)
-    if base is None or not any(kind.__name__ == base[1] for kind in type(cell).__mro__):
+    # The first class of a name that MindSpore writes in a process has no number: DenseOpt, then DenseOpt_1.
+    base = re.fullmatch(r"(\w+)Opt(?:_\d+)?", type(cell).__name__)
+    written = re.fullmatch(r"\w+Opt(?:_\d+)?_\d+", type(cell).__module__)
+    if base is None or written is None:
         return None
     return (f"mixed precision of level O1 has replaced this {base[1]} by a {type(cell).__name__}: adapt the net first, "
             f"then call auto_mixed_precision(net, 'O1').")

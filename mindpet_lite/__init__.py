@@ -51,19 +51,29 @@ if TYPE_CHECKING:
         undo_recompute,
         unmerge,
     )
-    from mindpet_lite.train import DeltaEMA, GradientAccumulation, HealthCallback, clip_global_norm, lora_plus_groups
+    from mindpet_lite.train import (
+        BatchSampler,
+        DeltaEMA,
+        GradientAccumulation,
+        HealthCallback,
+        Interrupts,
+        TrainingState,
+        clip_global_norm,
+        init_data_parallel,
+        lora_plus_groups,
+    )
 
 __version__ = "0.1.0"
 
-__all__ = ["AdapterConfig", "AdapterDense", "AdapterLayer", "BitFitConfig", "DeltaEMA", "GradientAccumulation",
-           "HealthCallback", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d", "LoRADense", "LoRAEmbedding", "LoRALinear",
-           "LoraConfig", "LowRankAdapterConfig", "LowRankAdapterDense", "LowRankAdapterLayer", "PrefixDense",
-           "PrefixEncoder", "PrefixLayer", "PrefixTuningConfig", "Ptuning2Config", "Ptuning2Dense",
-           "TrainableParamsCheckPoint", "adapters_disabled", "check_adapters", "check_optimizer", "clip_global_norm",
-           "fold_prefixes", "freeze_delta", "freeze_from_config", "freeze_modules", "freeze_statistics",
-           "get_pet_model", "install_as_mindpet", "load_adapter", "lora_plus_groups", "merge", "net_recompute",
-           "prefix_mask", "prepend_prefix", "refresh_base", "save_adapter", "set_lora_scale", "summary",
-           "undo_recompute", "unmerge"]
+__all__ = ["AdapterConfig", "AdapterDense", "AdapterLayer", "BatchSampler", "BitFitConfig", "DeltaEMA",
+           "GradientAccumulation", "HealthCallback", "Interrupts", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d",
+           "LoRADense", "LoRAEmbedding", "LoRALinear", "LoraConfig", "LowRankAdapterConfig", "LowRankAdapterDense",
+           "LowRankAdapterLayer", "PrefixDense", "PrefixEncoder", "PrefixLayer", "PrefixTuningConfig", "Ptuning2Config",
+           "Ptuning2Dense", "TrainableParamsCheckPoint", "TrainingState", "adapters_disabled", "check_adapters",
+           "check_optimizer", "clip_global_norm", "fold_prefixes", "freeze_delta", "freeze_from_config",
+           "freeze_modules", "freeze_statistics", "get_pet_model", "init_data_parallel", "install_as_mindpet",
+           "load_adapter", "lora_plus_groups", "merge", "net_recompute", "prefix_mask", "prepend_prefix",
+           "refresh_base", "save_adapter", "set_lora_scale", "summary", "undo_recompute", "unmerge"]
 
 # The rooms with these names. They are opened when a name is first asked for, because they load MindSpore, for which
 # what works on files alone (`mindpet-lite merge`, `run`, `--help`) need not wait.

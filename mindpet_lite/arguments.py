@@ -44,13 +44,14 @@ def did_you_mean(name: object, candidates: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(repr(folded[item]) for item in near)}?" if near else ""
 
 
-def check_int(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is an int (a bool is not), ValueError unless it is positive."""
+def check_int(name: str, value: object, least: int = 1) -> None:
+    """Raise TypeError unless `value` is an int (a bool is not), ValueError if it is below `least`."""
+    expected = "a positive int" if least == 1 else f"an int of at least {least}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be a positive int, but got {value!r:.100} of type {type(value).__name__}."
+        raise TypeError(f"{name} must be {expected}, but got {value!r:.100} of type {type(value).__name__}."
                         f"{number_hint(value)}")
-    if value <= 0:
-        raise ValueError(f"{name} must be a positive int, but got {value}.")
+    if value < least:
+        raise ValueError(f"{name} must be {expected}, but got {value}.")
 
 
 def check_bool(name: str, value: object) -> None:

@@ -1,15 +1,10 @@
 """Several processes: what trains starts with the values of rank 0, and stays the same on all ranks."""
 from __future__ import annotations
 
-import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import mindspore as ms
 import numpy as np
 import pytest
+from jobs import run_job
 from mindspore import nn, ops
 
 import mindpet_lite as mp
@@ -80,21 +75,10 @@ np.save(f"rank{rank}.npy", np.array(result, dtype=object))
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> list[dict]:
     """What each of two processes saw."""
-    msrun = shutil.which("msrun", path=str(Path(sys.executable).parent)) or shutil.which("msrun")
-    if msrun is None:
-        pytest.skip("msrun, which starts several processes, is not there")
     folder = tmp_path_factory.mktemp("job")
-    (folder / "job.py").write_text(JOB, encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "OMP_NUM_THREADS": "1", "GLOG_v": "3",
-                   "PYTHONPATH": str(Path(mp.__file__).parents[1]), "HOME": str(folder)}
-    done = subprocess.run([msrun, "--worker_num=2", "--local_worker_num=2", f"--master_port={port}", "--join=True",
-                           "job.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = run_job(JOB, folder, 2)
     files = [folder / f"rank{rank}.npy" for rank in (0, 1)]
-    logs = "".join(path.read_text(errors="replace") for path in folder.glob("worker_*.log"))
-    assert all(path.exists() for path in files), done.stdout + done.stderr + logs
+    assert all(path.exists() for path in files), done.stdout
     return [np.load(path, allow_pickle=True).item() for path in files]
 
 

@@ -39,7 +39,7 @@ class SettingParameter(Parameter, Tensor):
 
     def set_data(self, data: Tensor | float, slice_shape: bool = False) -> SettingParameter:
         """Keep the value, and warn where `data` is another."""
-        if not np.array_equal(_numbers(data), _numbers(self)):
+        if not np.array_equal(to_numpy(data), to_numpy(self)):
             warn_user("A checkpoint holds another scaling for an adapted layer than the settings of this net say. The "
                       "net keeps its own. Where it was trained with another lora_alpha or lora_rank, adapt the net "
                       "with those; a strength is set with set_lora_scale().")
@@ -243,18 +243,18 @@ class Start:
         return base
 
     def _sample(self) -> np.ndarray:
-        values = _numbers(self._base()).reshape(-1)
+        values = to_numpy(self._base()).reshape(-1)
         return values[np.linspace(0, values.size - 1, min(_SAMPLE, values.size)).astype(np.int64)]
 
     def _digest(self) -> str:
         whole = hashlib.sha256()
         for parameter in self.delta.delta_parameters().values():
-            whole.update(_numbers(parameter).tobytes())
+            whole.update(to_numpy(parameter).tobytes())
         return whole.hexdigest()
 
 
-def _numbers(value: Any) -> np.ndarray:
-    """Return a value as numpy; bfloat16, which numpy lacks, as float32."""
+def to_numpy(value: Any) -> np.ndarray:
+    """Return a Tensor, or what numpy reads, as numpy; bfloat16, which numpy lacks, as float32 (the same numbers)."""
     if not isinstance(value, Tensor):
         return np.asarray(value)
     value = value.init_data() if value.has_init else value

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import mindspore
 import numpy as np
 from mindspore import Parameter, Tensor, ops
-from mindspore import dtype as mstype
 from mindspore.communication import GlobalComm, get_group_size, get_rank
 
 from mindpet_lite.arguments import warn_user
 from mindpet_lite.delta.parts import put
+from mindpet_lite.delta.values import to_numpy
 
 
 def same_on_all_ranks(parameters: Sequence[Parameter]) -> None:
@@ -43,7 +43,7 @@ def same_on_all_ranks(parameters: Sequence[Parameter]) -> None:
                              f"is unchanged.")
         warn_user(f"{text} Each keeps the values that it drew: where processes share a layer, give them one seed.")
         return
-    values = [_numbers(parameter) for parameter in parameters]
+    values = [to_numpy(parameter) for parameter in parameters]
     data = b"".join(value.tobytes() for value in values)
     # int32 is what all backends can send.
     sent = np.frombuffer(data + bytes(-len(data) % 4), np.int32)
@@ -77,8 +77,3 @@ def _collective(operator: Callable[[], Tensor]) -> np.ndarray:
                            "same on all of them; the net is unchanged. Every process of the job must call "
                            "get_pet_model, at about the same time and with the same config: see the other processes' "
                            "logs for an error there.") from error
-
-
-def _numbers(parameter: Parameter) -> np.ndarray:
-    """Return the value as numpy; bfloat16, which numpy lacks, as float32 (the same numbers)."""
-    return (parameter.astype(mstype.float32) if parameter.dtype == mstype.bfloat16 else parameter).asnumpy()

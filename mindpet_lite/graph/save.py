@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from mindspore import Tensor, nn
-from mindspore import dtype as mstype
+from mindspore import nn
 
 from mindpet_lite.delta.base import Delta
+from mindpet_lite.delta.values import to_numpy
 from mindpet_lite.formats.adapters import to_files, write_files
 from mindpet_lite.formats.base_hash import FIELD
 from mindpet_lite.formats.component import part
@@ -79,7 +79,7 @@ def adapter_state(net: nn.Cell) -> AdapterState:
     """
     found = deltas(net)
     methods = sorted({delta.method for delta in found.values()})
-    layers = {path: LayerState({name: _as_in_file(_to_numpy(parameter), delta.file_types.get(name))
+    layers = {path: LayerState({name: _as_in_file(to_numpy(parameter), delta.file_types.get(name))
                                 for name, parameter in delta.delta_parameters().items()},
                                delta.settings(), delta.method) for path, delta in found.items()}
     records = adapters_of(found.values())
@@ -103,12 +103,12 @@ def _trained(net: nn.Cell, found: Mapping[str, Delta]) -> dict[str, np.ndarray]:
     for parameter, _ in base:
         places, item = _paths(owners[id(parameter)]), saved.get(id(parameter))
         if item is not None:
-            value = _as_in_file(_to_numpy(item.trained()), item.file_type)
+            value = _as_in_file(to_numpy(item.trained()), item.file_type)
             of_file = {id(cell): path for path, cell in owners[id(parameter)] if path == item.path}
             places = of_file if of_file and item.other is None else {**places, **of_file}
             trained.update(dict.fromkeys(places.values(), value))
         elif frozen and parameter.requires_grad:
-            trained.update(dict.fromkeys(places.values(), _to_numpy(parameter)))
+            trained.update(dict.fromkeys(places.values(), to_numpy(parameter)))
     return trained
 
 
@@ -120,10 +120,3 @@ def _paths(owners: list[tuple[str, nn.Cell]]) -> dict[int, str]:
 def _as_in_file(value: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
     """Return the value in the type that a file had it in, where that changes no number."""
     return value if dtype is None else in_type(value, dtype)
-
-
-def _to_numpy(parameter: Tensor) -> np.ndarray:
-    """Return the value as numpy; bfloat16, which numpy lacks, as float32 (the same numbers)."""
-    if parameter.dtype == mstype.bfloat16:
-        return parameter.astype(mstype.float32).asnumpy()
-    return parameter.asnumpy().copy()

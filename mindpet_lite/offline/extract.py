@@ -11,12 +11,12 @@ import numpy as np
 from mindpet_lite.formats import peft
 from mindpet_lite.formats.adapters import to_files, write_files
 from mindpet_lite.formats.base_hash import FIELD
+from mindpet_lite.formats.folder import refuse_filled
 from mindpet_lite.formats.lora import EMBEDDING_A, EMBEDDING_B, A, B
 from mindpet_lite.formats.problems import listed
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.names.parameter_names import is_lookup
 from mindpet_lite.offline.base import WEIGHTS, Base, open_base
-from mindpet_lite.offline.folder import refuse_filled
 from mindpet_lite.offline.numbers import FLOATS, widened
 from mindpet_lite.offline.orientation import has_inputs_first, inputs_first
 from mindpet_lite.offline.progress import Progress

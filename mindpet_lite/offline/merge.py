@@ -12,6 +12,7 @@ from mindpet_lite.arguments import warn_user
 from mindpet_lite.formats.adapters import read_adapter
 from mindpet_lite.formats.base_hash import differing
 from mindpet_lite.formats.component import part
+from mindpet_lite.formats.folder import new_directory, refuse_filled
 from mindpet_lite.formats.placed import placed
 from mindpet_lite.formats.problems import first_of
 from mindpet_lite.formats.state import AdapterState
@@ -19,7 +20,6 @@ from mindpet_lite.names.table import Table
 from mindpet_lite.offline.base import Base, open_base
 from mindpet_lite.offline.changes import Change
 from mindpet_lite.offline.float8 import Requantised
-from mindpet_lite.offline.folder import new_directory, refuse_filled
 from mindpet_lite.offline.grown import placed_heads
 from mindpet_lite.offline.plan import plan
 from mindpet_lite.offline.progress import Progress

@@ -1,8 +1,13 @@
-"""Aids for training deltas: groups of learning rates, accumulation, clipping, averages, health."""
+"""Aids for training deltas: rates, accumulation, clipping, averages, health, batches, checkpoints, processes."""
 from mindpet_lite.train.accumulate import GradientAccumulation
 from mindpet_lite.train.clip import clip_global_norm
 from mindpet_lite.train.ema import DeltaEMA
 from mindpet_lite.train.groups import lora_plus_groups
 from mindpet_lite.train.health import HealthCallback
+from mindpet_lite.train.interrupts import Interrupts
+from mindpet_lite.train.ranks import Ranks, gradient_bytes, init_data_parallel
+from mindpet_lite.train.sampler import BatchSampler
+from mindpet_lite.train.state import TrainingState
 
-__all__ = ["DeltaEMA", "GradientAccumulation", "HealthCallback", "clip_global_norm", "lora_plus_groups"]
+__all__ = ["BatchSampler", "DeltaEMA", "GradientAccumulation", "HealthCallback", "Interrupts", "Ranks", "TrainingState",
+           "clip_global_norm", "gradient_bytes", "init_data_parallel", "lora_plus_groups"]

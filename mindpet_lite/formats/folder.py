@@ -23,8 +23,9 @@ def new_directory(path: Path) -> Iterator[Path]:
     refuse_filled(path)
     target = Path(os.path.realpath(path))
     with _explained(path), _folder_for(target), _work_folder(target.parent, target.name) as folder:
-        new = folder / target.name
-        new.mkdir()
+        # One level further down: who writes into it locks the folder that it is in, which is locked here already.
+        new = folder / "new" / target.name
+        new.mkdir(parents=True)
         yield new
         os.rename(new, target)
 

@@ -1,0 +1,35 @@
+"""SIGINT and SIGTERM in a training loop."""
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from mindpet_lite.train import Interrupts
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_noted_and_the_handlers_come_back(number, code):
+    before = [signal.getsignal(item) for item in (signal.SIGINT, signal.SIGTERM)]
+    with Interrupts() as interrupts:
+        assert interrupts.number == 0 and interrupts.exit_code == 0
+        os.kill(os.getpid(), number)
+        assert interrupts.number == number and interrupts.exit_code == code
+    assert [signal.getsignal(item) for item in (signal.SIGINT, signal.SIGTERM)] == before
+    assert interrupts.exit_code == code
+
+
+def test_the_second_signal_ends_the_program_at_once():
+    with pytest.raises(KeyboardInterrupt), Interrupts():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_handler_that_another_library_puts_in_is_replaced_when_asked():
+    with Interrupts() as interrupts:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        assert interrupts.number == 0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupts.number == signal.SIGINT

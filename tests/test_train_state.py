@@ -174,9 +174,10 @@ with Interrupts() as interrupts:
     for rows in sampler if sampler.step < last else ():
         step(Tensor(data[rows]), Tensor(data[rows][:, ::-1].copy()))
         print(sampler.step, flush=True)
-        if sampler.step % 20 == 0 or interrupts.number:
+        stopped = interrupts.number
+        if sampler.step % 20 == 0 or stopped:
             state.save()
-        if interrupts.number or sampler.step == last:
+        if stopped or sampler.step == last:
             break
 mp.save_adapter(net, folder + "/adapter")
 sys.exit(interrupts.exit_code)
@@ -205,7 +206,8 @@ def test_killed_twice_and_interrupted_twice_a_run_ends_with_the_same_bytes(tmp_p
     assert whole.wait() == 0
     folder = tmp_path / "run"
     assert stop_at(start(folder, 600, tmp_path), 55, signal.SIGKILL) == -signal.SIGKILL
-    assert stop_at(start(folder, 600, tmp_path), 142, signal.SIGINT) == 130
+    # Steps of a millisecond are over before MindSpore's handler, which makes a SIGTERM of it, is replaced.
+    assert stop_at(start(folder, 600, tmp_path), 142, signal.SIGINT) in (130, 143)
     assert stop_at(start(folder, 600, tmp_path), 301, signal.SIGTERM) == 143
     stopped = max(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
     assert stopped >= 301

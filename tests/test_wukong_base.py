@@ -15,10 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "wu
 import pretrain  # noqa: E402
 from autoencoder import AutoencoderKL  # noqa: E402
 from base import BaseError, load_base, load_weights, save_base, save_weights  # noqa: E402
+from pretrain_loop import Trainer, TrainingError  # noqa: E402
 from text_encoder import TextEncoder  # noqa: E402
 from tokenizer import CharTokenizer  # noqa: E402
-from training import Trainer, TrainingError, learning_rates, write_atomically  # noqa: E402
+from training import learning_rates  # noqa: E402
 from unet import UNetModel  # noqa: E402
+from whole_files import write_atomically  # noqa: E402
 
 DD = {"double_z": True, "z_channels": 8, "resolution": 8, "in_channels": 3, "out_ch": 3, "ch": 8, "ch_mult": [1, 1],
       "num_res_blocks": 1, "attn_resolutions": [], "groups": 4}

@@ -1,6 +1,5 @@
 """Wukong's data format read: rows, pixels and batches, against values known by hand."""
 
-import itertools
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ Image = pytest.importorskip("PIL.Image", reason="Pillow is in the extra 'example
 WUKONG = Path(__file__).resolve().parent.parent / "examples" / "wukong"
 sys.path.insert(0, str(WUKONG))
 
-from data import DataError, epochs, load_folder, load_image, read_captions  # noqa: E402
+from data import DataError, bucket_shapes, load_buckets, load_folder, load_image, read_captions  # noqa: E402
 
 RED, WHITE = [1.0, -1.0, -1.0], [1.0, 1.0, 1.0]
 
@@ -72,9 +71,10 @@ class TestReadCaptions:
         samples, skipped = read_captions(folder)
         assert [(sample.text, sample.where) for sample in samples] == [
             ("good", "captions.csv line 2"), ("也好", "captions.csv line 14")]
-        expected = {3: "found 1", 4: "no value for text", 5: "no value for dir", 6: "found 3", 7: "no image none.png",
-                    9: "leaves the data folder", 10: "leaves the data folder", 11: "no image sub", 12: "not CSV",
-                    13: "", 15: "is no path"}  # how a NUL is refused differs between Pythons
+        # How a NUL is refused differs between Pythons.
+        expected = {3: "found 1", 4: "no value for text", 5: "no value for the image", 6: "found 3",
+                    7: "no image none.png", 9: "leaves the data folder", 10: "leaves the data folder",
+                    11: "no image sub", 12: "not CSV", 13: "", 15: "is no path"}
         assert len(skipped) == len(expected) + 1
         for message, (line, reason) in zip(skipped, expected.items(), strict=False):
             assert message.startswith(f"captions.csv line {line}: ") and reason in message
@@ -105,11 +105,11 @@ class TestReadCaptions:
 class TestLoadImage:
     def test_values_are_the_bytes(self, tmp_path):
         pixels = np.random.default_rng(0).integers(0, 256, (5, 5, 3), np.uint8)
-        image = load_image(png(tmp_path / "a.png", pixels), 5)
+        image = load_image(png(tmp_path / "a.png", pixels), 5, 5)
         assert image.dtype == np.float32 and image.flags.c_contiguous
         np.testing.assert_array_equal(image, pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - 1)
-        assert load_image(png(tmp_path / "b.png", np.full((2, 2), 255)), 2).min() == 1
-        assert load_image(png(tmp_path / "c.png", np.zeros((2, 2))), 2).max() == -1
+        assert load_image(png(tmp_path / "b.png", np.full((2, 2), 255)), 2, 2).min() == 1
+        assert load_image(png(tmp_path / "c.png", np.zeros((2, 2))), 2, 2).max() == -1
 
     @pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "CMYK", "I;16"])
     def test_other_modes(self, tmp_path, mode):
@@ -118,11 +118,11 @@ class TestLoadImage:
             Image.fromarray(np.array([[0, 65535]] * 2, np.uint16)).save(path)
         else:
             png(path, [[0, 255]] * 2, mode)
-        np.testing.assert_array_equal(load_image(path, 2), np.broadcast_to([-1.0, 1.0], (3, 2, 2)))
+        np.testing.assert_array_equal(load_image(path, 2, 2), np.broadcast_to([-1.0, 1.0], (3, 2, 2)))
 
     def test_alpha_on_white(self, tmp_path):
         path = png(tmp_path / "a.png", [[[255, 0, 0, 255], [0, 0, 0, 0]], [[0, 0, 0, 51], [255, 0, 0, 0]]])
-        image = load_image(path, 2)
+        image = load_image(path, 2, 2)
         grey = np.float32(204) / np.float32(127.5) - 1
         np.testing.assert_array_equal(image.transpose(1, 2, 0), [[RED, WHITE], [[grey] * 3, WHITE]])
 
@@ -130,21 +130,21 @@ class TestLoadImage:
         image = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8), "P")
         image.putpalette([0, 0, 0, 255, 0, 0])
         image.save(tmp_path / "a.png", transparency=0)
-        pixels = load_image(tmp_path / "a.png", 2).transpose(1, 2, 0)
+        pixels = load_image(tmp_path / "a.png", 2, 2).transpose(1, 2, 0)
         np.testing.assert_array_equal(pixels, [[WHITE, RED], [RED, WHITE]])
 
     @pytest.mark.parametrize("shape", [(4, 9), (9, 4)])
     def test_middle_square(self, tmp_path, shape):
         pixels = np.arange(36, dtype=np.uint8).reshape(shape)
         middle = pixels[:, 2:6] if shape[0] == 4 else pixels[2:6]
-        image = load_image(png(tmp_path / "a.png", pixels), 4)
+        image = load_image(png(tmp_path / "a.png", pixels), 4, 4)
         np.testing.assert_array_equal(image, np.stack([middle.astype(np.float32) / np.float32(127.5) - 1] * 3))
 
     @pytest.mark.parametrize("size", [3, 64])
     def test_scaled(self, tmp_path, size):
         pixels = np.zeros((30, 50), np.uint8)
         pixels[:, 25:] = 255
-        image = load_image(png(tmp_path / "a.png", pixels), size)
+        image = load_image(png(tmp_path / "a.png", pixels), size, size)
         assert image.shape == (3, size, size) and image.min() == -1 and image.max() == 1
         np.testing.assert_array_equal(image[0, 0], image[2, -1])
         np.testing.assert_allclose(image[0, 0], -image[0, 0, ::-1], atol=0.01)
@@ -153,13 +153,13 @@ class TestLoadImage:
     def test_unreadable(self, tmp_path, content):
         (tmp_path / "a.png").write_bytes(content)
         with pytest.raises(DataError, match="unreadable image .*a.png"):
-            load_image(tmp_path / "a.png", 4)
+            load_image(tmp_path / "a.png", 4, 4)
 
     def test_truncated(self, tmp_path):
         path = png(tmp_path / "a.png", np.random.default_rng(0).integers(0, 256, (64, 64, 3)))
         path.write_bytes(path.read_bytes()[:4000])
         with pytest.raises(DataError, match="unreadable image"):
-            load_image(path, 64)
+            load_image(path, 64, 64)
 
 
 class TestLoadFolder:
@@ -179,26 +179,45 @@ class TestLoadFolder:
             load_folder(folder, 4)
 
 
-class TestEpochs:
-    @pytest.mark.parametrize(("n", "batch"), [(10, 5), (10, 4), (7, 3), (3, 8), (1, 4)])
-    def test_each_epoch_holds_everything_once(self, n, batch):
-        batches = list(itertools.islice(epochs(n, batch, 3), 3 * n))
-        assert all(indices.shape == (batch,) for indices in batches)
-        for epoch in np.concatenate(batches).reshape(-1, n):
-            np.testing.assert_array_equal(np.sort(epoch), np.arange(n))
+class TestMetadata:
+    def test_hugging_faces_list_is_read_like_ours(self, tmp_path):
+        folder = folder_of(tmp_path, "dir,text\n")
+        (folder / "captions.csv").unlink()
+        lines = ['{"file_name": "a.png", "text": " 甲 ", "more": [1]}', "", '{"file_name": "b.png"}', "[1]", "{",
+                 '{"file_name": "a.png", "text": 3}', '{"file_name": "none.png", "text": "乙"}',
+                 '{"file_name": "b.png", "text": "乙"}']
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        samples, skipped = read_captions(folder)
+        assert [(sample.path.name, sample.text, sample.where) for sample in samples] == [
+            ("a.png", "甲", "metadata.jsonl line 1"), ("b.png", "乙", "metadata.jsonl line 8")]
+        said = "not a JSON object with the texts file_name and text"
+        assert skipped == [f"metadata.jsonl line {line}: {said}" for line in (3, 4, 5, 6)] + [
+            "metadata.jsonl line 7: no image none.png"]
 
-    def test_shuffled_anew_and_by_seed(self):
-        first, second = itertools.islice(epochs(50, 50, 0), 2)
-        assert (first != second).any() and (first != np.arange(50)).any()
-        np.testing.assert_array_equal(first, next(epochs(50, 50, 0)))
-        assert (first != next(epochs(50, 50, 1))).any()
 
-    @pytest.mark.parametrize("step", [0, 1, 5, 12])
-    def test_resumed(self, step):
-        whole = list(itertools.islice(epochs(10, 4, 7), 20))
-        np.testing.assert_array_equal(list(itertools.islice(epochs(10, 4, 7, step), 20 - step)), whole[step:])
+class TestBuckets:
+    def test_shapes_are_multiples_of_at_most_the_area(self):
+        assert bucket_shapes(64, 1, 8) == [(64, 64)]
+        for side, count, multiple in ((64, 5, 8), (512, 9, 64), (32, 3, 8)):
+            shapes = bucket_shapes(side, count, multiple)
+            assert 3 <= len(shapes) <= count and len(set(shapes)) == len(shapes) and (side, side) in shapes
+            assert all(h % multiple == 0 and w % multiple == 0 and h * w <= side * side for h, w in shapes)
+            assert shapes == sorted(shapes) and {(w, h) for h, w in shapes} == set(shapes)
+        assert bucket_shapes(512, 5, 64) == [(320, 768), (384, 640), (512, 512), (640, 384), (768, 320)]
 
-    @pytest.mark.parametrize("wrong", [{"n": 0}, {"batch": 0}, {"seed": -1}, {"first_step": -1}])
-    def test_refused_at_once(self, wrong):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least"):
-            epochs(**{"n": 4, "batch": 2, "seed": 0, **wrong})
+    def test_each_image_goes_to_the_nearest_shape(self, tmp_path):
+        rows = ["dir,text"]
+        for name, (height, width) in {"wide": (10, 20), "square": (9, 10), "tall": (30, 14)}.items():
+            pixels = np.zeros((height, width), np.uint8)
+            pixels[:, width // 2:] = 255
+            png(tmp_path / f"{name}.png", pixels)
+            rows.append(f"{name}.png,{name}")
+        (tmp_path / "captions.csv").write_text("\n".join(rows) + "\n")
+        buckets, skipped = load_buckets(tmp_path, [(8, 16), (8, 8), (16, 8)])
+        assert skipped == [] and [one.texts for one in buckets] == [["wide"], ["square"], ["tall"]]
+        assert [one.images.shape for one in buckets] == [(1, 3, 8, 16), (1, 3, 8, 8), (1, 3, 16, 8)]
+        for one in buckets:
+            half = one.images.shape[-1] // 2
+            np.testing.assert_allclose(one.images[0, :, :, :half - 1], -1, atol=0.02)
+            np.testing.assert_allclose(one.images[0, :, :, half + 1:], 1, atol=0.02)
+        assert [one.texts for one in load_buckets(tmp_path, [(8, 8)])[0]] == [["wide", "square", "tall"]]

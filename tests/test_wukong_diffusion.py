@@ -81,6 +81,8 @@ def test_min_snr_weights():
     for t in (0, 100, 300, 999):
         snr = abar[t] / (1 - abar[t])
         assert weights[t] == pytest.approx(min(snr, 5.0) / snr, rel=1e-9)
+        for_v = min_snr_weights(Schedule(prediction="v"), 5.0)[t]
+        assert for_v == pytest.approx(min(snr, 5.0) / (snr + 1), rel=1e-9)
     assert (min_snr_weights(schedule, None) == 1).all()
 
 
@@ -90,9 +92,77 @@ def test_forward_process(mode):
     rng = np.random.default_rng(0)
     x0, noise = rng.standard_normal((2, 3, 4, 2, 2))
     times = np.array([0, 500, 999], np.int32)
-    got = ForwardProcess(Schedule())(ms.Tensor(x0, ms.float32), ms.Tensor(times), ms.Tensor(noise, ms.float32))
     abar = np.array(reference_abar())[times].reshape(-1, 1, 1, 1)
-    np.testing.assert_allclose(got.asnumpy(), np.sqrt(abar) * x0 + np.sqrt(1 - abar) * noise, rtol=1e-5, atol=1e-6)
+    targets = {"epsilon": noise, "v": np.sqrt(abar) * noise - np.sqrt(1 - abar) * x0}
+    for prediction, target in targets.items():
+        got = ForwardProcess(Schedule(prediction=prediction))(
+            ms.Tensor(x0, ms.float32), ms.Tensor(times), ms.Tensor(noise, ms.float32))
+        expected = np.sqrt(abar) * x0 + np.sqrt(1 - abar) * noise
+        np.testing.assert_allclose(got[0].asnumpy(), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got[1].asnumpy(), target, rtol=1e-5, atol=1e-6)
+
+
+class Zero(nn.Cell):
+    """Predicts nothing: the loss is the target's square."""
+
+    def construct(self, x, timesteps, context):
+        return x * 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_loss_of_v_and_of_class_images(mode):
+    ms.set_context(mode=mode)
+    rng = np.random.default_rng(4)
+    x0, noise = rng.standard_normal((2, 4, 2, 3, 3))
+    times = np.array([3, 400, 950, 20], np.int32)
+    abar = np.array(reference_abar())[times].reshape(-1, 1, 1, 1)
+    tensors = ms.Tensor(x0, ms.float32), ms.Tensor(np.zeros((4, 1, 1)), ms.float32), ms.Tensor(times), ms.Tensor(
+        noise, ms.float32)
+    square = ((np.sqrt(abar) * noise - np.sqrt(1 - abar) * x0) ** 2).mean((1, 2, 3))
+    got = DiffusionLoss(Zero(), Schedule(prediction="v"))(*tensors)
+    np.testing.assert_allclose(got.asnumpy(), square.mean(), rtol=1e-5)
+    plain = (noise ** 2).mean((1, 2, 3))
+    got = DiffusionLoss(Zero(), Schedule(), prior_weight=0.3)(*tensors)
+    np.testing.assert_allclose(got.asnumpy(), plain[:2].mean() + 0.3 * plain[2:].mean(), rtol=1e-5)
+
+
+def test_noise_offset():
+    """With eps + 0.5 eps' a pixel has the variance 1.25, and the mean of a channel 0.25 + 1 / pixels."""
+    shape = (400, 4, 8, 8)
+    _, plain = draw_noise(np.random.default_rng(0), shape, Schedule())
+    _, noise = draw_noise(np.random.default_rng(0), shape, Schedule(), 0.5)
+    added = noise - plain
+    np.testing.assert_allclose(added, np.broadcast_to(added[..., :1, :1], shape), atol=1e-6)
+    assert noise.var() == pytest.approx(1.25, rel=0.05)
+    assert noise.mean((2, 3)).var() == pytest.approx(0.25 + 1 / 64, rel=0.1)
+    _, again = draw_noise(np.random.default_rng(0), shape, Schedule(), 0.0)
+    np.testing.assert_array_equal(again, plain)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_from_v_is_the_step_from_the_same_epsilon(mode):
+    """A network that says v = a eps - s x0 says the same of the clean image as one that says eps."""
+    ms.set_context(mode=mode)
+    a, s = 0.8, 0.6
+    rng = np.random.default_rng(5)
+    x, eps = rng.standard_normal((2, 3, 2, 4, 4)).astype(np.float32)
+    clean = (x - s * eps) / a
+
+    class Says(nn.Cell):
+        def __init__(self, value):
+            super().__init__()
+            self.value = ms.Tensor(np.concatenate([value, value]), ms.float32)
+
+        def construct(self, x, timesteps, context):
+            return self.value
+
+    values = ms.Tensor([3.0, a, s, 0.5, 0.25, 0.125], ms.float32)
+    inputs = ms.Tensor(x), ms.Tensor(eps), ms.Tensor(np.zeros(6, np.int32)), ms.Tensor(np.zeros((6, 1, 1), np.float32))
+    results = [GuidedStep(Says(value), kind)(*inputs, values) for value, kind in (
+        (eps, "epsilon"), (a * eps - s * clean, "v"))]
+    np.testing.assert_allclose(results[0][1].asnumpy(), clean, rtol=1e-4, atol=1e-5)
+    for first, second in zip(*results):
+        np.testing.assert_allclose(first.asnumpy(), second.asnumpy(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,8 +1,11 @@
 """Fine-tuning and sampling from the command line: results, both modes, and what users get wrong."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -20,9 +23,12 @@ sys.path.insert(0, str(WUKONG))
 import checkpoint  # noqa: E402
 import errors  # noqa: E402
 import finetune  # noqa: E402
+import latents  # noqa: E402
 import pictures  # noqa: E402
 import pipeline  # noqa: E402
+import run_folder  # noqa: E402
 import settings  # noqa: E402
+import training  # noqa: E402
 import txt2img  # noqa: E402
 from base import MODELS, load_base, save_base  # noqa: E402
 from wordpiece import WordPieceTokenizer  # noqa: E402
@@ -106,7 +112,8 @@ def refused(capsys, code: int, *words: str) -> str:
 
 
 def test_run_leaves_adapter_curve_and_figures(place):
-    assert sorted(path.name for path in (place / "out").iterdir()) == ["adapter", "loss.png", "results.json"]
+    assert sorted(path.name for path in (place / "out").iterdir()) == [
+        "adapter", "log.jsonl", "loss.png", "report.html", "results.json", "settings.yaml"]
     measured = json.loads((place / "out" / "results.json").read_text())
     tensors = adapter_of(place / "out" / "adapter")
     parts = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0",
@@ -117,7 +124,14 @@ def test_run_leaves_adapter_curve_and_figures(place):
     assert measured["adapter_bytes"] == (place / "out" / "adapter" / "adapter_model.safetensors").stat().st_size
     assert measured["heldout_loss_base"] != measured["heldout_loss_adapter"]
     assert Image.open(place / "out" / "loss.png").size == (840, 480)
-    assert not [path for path in place.iterdir() if path.name.startswith(".out")]
+    log = [json.loads(line) for line in (place / "out" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 2] and all(row["norm"] > 0 and row["loss"] > 0 for row in log)
+    assert [row["rate"] for row in log] == [0.01, 0.01] and set(log[0]) == {
+        "step", "loss", "rate", "norm", "seconds", "images_per_second"}
+    again = settings.read(finetune.parse(["--config", str(place / "out" / "settings.yaml")]))
+    assert again == settings.read(finetune.parse(run_of(place, "out")))
+    report = (place / "out" / "report.html").read_text(encoding="utf-8")
+    assert "data:image/png;base64," in report and "<td>learning_rate</td><td>0.01</td>" in report
 
 
 def test_pynative_trains_the_same_adapter(place):
@@ -127,19 +141,15 @@ def test_pynative_trains_the_same_adapter(place):
         np.testing.assert_allclose(pynative[key], value, atol=2e-5, err_msg=key)
 
 
-def test_lora_plus_ratio(place, monkeypatch):
-    class EnoughError(Exception):
-        pass
-
-    def no_step(loss, optimizer, *rest):
-        rates = zip(optimizer.parameters, optimizer.get_lr())
-        assert {(one.name[-1], round(float(rate.asnumpy()), 9)) for one, rate in rates} == {("a", 5e-4), ("b", 4e-3)}
-        raise EnoughError
-
-    monkeypatch.setattr(finetune, "TrainStep", no_step)
-    monkeypatch.setattr(finetune, "denoising_loss", lambda *_: 1.0)
-    with pytest.raises(EnoughError):
-        finetune.main(run_of(place, "plus", "--lora-plus-ratio", "8", "--lr", "1e-3", "--warmup", "2"))
+def test_lora_plus_ratio(place):
+    chosen = settings.read(finetune.parse(run_of(place, "plus", "--lora-plus-ratio", "8", "--lr", "1e-3", "--warmup",
+                                                 "2")))
+    base = load_base(place / "base")
+    finetune.adapt(base, chosen)
+    step, rates = training.make_step(base, chosen, training.Trained(base, chosen))
+    found = zip(step.optimizer.parameters, step.optimizer.get_lr())
+    assert {(one.name[-1], round(float(rate.asnumpy()), 9)) for one, rate in found} == {("a", 5e-4), ("b", 4e-3)}
+    assert rates == pytest.approx([5e-4, 1e-3])
 
 
 def test_bad_rows_are_counted_skips(place, tmp_path, capsys):
@@ -147,39 +157,11 @@ def test_bad_rows_are_counted_skips(place, tmp_path, capsys):
     (tmp_path / "train" / "1.png").write_bytes(b"no image")
     with (tmp_path / "train" / "captions.csv").open("a", encoding="utf-8") as file:
         file.write("9.png,狐狸\nonly one value\n")
-    images, texts = finetune.read_folder(tmp_path / "train", 16)
-    assert images.shape == (2, 3, 16, 16) and len(texts) == 2
+    chosen = settings.read(finetune.parse(run_of(place, "x")))
+    (pictures_,) = finetune.read_data(tmp_path / "train", load_base(place / "base"), chosen, training.Ranks())
+    assert pictures_.images.shape == (2, 3, 16, 16) and len(pictures_.texts) == 2
     out = capsys.readouterr().out
     assert "2 images, 3 rows skipped" in out and "line 3" in out and "9.png" in out and "line 6" in out
-
-
-class Quadratic(nn.Cell):
-    """mean (w * x)^2 with w = (1, 2, 3)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = ms.Parameter(ms.Tensor([1.0, 2.0, 3.0], ms.float32), name="w")
-
-    def construct(self, x):
-        return (self.w * x * self.w * x).mean()
-
-
-@pytest.mark.parametrize("mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE])
-def test_loss_scale(mode):
-    """A scaled step is the plain step; an overflow changes nothing but the scale."""
-    ms.set_context(mode=mode)
-    x, results = ms.Tensor([1.0, 1.0, 1.0], ms.float32), []
-    for scale in (None, 1024.0):
-        net = Quadratic()
-        step = finetune.TrainStep(net, nn.AdamWeightDecay(net.trainable_params(), 0.1), 1.0, scale)
-        losses = [float(step(x).asnumpy()) for _ in range(3)]
-        results.append((losses, net.w.asnumpy().copy()))
-    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5)
-    np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5)
-    assert results[0][0][0] == pytest.approx(14 / 3) and results[0][0][2] < results[0][0][1] < results[0][0][0]
-    step(ms.Tensor([1e19, 1.0, 1.0], ms.float32))
-    np.testing.assert_array_equal(net.w.asnumpy(), results[1][1])
-    assert float(step.scaler.scale_value.asnumpy()) == 512
 
 
 def pixels_of(folder: Path) -> np.ndarray:
@@ -270,7 +252,11 @@ def test_what_users_get_wrong(place, tmp_path, capsys):
         (run_of(place, "x", "--target-modules", "to_qq"), ("'to_qq' hits nothing", "to_q")),
         (run_of(place, "x", "--image-size", "17"), ("image_size must be a multiple of 2",)),
         (run_of(place, "x", "--out", "file"), ("file is a file",)),
-        (run_of(place, "x", "--out", "file/below"), ("nothing was written to", "give --out")),
+        (run_of(place, "x", "--out", "file/below"), ("file",)),
+        (run_of(place, "out"), ("holds adapter already: give --resume to go on, --overwrite to delete",)),
+        (run_of(place, "data", "--overwrite"), ("holds heldout, which is none of it: give another --out",)),
+        (run_of(place, "out", "--overwrite", "--resume"), ("give one of them",)),
+        (run_of(place, "x", "--parallel", "data"), ("--parallel data: ", "msrun --worker_num=2")),
     ]
     if not ms.hal.is_available("Ascend"):
         cases.append((run_of(place, "x", "--device", "Ascend"), ("finds no Ascend", "--device CPU")))
@@ -307,16 +293,177 @@ def test_script_ends_without_a_trace(tmp_path):
     assert done.stderr.startswith("finetune.py: error: ") and done.stderr.count("\n") == 1
 
 
-def test_all_or_nothing(tmp_path):
-    refusal = pytest.raises(errors.UserError, match="disk is full.*give --out")
-    with refusal, finetune.all_or_nothing(tmp_path / "a" / "b") as out:
-        (out / "part").write_text("x")
-        raise OSError("the disk is full")
-    assert not (tmp_path / "a").exists()
-    assert errors.run("s", lambda: (_ for _ in ()).throw(KeyboardInterrupt)) == 130
-    with finetune.all_or_nothing(tmp_path / "b") as out:
-        (out / "part").write_text("x")
-    assert [path.name for path in tmp_path.iterdir()] == ["b"] and (tmp_path / "b" / "part").read_text() == "x"
+def test_what_a_signal_ends_is_said_with_its_exit_code(capsys):
+    def stop():
+        raise errors.Stopped("stopped after step 3", 143)
+
+    assert errors.run_script("s", stop) == 143 and capsys.readouterr().err == "s: stopped after step 3\n"
+    assert errors.run_script("s", lambda: (_ for _ in ()).throw(KeyboardInterrupt)) == 130
+
+
+def lines_of(place: Path, out: str) -> list[dict]:
+    return [json.loads(line) for line in (place / out / "log.jsonl").read_text().splitlines()]
+
+
+def started(place: Path, out: str, *flags: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(WUKONG / "finetune.py"), *run_of(place, out, *flags)],
+                            cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "GLOG_v": "3"})
+
+
+def killed_after(place: Path, out: str, steps: int, number: int, *flags: str) -> tuple[int, str]:
+    """Sends a signal when a run has made some steps more than its checkpoint; returns the exit code and its stderr."""
+    log, checkpoints = place / out / "log.jsonl", (place / out / "checkpoints").glob("checkpoint-*")
+    first, begin = max((int(path.name[11:]) for path in checkpoints), default=0), time.time_ns()
+    process = started(place, out, *flags)
+    while process.poll() is None:
+        if log.exists() and log.stat().st_mtime_ns > begin and log.read_text().count("\n") >= first + steps:
+            process.send_signal(number)
+            break
+        time.sleep(0.02)
+    said = process.communicate()[1]
+    return process.returncode, said
+
+
+def test_a_run_that_is_killed_ends_with_the_same_bytes(place):
+    flags = ["--steps", "200", "--save-every", "4", "--ema-decay", "0.9", "--gradient-accumulation", "2",
+             "--random-flip"]
+    whole = started(place, "whole", *flags)
+    killed = killed_after(place, "killed", 6, signal.SIGKILL, *flags)
+    assert killed[0] == -signal.SIGKILL and 6 <= len(lines_of(place, "killed")) < 200
+    code, said = killed_after(place, "killed", 6, signal.SIGINT, *flags, "--resume")
+    assert code == 130 and "--resume goes on from it" in said
+    code, said = killed_after(place, "killed", 6, signal.SIGTERM, *flags, "--resume")
+    assert code == 143 and "stopped after step" in said
+    process = started(place, "killed", *flags, "--resume")
+    assert process.wait() == 0 and whole.wait() == 0
+    for name in ("adapter/adapter_model.safetensors", "ema/adapter/adapter_model.safetensors"):
+        assert (place / "killed" / name).read_bytes() == (place / "whole" / name).read_bytes(), name
+    kept = [(row["step"], row["loss"], row["rate"], row["norm"]) for row in lines_of(place, "whole")]
+    assert kept == [(row["step"], row["loss"], row["rate"], row["norm"]) for row in lines_of(place, "killed")]
+    assert sorted(path.name for path in (place / "killed" / "checkpoints").iterdir()) == [
+        "checkpoint-196", "checkpoint-200"]
+    code = finetune.main(run_of(place, "killed", *flags, "--resume", "--lr", "0.5"))
+    assert code == 2
+    assert finetune.main(run_of(place, "killed", "--overwrite")) == 0
+    assert [row["step"] for row in lines_of(place, "killed")] == [1, 2] and not (place / "killed" / "ema").exists()
+
+
+def test_dreambooth_and_validation(place, capsys):
+    flags = ["--instance-prompt", "一个狐", "--class-prompt", "狐狸", "--class-images", "3",
+             "--prior-loss-weight", "0.5", "--validation-every", "1", "--validation-prompts", "熊猫", "青蛙",
+             "--noise-offset", "0.1", "--prediction", "v"]
+    assert finetune.main(run_of(place, "dog", *flags)) == 0
+    assert sorted(path.name for path in (place / "dog" / "class_images").iterdir()) == ["000.png", "001.png", "002.png"]
+    assert sorted(path.name for path in (place / "dog" / "validation").iterdir()) == [
+        "step-000001.png", "step-000002.png"]
+    drawn = {path.read_bytes() for path in (place / "dog" / "validation").iterdir()}
+    assert len(drawn) == 2
+    assert "step-000002" in (place / "dog" / "report.html").read_text(encoding="utf-8")
+
+
+def chosen_of(place: Path, *flags: str) -> settings.Settings:
+    return settings.read(finetune.parse(run_of(place, "x", *flags)))
+
+
+def test_batches_follow_from_seed_and_step_and_shares_make_the_whole(place):
+    base = load_base(place / "base")
+    chosen = chosen_of(place, "--batch", "4", "--random-flip", "--caption-dropout", "0.5", "--noise-offset", "0.3")
+    half = chosen_of(place, "--batch", "2", "--random-flip", "--caption-dropout", "0.5", "--noise-offset", "0.3")
+    (some,) = finetune.read_data(place / "data" / "train", base, chosen, training.Ranks())
+    examples = latents.encode(base, some, chosen, flip=True)
+    np.testing.assert_allclose(examples.latents[1], pipeline.encode_images(base, some.images[..., ::-1].copy()),
+                               atol=1e-6)
+    whole = latents.Batches(base, [examples], examples, chosen, 0, 1)
+    shares = [iter(latents.Batches(base, [examples], examples, half, rank, 2)) for rank in range(2)]
+    later = latents.Batches(base, [examples], examples, chosen, 0, 1)
+    stream, empty = iter(whole), pipeline.embed_texts(base, [""])[0]
+    for step in range(6):
+        batch = next(stream)
+        parts = [next(share) for share in shares]
+        for array, first, second in zip(batch, *parts):
+            # Each process has its share of the images and its share of the class images.
+            np.testing.assert_array_equal(array, np.concatenate([first[:2], second[:2], first[2:], second[2:]]))
+        later.sampler.step = step
+        for array, again in zip(batch, next(iter(later))):
+            np.testing.assert_array_equal(array, again)
+        views = {examples.latents[view, row].tobytes() for view in range(2) for row in range(5)}
+        assert all(one.tobytes() in views for one in batch[0])
+        texts = {row.tobytes() for row in examples.text} | {empty.tobytes()}
+        assert all(one.tobytes() in texts for one in batch[1])
+    assert whole.sampler.step == 6
+
+
+def test_buckets_take_turns_and_every_row_comes_once_in_an_epoch():
+    sampler = latents.BucketSampler([5, 2, 9], 4, seed=1)
+    epochs = [[next(sampler) for _ in range(6)] for _ in range(2)]
+    for epoch in epochs:
+        assert sorted(bucket for bucket, _ in epoch) == [0, 0, 1, 2, 2, 2]
+    assert [bucket for bucket, _ in epochs[0]] != [bucket for bucket, _ in epochs[1]]
+    for bucket, count in enumerate([5, 2, 9]):
+        rows = np.concatenate([rows for epoch in epochs for found, rows in epoch if found == bucket])
+        assert all(np.array_equal(np.sort(rows[i:i + count]), np.arange(count)) for i in range(0, 2 * count - 1, count))
+    again = latents.BucketSampler([5, 2, 9], 4, seed=1)
+    again.step = 7
+    bucket, rows = next(again)
+    assert bucket == epochs[1][1][0] and np.array_equal(rows, epochs[1][1][1])
+
+
+def test_shapes_of_their_own_and_a_text_encoder_that_trains(place, tmp_path, capsys):
+    for i, shape in enumerate([(16, 32), (16, 32), (32, 16), (20, 20)]):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (*shape, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "data" / f"{i}.png")
+    rows = [json.dumps({"file_name": f"{i}.png", "text": VOCABULARY[2 + i]}) for i in range(4)]
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    flags = ["--data", "data", "--buckets", "3", "--train-text-encoder", "--steps", "4", "--save-every", "2",
+             "--latent-cache", "cache"]
+    assert finetune.main(run_of(place, "shapes", *flags)) == 0
+    said = capsys.readouterr().out
+    assert "data: 4 images" in said and "24 x 10: 2 images" in said and "16 x 16: 1 images" in said
+    tensors = adapter_of(place / "shapes" / "text_encoder_adapter")
+    assert {key.split(".lora_")[0].rsplit(".", 1)[1] for key in tensors} == {"in_proj", "out_proj"}
+    assert all(np.abs(value).max() > 0 for value in tensors.values())
+    cached = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    assert len(cached) == 3
+    assert finetune.main(run_of(place, "shapes", *flags, "--overwrite")) == 0
+    assert cached == {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    for key, value in adapter_of(place / "shapes" / "text_encoder_adapter").items():
+        np.testing.assert_array_equal(value, tensors[key])
+    drawing = ["狐狸", "熊猫", "--base", str(place / "base"), "--image-size", "16", "--steps", "2", "--adapter",
+               str(place / "shapes" / "adapter")]
+    text = ["--text-encoder-adapter", str(place / "shapes" / "text_encoder_adapter")]
+    assert txt2img.main([*drawing, "--out", "unet"]) == 0 and txt2img.main([*drawing, *text, "--out", "both"]) == 0
+    assert np.abs(pixels_of(tmp_path / "unet") - pixels_of(tmp_path / "both")).max() > 0
+
+
+def test_recomputation_and_accumulation_give_the_plain_adapter(place):
+    assert finetune.main(run_of(place, "again", "--recompute")) == 0
+    plain = adapter_of(place / "out" / "adapter")
+    for key, value in adapter_of(place / "again" / "adapter").items():
+        np.testing.assert_allclose(value, plain[key], atol=2e-5, err_msg=key)
+
+
+def test_pictures_of_an_earlier_call_are_not_left_beside_new_ones(place, tmp_path, capsys):
+    drawing = ["--base", str(place / "base"), "--image-size", "16", "--steps", "1", "--out", "p"]
+    assert txt2img.main(["狐狸", "熊猫", *drawing]) == 0
+    refused(capsys, txt2img.main(["狐狸", *drawing]), "holds 00.png already", "--overwrite")
+    assert txt2img.main(["狐狸", *drawing, "--overwrite"]) == 0
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["00.png", "grid.png"]
+    (tmp_path / "p" / "mine.txt").write_text("x")
+    refused(capsys, txt2img.main(["狐狸", *drawing, "--overwrite"]), "holds mine.txt, which is none")
+
+
+def test_the_log_drops_what_is_done_again(tmp_path):
+    log = run_folder.Log(tmp_path, 0)
+    for step in range(1, 6):
+        log.add(step=step, loss=float(step))
+    log.close()
+    again = run_folder.Log(tmp_path, 3)
+    assert again.losses() == [1.0, 2.0, 3.0]
+    again.add(step=4, loss=9.0)
+    again.close()
+    assert [json.loads(row)["loss"] for row in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 9]
 
 
 def vocabulary(folder: Path) -> Path:

@@ -44,7 +44,15 @@ def cache(tmp_path, monkeypatch):
     archive(folder, *prepare_data.NAMES, {
         f"{language}/data.json": [{"hexcode": "1F1E6", "label": "A"}] + [
             {"hexcode": code, "label": label[place], "group": label[2]} for code, label in labels.items()]
-        for place, language in enumerate(("zh", "en"))})
+        for place, language in enumerate(("zh", "en"))} | {
+        f"en/shortcodes/{table}.json": {"1F431": ["cat_face", "kitty"], "2764": "heart"} if table == "github" else {}
+        for table in ("emojibase", "cldr", "github", "joypixels", "iamcal")})
+    for style in ("solid", "noto-v1", "firefox"):  # sets without a table; the last one has two of the icons
+        icons = {name: {"body": SQUARE.format("#0f0")} for name in ("Kitty", "Fox-Face", "redheart")}
+        if style == "firefox":
+            del icons["redheart"]
+        archive(folder, *prepare_data.STYLES[style][:2], {
+            "icons.json": {"icons": icons, "width": 16, "height": 16}, "chars.json": {}})
     for style, fill in (("noto", "#f00"), ("flat", "#00f"), ("contrast", "currentColor")):
         icons = {"fox": {"body": SQUARE.format(fill)}, "heart": {"body": SQUARE.format(fill), "width": 8, "height": 16},
                  "car": {"body": SQUARE.format(fill)}, "skin": {"body": ""}}
@@ -64,10 +72,15 @@ class TestPrepare:
     def test_folders_captions_names_and_pixels(self, cache, tmp_path, capsys):
         assert prepared(cache, tmp_path / "out") == 0
         out = tmp_path / "out"
-        assert sorted(entry.name for entry in out.iterdir()) == ["contrast", "flat", "names.json", "noto"]
+        assert sorted(entry.name for entry in out.iterdir()) == [
+            "contrast", "firefox", "flat", "names.json", "noto", "noto-v1", "solid"]
         assert "4 emoji stand in all of noto, flat, contrast; 3 of them" in capsys.readouterr().out
         assert (out / "noto" / "captions.csv").read_bytes().decode() == (
-            "dir,text\n1f98a.png,狐狸\n2764.png,红心\n1f431.png,猫脸\n")
+            "dir,text\n1f98a.png,狐狸，安卓\n2764.png,红心，安卓\n1f431.png,猫脸，安卓\n")
+        some = ["1f98a.png", "1f431.png"]
+        for style, files in (("solid", ["1f98a.png", "2764.png", "1f431.png"]), ("firefox", some)):
+            assert [sample.path.name for sample in read_captions(out / style)[0]] == files
+        assert read_captions(out / "firefox")[0][0].text == "狐狸，淡彩"
         names = json.loads((out / "names.json").read_text(encoding="utf-8"))
         assert names["2764.png"] == {"hexcode": "2764", "zh": "红心", "en": "red heart", "group": 0}
         for style, colour in (("noto", (255, 0, 0)), ("flat", (0, 0, 255)), ("contrast", (0, 0, 0))):
@@ -80,7 +93,7 @@ class TestPrepare:
             np.testing.assert_array_equal(pixels["2764.png"], np.roll(expected, 4, axis=1))
         assert Image.open(out / "contrast" / "1f98a.png").mode == "L"
         images, texts, skipped = load_folder(out / "flat", 16)
-        assert images.shape == (3, 3, 16, 16) and texts == ["狐狸", "红心", "猫脸"] and skipped == []
+        assert images.shape == (3, 3, 16, 16) and texts == ["狐狸，扁平", "红心，扁平", "猫脸，扁平"] and skipped == []
 
     def test_split_is_the_same_in_any_order(self, cache, tmp_path, monkeypatch):
         codes = {f"1F{number:03X}" for number in range(500)} | set(prepare_data.DEMO)
@@ -94,7 +107,7 @@ class TestPrepare:
         assert prepared(cache, tmp_path / "out", "--styles", "contrast", "--split") == 0
         read = {part: read_captions(tmp_path / "out" / part)[0] for part in ("train", "heldout")}
         assert {part: {sample.text for sample in samples} for part, samples in read.items()} == {
-            "train": {"红心"}, "heldout": {"狐狸", "猫脸"}}
+            "train": {"红心，黑白"}, "heldout": {"狐狸，黑白", "猫脸，黑白"}}
 
     def test_too_few_to_split(self, cache, tmp_path, capsys):
         assert prepared(cache, tmp_path / "out", "--styles", "noto", "--split") == 2
@@ -108,7 +121,7 @@ class TestPrepare:
         assert "give --force" in capsys.readouterr().err
         assert prepared(cache, out, "--styles", "noto", "--groups", "5", "--force") == 0
         with (out / "noto" / "captions.csv").open(encoding="utf-8") as stream:
-            assert list(csv.reader(stream)) == [["dir", "text"], ["1f697.png", "汽车"]]
+            assert list(csv.reader(stream)) == [["dir", "text"], ["1f697.png", "汽车，安卓"]]
         assert sorted(entry.name for entry in out.iterdir()) == ["names.json", "noto"]
         (out / "thesis.txt").write_text("mine")
         assert prepared(cache, out, "--force") == 2 and (out / "thesis.txt").read_text() == "mine"
@@ -150,7 +163,7 @@ class TestCommittedSet:
             images, texts, skipped = load_folder(WUKONG / "data" / part, 32)
             files = [sample.path.name for sample in read_captions(WUKONG / "data" / part)[0]]
             assert skipped == [] and images.shape == (count, 3, 32, 32)
-            assert texts == [names[file]["zh"] for file in files]
+            assert texts == [names[file]["zh"] + "，黑白" for file in files]
             assert (images[:, 0] == images[:, 1]).all() and (images[:, 0] == images[:, 2]).all()
             assert images.std(axis=(1, 2, 3)).min() > 0.1
             seen[part] = set(files)

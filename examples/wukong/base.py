@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from text_encoder import TextEncoder
 from tokenizer import CharTokenizer
-from training import write_atomically
 from unet import UNetModel
+from whole_files import write_atomically
 
 from mindpet_lite import yaml_files
 

@@ -1,9 +1,11 @@
-"""Images with captions in Wukong's format: a folder of images and CSV files with the columns ``dir,text``.
+"""Images with captions: a folder of images and a list of them in Wukong's format or in Hugging Face's.
 
-``dir`` is an image's path relative to the folder, ``text`` its caption. Numpy and Pillow only, so that data can be read
-and tested without MindSpore.
+Wukong's are CSV files with the columns ``dir,text``: an image's path relative to the folder, and its caption. Hugging
+Face's is one file ``metadata.jsonl``, a JSON object on each line with ``file_name`` and ``text``. Numpy and Pillow
+only, so that data can be read and tested without MindSpore.
 """
 import csv
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 COLUMNS = ("dir", "text")
+METADATA = "metadata.jsonl"
 
 
 class DataError(Exception):
@@ -27,28 +30,30 @@ class Sample(NamedTuple):
 
 
 def read_captions(folder: str | Path) -> tuple[list[Sample], list[str]]:
-    """Reads every ``*.csv`` of a folder, in the order of their names.
+    """Reads every ``*.csv`` of a folder, in the order of their names, and ``metadata.jsonl``.
 
     Args:
-        folder: The folder with the CSV files; image paths are relative to it and may not leave it.
+        folder: The folder with these files; image paths are relative to it and may not leave it.
 
     Returns:
         The good rows in file order, and one message for each row that was skipped, naming file and line.
 
     Raises:
-        DataError: No such folder, no CSV file in it, a file that is not UTF-8, a header without ``dir`` and ``text``,
-            or not a single good row.
+        DataError: No such folder, none of these files in it, a file that is not UTF-8, a CSV header without ``dir`` and
+            ``text``, or not a single good row.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"no data folder {folder}: expected a folder with images and a CSV file (columns dir,text)")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".csv" and not file.name.startswith("."))
+    files = sorted(file for file in folder.iterdir() if not file.name.startswith(".") and (
+        file.suffix.lower() == ".csv" or file.name == METADATA))
     if not files:
-        raise DataError(f"no CSV file in {folder}: expected at least one *.csv with the columns dir,text")
+        raise DataError(f"no CSV file in {folder}: expected at least one *.csv with the columns dir,text, or "
+                        f"{METADATA} with file_name and text")
     samples: list[Sample] = []
     skipped: list[str] = []
     for file in files:
-        _read_file(file, samples, skipped)
+        (_read_json_lines if file.name == METADATA else _read_csv)(file, samples, skipped)
     if not samples:
         raise _nothing_usable(folder, skipped)
     return samples, skipped
@@ -59,15 +64,20 @@ def _nothing_usable(folder: Path, skipped: list[str]) -> DataError:
     return DataError(f"not a single usable row in the CSV files of {folder} ({len(skipped)} skipped{first})")
 
 
-def _read_file(file: Path, samples: list[Sample], skipped: list[str]) -> None:
-    """Appends the good rows of one CSV file to ``samples`` and what is wrong with the others to ``skipped``."""
+def _read_lines(file: Path) -> list[str]:
+    """The lines of a text file."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            lines = list(stream)
+            return list(stream)
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}") from None
+
+
+def _read_csv(file: Path, samples: list[Sample], skipped: list[str]) -> None:
+    """Appends the good rows of one CSV file to ``samples`` and what is wrong with the others to ``skipped``."""
+    lines = _read_lines(file)
     rows = _rows(lines)
     _, header = next(rows, (1, []))
     columns = [] if isinstance(header, csv.Error) else [name.strip() for name in header]
@@ -77,9 +87,24 @@ def _read_file(file: Path, samples: list[Sample], skipped: list[str]) -> None:
     for line, row in rows:
         where = f"{file.name} line {line}"
         try:
-            samples.append(_sample(file.parent, columns, row, where))
+            samples.append(_sample(file.parent, *_fields(columns, row), where))
         except DataError as error:
             skipped.append(f"{where}: {error}")
+
+
+def _read_json_lines(file: Path, samples: list[Sample], skipped: list[str]) -> None:
+    """The same for a file with a JSON object on each line."""
+    for line, text in enumerate(_read_lines(file), start=1):
+        where = f"{file.name} line {line}"
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+            samples.append(_sample(file.parent, row["file_name"], row["text"], where))
+        except DataError as error:
+            skipped.append(f"{where}: {error}")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            skipped.append(f"{where}: not a JSON object with the texts file_name and text")
 
 
 def _rows(lines: list[str]) -> Iterator[tuple[int, list[str] | csv.Error]]:
@@ -102,15 +127,20 @@ def _rows(lines: list[str]) -> Iterator[tuple[int, list[str] | csv.Error]]:
             start = line + 1
 
 
-def _sample(folder: Path, columns: list[str], row: list[str] | csv.Error, where: str) -> Sample:
-    """Checks one row. Raises DataError with what is wrong with it."""
+def _fields(columns: list[str], row: list[str] | csv.Error) -> list[str]:
+    """The path and the text of one row."""
     if isinstance(row, csv.Error):
         raise DataError(f"not CSV ({row})")
     if len(row) != len(columns):
         raise DataError(f"expected {len(columns)} values, found {len(row)} (a text with a comma stands in quotes)")
-    name, text = (" ".join(row[columns.index(column)].strip().splitlines()) for column in COLUMNS)
+    return [row[columns.index(column)] for column in COLUMNS]
+
+
+def _sample(folder: Path, name: str, text: str, where: str) -> Sample:
+    """Checks one row. Raises DataError with what is wrong with it."""
+    name, text = (" ".join(value.strip().splitlines()) for value in (name, text))
     if not name or not text:
-        raise DataError(f"no value for {'text' if name else 'dir'}")
+        raise DataError(f"no value for {'text' if name else 'the image'}")
     try:
         path = (folder / name.replace("\\", "/")).resolve()
         inside, there = path.is_relative_to(folder.resolve()), path.is_file()
@@ -123,31 +153,40 @@ def _sample(folder: Path, columns: list[str], row: list[str] | csv.Error, where:
     return Sample(path, text, where)
 
 
-def load_image(path: str | Path, size: int) -> np.ndarray:
+def load_image(path: str | Path, height: int, width: int) -> np.ndarray:
     """Reads an image as the network wants it.
 
-    The middle square is cut out and scaled to ``size``: the part that Wukong's SmallestMaxSize and CenterCrop keep.
-    Where the smallest side is ``size`` already the pixels stay as they are. Transparency is laid on white.
+    The largest part in the middle that has the shape asked for is cut out and scaled; for a square that is the part
+    that Wukong's SmallestMaxSize and CenterCrop keep. Where the part has the size already the pixels stay as they are.
+    Transparency is laid on white.
 
     Args:
         path: Any format that Pillow reads, in any colour mode.
-        size: Width and height of the result in pixels.
+        height: Height of the result in pixels.
+        width: Its width.
 
     Returns:
-        float32 of shape (3, size, size), ``x / 127.5 - 1`` of the RGB bytes, so within [-1, 1].
+        float32 of shape (3, height, width), ``x / 127.5 - 1`` of the RGB bytes, so within [-1, 1].
 
     Raises:
         DataError: The file cannot be read as an image.
     """
+    image = _open_image(path)
+    scale = min(image.width / width, image.height / height)
+    box_width, box_height = max(1, round(scale * width)), max(1, round(scale * height))
+    left, top = (image.width - box_width) // 2, (image.height - box_height) // 2
+    part = image.crop((left, top, left + box_width, top + box_height))
+    part = part.resize((width, height), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray((np.asarray(part, np.float32) / 127.5 - 1).transpose(2, 0, 1))
+
+
+def _open_image(path: str | Path) -> Image.Image:
+    """An image in RGB, turned as its camera was held."""
     try:
         with Image.open(path) as opened:
-            image = _on_white(ImageOps.exif_transpose(opened))
+            return _on_white(ImageOps.exif_transpose(opened))
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise DataError(f"unreadable image {path}: {error}") from None
-    side = min(image.size)
-    left, top = ((length - side) // 2 for length in image.size)
-    square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BILINEAR)
-    return np.ascontiguousarray((np.asarray(square, np.float32) / 127.5 - 1).transpose(2, 0, 1))
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -160,57 +199,64 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
-def load_folder(folder: str | Path, size: int) -> tuple[np.ndarray, list[str], list[str]]:
-    """Reads a whole folder of captioned images into memory.
+class Pictures(NamedTuple):
+    """Images of one shape with their captions: images is float32 (n, 3, height, width), texts are n."""
+
+    images: np.ndarray
+    texts: list[str]
+
+
+def bucket_shapes(side: int, count: int, multiple: int) -> list[tuple[int, int]]:
+    """The shapes (height, width) that images are sorted into, from wide to tall.
+
+    Args:
+        side: No shape has more pixels than a square of this side.
+        count: How many; 1 is the square alone. Some may fall together.
+        multiple: Heights and widths are multiples of this, which the models ask for.
+    """
+    exponents = [2 * i / (count - 1) - 1 for i in range(count)] if count > 1 else [0.0]
+    shapes = []
+    for exponent in exponents:
+        short = max(multiple, int(side * 2 ** (-abs(exponent) / 2) / multiple + 1e-6) * multiple)
+        long = max(multiple, min(2 * side, side * side // short) // multiple * multiple)
+        shapes.append((short, long) if exponent < 0 else (long, short))
+    return list(dict.fromkeys(shapes))
+
+
+def load_buckets(folder: str | Path, shapes: list[tuple[int, int]]) -> tuple[list[Pictures], list[str]]:
+    """Reads a whole folder of captioned images into memory, each image in the shape nearest to its own.
 
     Args:
         folder: See :func:`read_captions`.
-        size: See :func:`load_image`.
+        shapes: The (height, width) to choose from.
 
     Returns:
-        Images (n, 3, size, size) in float32, their n captions, and a message for each row skipped.
+        The pictures of each shape that has any, and a message for each row skipped.
 
     Raises:
         DataError: As :func:`read_captions`, or not a single image is readable.
     """
     samples, skipped = read_captions(folder)
-    images, texts = [], []
+    found: dict[tuple[int, int], tuple[list[np.ndarray], list[str]]] = {shape: ([], []) for shape in shapes}
     for sample in samples:
         try:
-            images.append(load_image(sample.path, size))
-            texts.append(sample.text)
+            image = _open_image(sample.path)
+            shape = min(shapes, key=lambda one: abs(np.log(one[0] / one[1] * image.width / image.height)))
+            found[shape][0].append(load_image(sample.path, *shape))
+            found[shape][1].append(sample.text)
         except DataError as error:
             skipped.append(f"{sample.where}: {error}")
-    if not images:
+    buckets = [Pictures(np.stack(images), texts) for images, texts in found.values() if images]
+    if not buckets:
         raise _nothing_usable(Path(folder), skipped)
-    return np.stack(images), texts, skipped
+    return buckets, skipped
 
 
-def epochs(n: int, batch: int, seed: int, first_step: int = 0) -> Iterator[np.ndarray]:
-    """Yields the indices of one batch after the other, without end.
-
-    The batches are cut from one endless row of epochs, each a new shuffle of all n: every index comes once per epoch,
-    and the last batch of an epoch is filled up from the next one, so that its shape never changes.
-
-    Args:
-        n: Number of samples.
-        batch: Samples per batch; may be more than n.
-        seed: The same seed gives the same batches.
-        first_step: Number of batches to leave out: a run resumed at a step gets the batches it would have got.
+def load_folder(folder: str | Path, size: int) -> tuple[np.ndarray, list[str], list[str]]:
+    """Reads a whole folder of captioned images as squares: images (n, 3, size, size), captions, and what was skipped.
 
     Raises:
-        ValueError: ``n`` or ``batch`` below 1, or ``seed`` or ``first_step`` below 0.
+        DataError: As :func:`load_buckets`.
     """
-    for name, value, least in (("n", n, 1), ("batch", batch, 1), ("seed", seed, 0), ("first_step", first_step, 0)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    return _batches(n, batch, seed, first_step)
-
-
-def _batches(n: int, batch: int, seed: int, step: int) -> Iterator[np.ndarray]:
-    while True:
-        start, stop = step * batch, (step + 1) * batch
-        first, last = start // n, (stop - 1) // n
-        orders = [np.random.default_rng([seed, epoch]).permutation(n) for epoch in range(first, last + 1)]
-        yield np.concatenate(orders)[start - first * n:stop - first * n]
-        step += 1
+    (pictures,), skipped = load_buckets(folder, [(size, size)])
+    return pictures.images, pictures.texts, skipped

@@ -13,6 +13,19 @@ class UserError(Exception):
     """Something the user can mend; the text is one sentence that says how."""
 
 
+class Stopped(Exception):
+    """A signal ended the work after what was done was saved; the text says where.
+
+    Args:
+        text: One sentence.
+        code: The exit code.
+    """
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
 def sentence(error: BaseException) -> str:
     """What an error says, on one line and not without end."""
     text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
@@ -40,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def run(script: str, function: Callable[[], object], *kinds: type[Exception]) -> int:
+def run_script(script: str, function: Callable[[], object], *kinds: type[Exception]) -> int:
     """Runs a script's work and returns its exit code: 0, or 2 after an error that the user can mend.
 
     Args:
@@ -53,6 +66,9 @@ def run(script: str, function: Callable[[], object], *kinds: type[Exception]) ->
     except (UserError, OSError, *kinds) as error:
         print(f"{script}: error: {sentence(error)}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"{script}: {stopped}", file=sys.stderr)
+        return stopped.code
     except KeyboardInterrupt:
         print(f"{script}: interrupted; nothing was written", file=sys.stderr)
         return 130

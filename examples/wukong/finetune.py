@@ -1,203 +1,152 @@
-"""Fine-tunes the U-Net of a Wukong-style text-to-image model with LoRA, on a folder of captioned images.
+"""Fine-tunes a Wukong-style text-to-image model with LoRA, on a folder of captioned images.
 
     python finetune.py --config configs/wukong_tiny.yaml                       # the demo's run, on CPU
     python finetune.py --config configs/wukong_tiny.yaml --rank 8 --steps 200 --out /tmp/more
-    python finetune.py --data my/images --base base --lr 5e-4 --steps 1000
+    python finetune.py --data my/images --base base --lr 5e-4 --steps 1000 --save-every 100
+    python finetune.py --data my/images --base base --lr 5e-4 --steps 1000 --save-every 100 --resume
+    python finetune.py --data my/dog --instance-prompt 一只小狗 --class-prompt 狗脸      # DreamBooth
     python finetune.py --config configs/wukong_full_lora.yaml --base wukong-huahua-ms.ckpt --data my/images
+    msrun --worker_num=2 --local_worker_num=2 --join=True finetune.py --parallel data --data my/images
 
-A folder of data holds images and a CSV file with the columns dir,text. The run writes adapter/ (PEFT's layout),
-loss.png and results.json into --out, all of them when it is through, or none. Relative paths count from the working
-directory.
+A folder of data holds images and a CSV file with the columns dir,text, or metadata.jsonl. The run writes into --out:
+adapter/ (PEFT's layout), report.html, log.jsonl, settings.yaml, results.json, loss.png, and with --save-every
+checkpoints/. Relative paths count from the working directory. Ctrl-C and SIGTERM save a checkpoint first; --resume goes
+on from it.
 """
 
 import argparse
-import contextlib
 import json
-import math
 import sys
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import mindspore as ms
+import latents
 import numpy as np
 import pipeline
+import run_folder
 from base import Base, BaseError
-from data import DataError, epochs, load_folder
-from diffusion import DiffusionLoss, draw_noise
-from errors import Parser, UserError, explained, run, sentence
-from mindspore import nn, ops
-from pictures import save_loss_curve
+from data import DataError, Pictures, bucket_shapes, load_buckets, load_image
+from errors import Parser, UserError, explained, run_script
+from latents import Batches, Examples
+from pictures import save_image, save_loss_curve
+from report import write_report
+from samplers import GuidedStep
 from settings import FIELDS, Settings, add_flags, read
-from tqdm import tqdm
-from training import learning_rates
+from training import DRAWING, Run, Trained, denoising_loss, make_step, say, train
 
-from mindpet_lite import LoraConfig, freeze_delta, get_pet_model, lora_plus_groups, save_adapter
+from mindpet_lite import (
+    LoraConfig,
+    TrainingState,
+    freeze_delta,
+    freeze_modules,
+    get_pet_model,
+    init_data_parallel,
+    net_recompute,
+)
 from mindpet_lite.graph import TrainableReport
+from mindpet_lite.train import Ranks, gradient_bytes
 
 FLAGS = [name for name in FIELDS if name != "model"]
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Images and captions as the U-Net reads them: latents (n, C, h, w) and text vectors (n, L, D)."""
-
-    latents: np.ndarray
-    context: np.ndarray
-
-
-class TrainStep(nn.Cell):
-    """Loss, gradients, clipping and AdamW in one graph; in float16 with a dynamic loss scale.
-
-    A step whose scaled gradients overflow changes no weight and halves the scale; 1000 good ones in a row double it.
-
-    Args:
-        loss: A cell that gives a scalar.
-        optimizer: Its parameters are trained.
-        clip_norm: Largest norm of all gradients together.
-        loss_scale: First loss scale; None for none.
-    """
-
-    def __init__(self, loss: nn.Cell, optimizer: nn.Optimizer, clip_norm: float, loss_scale: float | None) -> None:
-        super().__init__(auto_prefix=False)
-        self.loss, self.optimizer, self.clip_norm = loss, optimizer, clip_norm
-        self.scaler = ms.amp.DynamicLossScaler(loss_scale, 2, 1000) if loss_scale else None
-        self.gradients = ms.value_and_grad(self.scaled_loss, None, optimizer.parameters)
-
-    def scaled_loss(self, *batch: ms.Tensor) -> ms.Tensor:
-        loss = self.loss(*batch)
-        return loss if self.scaler is None else self.scaler.scale(loss)
-
-    def construct(self, *batch: ms.Tensor) -> ms.Tensor:
-        loss, gradients = self.gradients(*batch)
-        if self.scaler is None:
-            return ops.depend(loss, self.optimizer(ops.clip_by_global_norm(gradients, self.clip_norm)))
-        finite = ms.amp.all_finite(gradients)
-        loss, gradients = self.scaler.unscale(loss), self.scaler.unscale(gradients)
-        loss = ops.depend(loss, self.scaler.adjust(finite))
-        if finite:
-            loss = ops.depend(loss, self.optimizer(ops.clip_by_global_norm(gradients, self.clip_norm)))
-        return loss
-
-
-def read_folder(folder: Path, size: int) -> tuple[np.ndarray, list[str]]:
-    """Images and captions of a folder; says how many rows were skipped, and why."""
-    images, texts, skipped = load_folder(folder, size)
-    print(f"{folder}: {len(texts)} images" + (f", {len(skipped)} rows skipped" if skipped else ""))
+def read_data(folder: Path, base: Base, settings: Settings, ranks: Ranks) -> list[Pictures]:
+    """Images and captions of a folder, by shape; says how many rows were skipped, and why."""
+    multiple = pipeline.side_multiple(base)
+    if settings.image_size % multiple:
+        raise UserError(f"image_size must be a multiple of {multiple} for this base, got {settings.image_size}")
+    buckets, skipped = load_buckets(folder, bucket_shapes(settings.image_size, settings.buckets, multiple))
+    count = sum(len(one.texts) for one in buckets)
+    say(ranks, f"{folder}: {count} images" + (f", {len(skipped)} rows skipped" if skipped else ""))
     for message in skipped[:10]:
-        print(f"  skipped: {message}")
-    return images, texts
-
-
-def encode(base: Base, images: np.ndarray, texts: list[str]) -> Examples:
-    """Runs the frozen autoencoder and text encoder once for all steps to come."""
-    return Examples(pipeline.encode_images(base, images), pipeline.embed_texts(base, texts))
+        say(ranks, f"  skipped: {message}")
+    if settings.buckets > 1:
+        for one in buckets:
+            say(ranks, f"  {one.images.shape[3]} x {one.images.shape[2]}: {len(one.texts)} images")
+    return buckets
 
 
 def adapt(base: Base, settings: Settings) -> TrainableReport:
-    """Puts LoRA into the U-Net, freezes the rest, and prints how much trains.
+    """Puts LoRA into the models that train, and freezes the rest.
 
     Raises:
         UserError: The target modules hit nothing, or something that LoRA cannot adapt.
     """
-    with explained("LoRA cannot be put into the U-Net", ValueError, TypeError):
-        get_pet_model(base.unet, LoraConfig(lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha,
-                                            lora_dropout=settings.lora_dropout, target_modules=settings.target_modules))
-    for net in (base.text_encoder, base.autoencoder):
-        for parameter in net.get_parameters():
-            parameter.requires_grad = False
-    report = freeze_delta(base.unet, "lora")
-    print(report)
-    return report
+    targets = [(base.unet, settings.target_modules)]
+    if settings.train_text_encoder:
+        targets.append((base.text_encoder, settings.text_target_modules))
+    else:
+        freeze_modules(base.text_encoder, include=["*"])
+    freeze_modules(base.autoencoder, include=["*"])
+    for net, names in targets:
+        with explained("LoRA cannot be put into the model", ValueError, TypeError):
+            get_pet_model(net, LoraConfig(lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha,
+                                          lora_dropout=settings.lora_dropout, target_modules=names))
+    if settings.recompute:
+        net_recompute(base.unet, r"(input_blocks|output_blocks)\.\d+|middle_block")
+    return freeze_delta(base.unet, "lora")
 
 
-def denoising_loss(loss: DiffusionLoss, base: Base, examples: Examples, settings: Settings) -> float:
-    """Mean loss over all images and `heldout_draws` noises and times each, always the same ones."""
-    rng = np.random.default_rng([settings.seed, 1])
-    count, size = len(examples.latents) * settings.heldout_draws, settings.batch_size
-    order = np.resize(np.arange(len(examples.latents)), math.ceil(count / size) * size)
-    losses = []
-    for rows in order.reshape(-1, size):
-        timesteps, noise = draw_noise(rng, examples.latents[rows].shape, base.schedule)
-        inputs = (examples.latents[rows], examples.context[rows], timesteps, noise)
-        losses.append(float(loss(*map(ms.Tensor, inputs)).asnumpy()))
-    return float(np.mean(losses))
+def open_folder(settings: Settings, trained: Trained) -> None:
+    """Makes the folder of a run, or clears it, and writes what can be written before the training.
 
-
-def batches(base: Base, examples: Examples, settings: Settings) -> Iterator[tuple[np.ndarray, ...]]:
-    """Endless training batches: latents, context, timesteps and noise; some captions give way to the empty one."""
-    rng, empty = np.random.default_rng([settings.seed, 2]), pipeline.embed_texts(base, [""])
-    for rows in epochs(len(examples.latents), settings.batch_size, settings.seed):
-        latents = examples.latents[rows]
-        dropped = rng.random((len(rows), 1, 1)) < settings.caption_dropout
-        yield latents, np.where(dropped, empty, examples.context[rows]), *draw_noise(rng, latents.shape, base.schedule)
-
-
-def train(base: Base, examples: Examples, settings: Settings) -> list[float]:
-    """Trains the adapter; returns the loss of every step.
-
-    Raises:
-        UserError: The loss is not finite.
+    A disk that is full, or an adapter that cannot be saved, shows now and not at the end.
     """
-    rates = learning_rates(settings.learning_rate, settings.final_learning_rate, settings.warmup_steps, settings.steps)
-    trained = base.unet.trainable_params() if settings.lora_plus_ratio == 1 else \
-        lora_plus_groups(base.unet, rates, settings.lora_plus_ratio)
-    optimizer = nn.AdamWeightDecay(trained, rates, weight_decay=settings.weight_decay)
-    loss = DiffusionLoss(base.unet, base.schedule, settings.min_snr_gamma)
-    step = TrainStep(loss, optimizer, settings.clip_norm, settings.loss_scale if settings.fp16 else None)
-    base.unet.set_train(True)
-    losses: list[float] = []
-    with tqdm(total=settings.steps, unit="step", desc="fine-tuning", mininterval=1) as bar:
-        for batch in batches(base, examples, settings):
-            losses.append(float(step(*map(ms.Tensor, batch)).asnumpy()))
-            if not settings.fp16 and not math.isfinite(losses[-1]):
-                raise UserError(f"the loss became {losses[-1]} at step {len(losses)}: lower learning_rate")
-            bar.set_postfix(loss=f"{np.mean(losses[-20:]):.4f}", lr=f"{rates[len(losses) - 1]:.1e}", refresh=False)
-            bar.update()
-            if len(losses) == settings.steps:
-                break
-    base.unet.set_train(False)
-    return losses
+    out = settings.out
+    if settings.overwrite:
+        run_folder.clear(out)
+    out.mkdir(parents=True, exist_ok=True)
+    run_folder.save_settings(settings)
+    if not settings.resume:
+        trained.save(out)
 
 
-@contextlib.contextmanager
-def all_or_nothing(out: Path) -> Iterator[Path]:
-    """Gives a folder beside `out`; when the block ends well, what is in it takes its place in `out`.
+def class_pictures(base: Base, settings: Settings) -> Pictures:
+    """DreamBooth's class images: what the base draws of the class prompt before it is trained, kept in the folder."""
+    prompts = [str(settings.class_prompt)] * settings.class_images
+    files = [settings.out / "class_images" / f"{i:03d}.png" for i in range(settings.class_images)]
+    if not all(file.is_file() for file in files):
+        shape = pipeline.latent_shape(base, settings.image_size)
+        noise = pipeline.start_noise(shape, len(prompts), settings.seed + 1)
+        images = pipeline.generate(base, GuidedStep(base.unet, base.schedule.prediction), prompts, noise, **DRAWING)
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        for image, file in zip(images, files):
+            save_image(image, file)
+    return Pictures(np.stack([load_image(file, settings.image_size, settings.image_size) for file in files]), prompts)
 
-    Raises:
-        UserError: A folder cannot be made or written, or the disk is full; nothing is left behind.
+
+def prepare(settings: Settings, ranks: Ranks, base: Base) -> tuple[Run, list[Examples], dict[str, float]]:
+    """Reads the data, adapts the base and makes the step. Whatever can be wrong shows before the folder changes.
+
+    Returns:
+        The run, the held-out examples, and what is known before the training.
     """
-    out = out.resolve()
-    made = [parent for parent in out.parents if not parent.exists()]
-    try:
-        if out.exists() and not out.is_dir():
-            raise UserError(f"{out} is a file: give --out a folder")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
-            yield Path(work)
-            for new in [path for path in sorted(Path(work).rglob("*")) if path.is_file()]:
-                target = out / new.relative_to(work)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                new.replace(target)
-    except BaseException as error:
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        if isinstance(error, OSError):
-            reason = error.strerror or sentence(error)
-            raise UserError(f"nothing was written to {out}, because writing failed ({reason}): make room on the disk, "
-                            "or give --out a folder that can be written to") from error
-        raise
+    run_folder.check(settings)
+    buckets = read_data(settings.data, base, settings, ranks)
+    if settings.instance_prompt:
+        buckets = [one._replace(texts=[settings.instance_prompt] * len(one.texts)) for one in buckets]
+    heldout_folder = settings.heldout_folder()
+    heldout = read_data(heldout_folder, base, settings, ranks) if heldout_folder else []
+    report = adapt(base, settings)
+    say(ranks, str(report))
+    trained = Trained(base, settings)
+    step, rates = make_step(base, settings, trained)
+    if ranks.is_first:
+        open_folder(settings, trained)
+    say(ranks, f"each of {ranks.size} processes sends {gradient_bytes(step.optimizer.parameters):,} bytes of gradients "
+               f"for an update" if ranks.size > 1 else "computing latents and text vectors")
+    examples = [latents.encode(base, one, settings, settings.random_flip) for one in buckets]
+    prior = latents.encode(base, class_pictures(base, settings), settings, settings.random_flip) \
+        if settings.class_prompt else None
+    batches = Batches(base, examples, prior, settings, ranks.rank, ranks.size)
+    state = TrainingState(settings.out / run_folder.CHECKPOINTS, trained if settings.train_text_encoder else base.unet,
+                          step, batches.sampler, settings.keep, run_folder.lasting(settings))
+    unseen = [latents.encode(base, one, settings, flip=False) for one in heldout]
+    measured = {"trainable": report.trainable, "parameters": report.total,
+                "images": sum(len(one.texts) for one in buckets)}
+    return Run(settings, base, ranks, trained, batches, step, state, rates), unseen, measured
 
 
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of the weights in a folder."""
-    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("*.safetensors"))
-
-
-def finetune(settings: Settings, base: Base, out: Path) -> dict[str, float]:
-    """Adapts the base in place, trains the adapter, and writes adapter/ and loss.png into a folder that exists.
+def finetune(settings: Settings, base: Base, ranks: Ranks | None = None) -> dict[str, float]:
+    """Adapts the base in place, trains the adapter, and writes all that a run leaves into its folder.
 
     Returns:
         What was measured, by the name it has in results.json.
@@ -205,44 +154,60 @@ def finetune(settings: Settings, base: Base, out: Path) -> dict[str, float]:
     Raises:
         UserError: The settings do not fit the base, or the loss is not finite.
         DataError: There is no usable image.
+        Stopped: A signal came; a checkpoint was saved.
         OSError: The folder cannot be written, or the disk is full.
     """
-    images, texts = read_folder(settings.data, settings.image_size)
-    heldout_folder = settings.heldout_folder()
-    heldout = read_folder(heldout_folder, settings.image_size) if heldout_folder else None
-    pipeline.latent_shape(base, settings.image_size)
-    report = adapt(base, settings)
-    # Written before the training too, so that a full disk shows now and not at the end.
-    save_adapter(base.unet, out / "adapter")
-    adapter_bytes, base_bytes = size_of(out / "adapter"), size_of(settings.base)
-    share = 100 * adapter_bytes / base_bytes
-    print(f"adapter file: {adapter_bytes:,} bytes, {share:.2f}% of the base's {base_bytes:,}")
-    measured: dict[str, float] = {"trainable": report.trainable, "parameters": report.total,
-                                  "adapter_bytes": adapter_bytes, "base_bytes": base_bytes}
-    loss = DiffusionLoss(base.unet, base.schedule)
-    examples = encode(base, images, texts)
-    unseen = encode(base, *heldout) if heldout else None
+    ranks = ranks or Ranks()
+    run, unseen, measured = prepare(settings, ranks, base)
     if unseen:
-        measured["heldout_loss_base"] = denoising_loss(loss, base, unseen, settings)
-    losses = train(base, examples, settings)
+        measured["heldout_loss_base"] = denoising_loss(base, unseen, settings)
+    if settings.resume:
+        with explained("--resume", ValueError):
+            say(ranks, f"going on after step {run.state.resume()}")
+    losses = train(run)
     if unseen:
-        measured["heldout_loss_adapter"] = denoising_loss(loss, base, unseen, settings)
+        measured["heldout_loss_adapter"] = denoising_loss(base, unseen, settings)
         before, after = measured["heldout_loss_base"], measured["heldout_loss_adapter"]
-        change = 100 * (after / before - 1)
-        print(f"held-out denoising loss: {before:.4f} base, {after:.4f} adapter ({change:+.1f}%)")
-    save_adapter(base.unet, out / "adapter")
-    save_loss_curve(losses, out / "loss.png")
+        say(ranks, f"held-out denoising loss: {before:.4f} base, {after:.4f} adapter "
+                   f"({100 * (after / before - 1):+.1f}%)")
+    if ranks.is_first:
+        save_results(run, losses, measured)
     return measured
 
 
+def save_results(run: Run, losses: list[float], measured: dict[str, float]) -> None:
+    """Writes the adapter, its averages, the curve and the figures."""
+    out = run.settings.out
+    adapter = run.trained.save(out)
+    if run.step.ema is not None:
+        with run.step.ema.applied():
+            run.trained.save(out / "ema")
+    measured |= {"adapter_bytes": size_of(adapter), "base_bytes": size_of(run.settings.base)}
+    save_loss_curve(losses, out / "loss.png")
+    save_figures(run.settings, measured)
+
+
+def save_figures(settings: Settings, measured: dict[str, float]) -> None:
+    """Writes results.json and report.html."""
+    (settings.out / "results.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    write_report(settings.out, run_folder.plain(settings), measured)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of the weights in a folder."""
+    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
 def whole_run(settings: Settings) -> None:
-    """Loads the base, fine-tunes it, and puts all results in their place when they are there."""
+    """Loads the base, fine-tunes it, and says where the results are."""
     pipeline.use_device(settings)
-    base = pipeline.load_models(settings)
-    with all_or_nothing(settings.out) as out:
-        measured = finetune(settings, base, out)
-        (out / "results.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {settings.out}: adapter/, loss.png, results.json")
+    with explained("--parallel data", RuntimeError):
+        ranks = init_data_parallel() if settings.parallel == "data" else Ranks()
+    measured = finetune(settings, pipeline.load_models(settings), ranks)
+    if ranks.is_first:
+        share = 100 * measured["adapter_bytes"] / measured["base_bytes"]
+        print(f"written to {settings.out}: adapter/ ({measured['adapter_bytes']:,} bytes, {share:.2f}% of the base), "
+              f"report.html, log.jsonl, settings.yaml, results.json, loss.png")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -255,7 +220,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = parse(argv)
-    return run("finetune.py", lambda: whole_run(read(arguments)), BaseError, DataError)
+    return run_script("finetune.py", lambda: whole_run(read(arguments)), BaseError, DataError)
 
 
 if __name__ == "__main__":

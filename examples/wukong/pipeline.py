@@ -1,5 +1,6 @@
 """What fine-tuning and sampling share: the device, the models, pictures to latents and back, texts to vectors."""
 
+import dataclasses
 import logging
 
 import mindspore as ms
@@ -36,12 +37,20 @@ def use_device(settings: Settings) -> None:
 
 
 def load_models(settings: Settings) -> Base:
-    """Loads the base that the settings name.
+    """Loads the base that the settings name; what the U-Net predicts is what they say, if they do.
 
     Raises:
         UserError: The base and the settings do not fit each other.
         BaseError: The base is missing, damaged or does not fit its configuration.
     """
+    base = read_models(settings)
+    if settings.prediction is None:
+        return base
+    return dataclasses.replace(base, schedule=dataclasses.replace(base.schedule, prediction=settings.prediction))
+
+
+def read_models(settings: Settings) -> Base:
+    """Reads the base from a checkpoint or from a folder. Errors as `load_models`."""
     options = {"use_fp16": True} if settings.fp16 else {}
     if settings.base.suffix == ".ckpt":
         if settings.model is None:
@@ -54,18 +63,22 @@ def load_models(settings: Settings) -> Base:
     return load_base(settings.base, **options)
 
 
+def side_multiple(base: Base) -> int:
+    """Heights and widths of images must be multiples of this, so that the models can halve them as often as they do."""
+    config = base.config
+    return 2 ** (len(config["autoencoder"]["ddconfig"]["ch_mult"]) + len(config["unet"]["channel_mult"]) - 2)
+
+
 def latent_shape(base: Base, image_size: int) -> tuple[int, int, int]:
     """Shape of one image's latents.
 
     Raises:
         UserError: The models cannot halve the image's side as often as they have to.
     """
-    config = base.config
-    factor = 2 ** (len(config["autoencoder"]["ddconfig"]["ch_mult"]) - 1)
-    multiple = factor * 2 ** (len(config["unet"]["channel_mult"]) - 1)
-    if image_size % multiple:
-        raise UserError(f"image_size must be a multiple of {multiple} for this base, got {image_size}")
-    return config["unet"]["in_channels"], image_size // factor, image_size // factor
+    if image_size % side_multiple(base):
+        raise UserError(f"image_size must be a multiple of {side_multiple(base)} for this base, got {image_size}")
+    side = image_size // 2 ** (len(base.config["autoencoder"]["ddconfig"]["ch_mult"]) - 1)
+    return base.config["unet"]["in_channels"], side, side
 
 
 def in_batches(function: nn.Cell, array: np.ndarray, size: int = BATCH) -> np.ndarray:

@@ -1,22 +1,26 @@
 """Makes captioned emoji images in Wukong's format: folders of PNG images, each with a captions.csv (columns dir,text).
 
-    python prepare_data.py                                  # the two colour sets and the black-and-white one
+    python prepare_data.py                                  # the five colour sets and the black-and-white one
     python prepare_data.py --styles noto flat --groups 3 4 --size 64 --out /tmp/nature
     python prepare_data.py --styles contrast --split --out /tmp/small      # what is committed in examples/wukong/data
 
-Captions are the Chinese names from emojibase, images come from icon sets on npm. Only emoji that stand in all three
-sets are taken, without skin-tone variants, so that every style has the same pictures. names.json tells which is which.
+A caption is emojibase's Chinese name of the emoji and the word for the style: "狐狸，扁平". Images come from icon sets
+on npm. Emoji that stand in noto, flat and contrast are taken, without skin-tone variants; the other sets lack some of
+them. names.json tells which file is which emoji.
 """
 import argparse
 import csv
 import hashlib
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,20 +29,26 @@ from PIL import Image
 
 
 class Style(NamedTuple):
-    """An icon set on npm, and the mode of its PNG images."""
+    """An icon set on npm, the word for it in captions, and the mode of its PNG images."""
 
     package: str
     version: str
-    mode: str
+    word: str
+    mode: str = "RGB"
 
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("emojibase-data", "17.0.0")
 STYLES = {
-    "noto": Style("@iconify-json/noto", "1.2.9", "RGB"),
-    "flat": Style("@iconify-json/fluent-emoji-flat", "1.2.6", "RGB"),
-    "contrast": Style("@iconify-json/fluent-emoji-high-contrast", "1.2.6", "L"),
+    "noto": Style("@iconify-json/noto", "1.2.9", "安卓"),
+    "flat": Style("@iconify-json/fluent-emoji-flat", "1.2.6", "扁平"),
+    "solid": Style("@iconify-json/fluent-emoji", "1.2.7", "立体"),
+    "noto-v1": Style("@iconify-json/noto-v1", "1.2.5", "圆润"),
+    "firefox": Style("@iconify-json/fxemoji", "1.2.2", "淡彩"),
+    "contrast": Style("@iconify-json/fluent-emoji-high-contrast", "1.2.6", "黑白", "L"),
 }
+# The sets that name the emoji of each icon. An emoji is taken where all of them have it.
+COMPLETE = ("noto", "flat", "contrast")
 GROUPS = {0: "smileys", 1: "people", 3: "animals and nature", 4: "food and drink", 5: "travel", 6: "activities",
           7: "objects", 8: "symbols", 9: "flags"}
 TRAIN, HELDOUT, SPLIT_SEED = 300, 100, 0
@@ -116,6 +126,11 @@ def read_emoji(archive: Path) -> list[Emoji]:
     return [Emoji(code, e["label"], english[code], e["group"]) for code, e in grouped.items()]
 
 
+def letters(name: str) -> str:
+    """The letters and digits of a name in lower case: sets write baby-chick, babychick and Baby Chick."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
 class IconSet:
     """An iconify icon set: SVG icons by plain hexcode."""
 
@@ -125,6 +140,22 @@ class IconSet:
 
     def __contains__(self, hexcode: str) -> bool:
         return hexcode in self._names
+
+    def name(self, hexcode: str) -> str:
+        """The icon's name in this set."""
+        return self._names[hexcode]
+
+    def find(self, names: dict[str, list[str]]) -> None:
+        """Finds icons by name, for a set that does not say which emoji its icons are.
+
+        Args:
+            names: Plain hexcode -> names of the emoji, the best first; an icon is given to one emoji only.
+        """
+        icons = {letters(name): name for name in sorted({*self._set["icons"], *self._set.get("aliases", {})})}
+        for hexcode, some in names.items():
+            found = next((name for name in map(letters, some) if name in icons), None)
+            if found is not None:
+                self._names[hexcode] = icons.pop(found)
 
     def svg(self, hexcode: str) -> str:
         """The whole SVG of an icon; its ``currentColor``, all that the high-contrast set is drawn in, is black."""
@@ -143,6 +174,37 @@ class IconSet:
         return {**parent, **alias, "hFlip": alias.get("hFlip", False) != parent.get("hFlip", False)}
 
 
+def english_names(one: Emoji, sets: list[IconSet], shortcodes: dict[str, list[str]]) -> Iterator[str]:
+    """The names of an emoji: in other sets, in emojibase, in Unicode, and in chats."""
+    yield from (icons.name(one.hexcode) for icons in sets)
+    yield one.en
+    if "-" not in one.hexcode:
+        yield unicodedata.name(chr(int(one.hexcode, 16)), "")
+    yield from shortcodes.get(one.hexcode, [])
+
+
+def read_shortcodes(archive: Path) -> dict[str, list[str]]:
+    """Reads emojibase's tables of names such as :baby_chick:, by plain hexcode."""
+    found: dict[str, list[str]] = {}
+    for table in ("emojibase", "cldr", "github", "joypixels", "iamcal"):
+        for hexcode, names in read_json(archive, f"en/shortcodes/{table}.json").items():
+            found.setdefault(plain_hexcode(hexcode), []).extend([names] if isinstance(names, str) else names)
+    return found
+
+
+def read_icons(chosen: list[str], emoji: list[Emoji], cache: Path) -> tuple[dict[str, IconSet], list[Emoji]]:
+    """Reads the icon sets of the chosen styles, and tells which emoji stand in all complete sets."""
+    needed = [style for style in STYLES if style in chosen or style in COMPLETE]
+    icons = {style: IconSet(fetch(STYLES[style].package, STYLES[style].version, cache)) for style in needed}
+    complete = [icons[style] for style in COMPLETE]
+    common = [one for one in emoji if all(one.hexcode in each for each in complete)]
+    shortcodes = read_shortcodes(fetch(*NAMES, cache))
+    names = {one.hexcode: list(english_names(one, complete, shortcodes)) for one in common}
+    for style in set(needed) - set(COMPLETE):
+        icons[style].find(names)
+    return icons, common
+
+
 def render(svg: str, size: int, mode: str) -> Image.Image:
     """Renders an SVG on white, ``size`` x ``size`` pixels, the drawing centred where it is not square."""
     import resvg_py
@@ -153,16 +215,17 @@ def render(svg: str, size: int, mode: str) -> Image.Image:
 
 
 def write_folder(folder: Path, emoji: list[Emoji], icons: IconSet, style: str, size: int) -> None:
-    """Writes one folder in Wukong's format: an image per emoji and ``captions.csv``."""
+    """Writes one folder in Wukong's format: an image for each emoji of the set and ``captions.csv``."""
     from tqdm import tqdm
 
     folder.mkdir()
+    emoji = [one for one in emoji if one.hexcode in icons]
     for one in tqdm(emoji, desc=folder.name, unit="image"):
         render(icons.svg(one.hexcode), size, STYLES[style].mode).save(folder / one.file, optimize=True)
     with (folder / "captions.csv").open("w", encoding="utf-8", newline="") as stream:
         rows = csv.writer(stream, lineterminator="\n")
         rows.writerow(COLUMNS)
-        rows.writerows((one.file, one.zh) for one in emoji)
+        rows.writerows((one.file, f"{one.zh}，{STYLES[style].word}") for one in emoji)
 
 
 def split(emoji: list[Emoji]) -> dict[str, list[Emoji]]:
@@ -177,11 +240,9 @@ def split(emoji: list[Emoji]) -> dict[str, list[Emoji]]:
 
 def prepare(args: argparse.Namespace, folder: Path) -> None:
     """Fetches, renders and writes everything below ``folder``, which exists."""
-    names = read_emoji(fetch(*NAMES, args.cache))
-    icons = {name: IconSet(fetch(style.package, style.version, args.cache)) for name, style in STYLES.items()}
-    common = [one for one in names if all(one.hexcode in each for each in icons.values())]
+    icons, common = read_icons(args.styles, read_emoji(fetch(*NAMES, args.cache)), args.cache)
     chosen = [one for one in common if one.group in args.groups]
-    print(f"{len(common)} emoji stand in all of {', '.join(STYLES)}; {len(chosen)} of them in the groups "
+    print(f"{len(common)} emoji stand in all of {', '.join(COMPLETE)}; {len(chosen)} of them in the groups "
           f"{', '.join(f'{GROUPS[group]} ({group})' for group in args.groups)}")
     if args.split:
         parts = {part: (emoji, args.styles[0]) for part, emoji in split(chosen).items()}

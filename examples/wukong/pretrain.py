@@ -1,8 +1,8 @@
 """Trains the small base, in two stages, from folders of images with Chinese captions.
 
-    python prepare_data.py --styles noto flat --out work/data
+    python prepare_data.py --styles noto flat solid noto-v1 firefox --out work/data
     python pretrain.py autoencoder --data work/data/flat work/data/noto --work work/base
-    python pretrain.py unet        --data work/data/flat                --work work/base --out base
+    python pretrain.py unet        --data work/data/{noto,flat,solid,noto-v1,firefox} --work work/base --out base
 
 The first stage learns to compress pictures; the second learns the U-Net and the text encoder on the latents. A run that
 was stopped goes on where it was saved last when it is started again with the same arguments. Everything random follows
@@ -17,13 +17,16 @@ import mindspore as ms
 import numpy as np
 from autoencoder import AutoencoderKL
 from base import BaseError, load_weights, save_base, save_weights
-from data import DataError, epochs, load_folder
-from diffusion import DiffusionLoss, Schedule, draw_noise
+from data import DataError, load_folder
+from diffusion import DiffusionLoss, Schedule, TextToImageLoss, draw_noise
 from mindspore import nn, ops
+from pretrain_loop import Trainer, TrainingError
 from text_encoder import TextEncoder
 from tokenizer import CharTokenizer
-from training import Trainer, TrainingError, learning_rates
+from training import learning_rates
 from unet import UNetModel
+
+from mindpet_lite import BatchSampler
 
 SIZE = 32
 LATENTS = 8
@@ -34,7 +37,7 @@ AUTOENCODER = {
 }
 UNET = {
     "image_size": SIZE // 4, "in_channels": LATENTS, "out_channels": LATENTS, "model_channels": 96,
-    "attention_resolutions": [1, 2], "num_res_blocks": 1, "channel_mult": [1, 1], "num_heads": 4, "context_dim": 64,
+    "attention_resolutions": [1, 2], "num_res_blocks": 1, "channel_mult": [1, 2], "num_heads": 4, "context_dim": 64,
 }
 TEXT_WIDTH = {"output_dim": 64, "width": 64, "layers": 2, "heads": 4}
 CONTEXT_LENGTH = 16
@@ -43,7 +46,8 @@ KL_WEIGHT = 2e-4
 GAMMA = 5.0
 DROPPED = 0.1
 # Ways people ask for a picture, so that a prompt need not be the bare caption, which stays the most frequent by far.
-TEMPLATES = ("{}",) * 12 + ("一个{}", "{}的图片", "{}的图案")
+# The name comes before the style: the text encoder reads from left to right, so all styles share the name's vectors.
+TEMPLATES = ("{name}，{style}",) * 12 + ("一个{name}，{style}", "{name}的图片，{style}", "{style}的{name}", "{name}")
 
 
 class AutoencoderLoss(nn.Cell):
@@ -60,18 +64,6 @@ class AutoencoderLoss(nn.Cell):
         kl = 0.5 * (mean * mean + ops.exp(logvar) - 1.0 - logvar).mean()
         error = decoded - img
         return ops.abs(error).mean() + (error * error).mean() + KL_WEIGHT * kl
-
-
-class TextToImageLoss(nn.Cell):
-    """The diffusion loss with the text encoder in the graph, so that both are trained."""
-
-    def __init__(self, unet: nn.Cell, text_encoder: nn.Cell, schedule: Schedule) -> None:
-        super().__init__(auto_prefix=False)
-        self.text_encoder = text_encoder
-        self.loss = DiffusionLoss(unet, schedule, GAMMA)
-
-    def construct(self, x0: ms.Tensor, ids: ms.Tensor, timesteps: ms.Tensor, noise: ms.Tensor) -> ms.Tensor:
-        return self.loss(x0, self.text_encoder(ids), timesteps, noise)
 
 
 def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -108,6 +100,12 @@ def load_pictures(folders: list[Path]) -> tuple[np.ndarray, list[str]]:
     return np.concatenate(images), texts
 
 
+def phrases(caption: str) -> list[str]:
+    """A caption "name，style" in the ways of TEMPLATES."""
+    name, _, style = caption.partition("，")
+    return [template.format(name=name, style=style) if style else name for template in TEMPLATES]
+
+
 def settings(args: argparse.Namespace, images: int) -> dict:
     """What must be the same when a run is continued. The number of steps may change: it only bends the rate."""
     return {"stage": args.stage, "seed": args.seed, "batch": args.batch, "rate": args.rate, "images": images}
@@ -142,12 +140,13 @@ def train_autoencoder(args: argparse.Namespace) -> None:
     rates = learning_rates(args.rate, args.rate / 100, 100, args.steps)
     trainer = Trainer({"autoencoder": autoencoder}, AutoencoderLoss(autoencoder), args.work / "autoencoder", rates,
                       1e-4, settings(args, len(images)), 0.99)
-    rows = epochs(len(images), args.batch, args.seed, trainer.step)
+    sampler = BatchSampler(len(images), args.batch, args.seed)
+    sampler.step = trainer.step
 
     def batch(step: int) -> tuple[np.ndarray, ...]:
         rng = np.random.default_rng([args.seed, 1, step])
         noise = rng.standard_normal((args.batch, LATENTS, SIZE // 4, SIZE // 4), dtype=np.float32)
-        return augment(images[next(rows)], rng), noise
+        return augment(images[next(sampler)], rng), noise
 
     def save() -> None:
         target = args.work / "autoencoder.safetensors"
@@ -168,9 +167,10 @@ def train_unet(args: argparse.Namespace) -> None:
     load_weights(autoencoder, args.work / "autoencoder.safetensors")
     latents = encode(autoencoder, images)
     scale = float(1 / latents.std())
-    vocabulary = "".join(sorted({character for text in (*texts, *TEMPLATES) for character in text} - set("{}")))
+    prompts = [phrases(text) for text in texts]
+    vocabulary = "".join(sorted({character for some in prompts for text in some for character in text}))
     tokenizer = CharTokenizer(vocabulary, CONTEXT_LENGTH)
-    ids = np.array([[tokenizer(template.format(text)) for template in TEMPLATES] for text in texts], np.int32)
+    ids = np.array([[tokenizer(text) for text in some] for some in prompts], np.int32)
     empty = np.array(tokenizer(""), np.int32)
     config = {
         "unet": UNET,
@@ -179,12 +179,14 @@ def train_unet(args: argparse.Namespace) -> None:
     }
     unet, text_encoder, schedule = UNetModel(**UNET), TextEncoder(**config["text_encoder"]), Schedule(**SCHEDULE)
     rates = learning_rates(args.rate, args.rate / 20, 200, args.steps)
-    trainer = Trainer({"unet": unet, "text_encoder": text_encoder}, TextToImageLoss(unet, text_encoder, schedule),
-                      args.work / "unet", rates, 1e-3, settings(args, len(images)), 0.998)
-    rows = epochs(len(images), args.batch, args.seed, trainer.step)
+    loss = TextToImageLoss(DiffusionLoss(unet, schedule, GAMMA), text_encoder)
+    trainer = Trainer({"unet": unet, "text_encoder": text_encoder}, loss, args.work / "unet", rates, 1e-3,
+                      settings(args, len(images)), 0.998)
+    sampler = BatchSampler(len(images), args.batch, args.seed)
+    sampler.step = trainer.step
 
     def batch(step: int) -> tuple[np.ndarray, ...]:
-        rng, chosen = np.random.default_rng([args.seed, 2, step]), next(rows)
+        rng, chosen = np.random.default_rng([args.seed, 2, step]), next(sampler)
         words = ids[chosen, rng.integers(0, len(TEMPLATES), args.batch)]
         words = np.where(rng.random((args.batch, 1)) < DROPPED, empty, words).astype(np.int32)
         timesteps, noise = draw_noise(rng, (args.batch, *latents.shape[1:]), schedule)

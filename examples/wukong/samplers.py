@@ -2,7 +2,7 @@
 
 Both solvers follow the same ordinary differential equation, and each of their steps is a linear combination
 
-    x_next = cx x + c0 x0 + cp x0_previous,    x0 = (x - s_t eps) / a_t
+    x_next = cx x + c0 x0 + cp x0_previous,    x0 = (x - s_t eps) / a_t  or  a_t x - s_t v
 
 of the current latents, the network's present guess at the clean ones and its guess one step earlier. The coefficients
 are computed here in float64 and enter the one compiled step as a tensor, so all steps of all solvers share one graph.
@@ -91,11 +91,12 @@ class GuidedStep(nn.Cell):
 
     Args:
         unet: A cell called as ``(x, timesteps, context)``.
+        prediction: What it predicts, "epsilon" or "v"; guidance mixes v likewise.
     """
 
-    def __init__(self, unet: nn.Cell) -> None:
+    def __init__(self, unet: nn.Cell, prediction: str = "epsilon") -> None:
         super().__init__(auto_prefix=False)
-        self.unet = unet
+        self.unet, self.predicts_v = unet, prediction == "v"
 
     def construct(
         self, x: ms.Tensor, previous: ms.Tensor, timesteps: ms.Tensor, context: ms.Tensor, values: ms.Tensor
@@ -115,7 +116,7 @@ class GuidedStep(nn.Cell):
         eps = self.unet(ops.concat((x, x), 0), timesteps, context).astype(x.dtype)
         empty, prompted = eps[: x.shape[0]], eps[x.shape[0] :]
         eps = empty + values[0] * (prompted - empty)
-        clean = (x - values[2] * eps) / values[1]
+        clean = values[1] * x - values[2] * eps if self.predicts_v else (x - values[2] * eps) / values[1]
         return values[3] * x + values[4] * clean + values[5] * previous, clean
 
 

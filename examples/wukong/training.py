@@ -1,24 +1,30 @@
-"""The training loop of pretrain.py: a step in one graph, moving averages, a log, checkpoints that are continued."""
+"""The training of the adapter: its loss, its step, and the loop around it."""
 
-import json
-import os
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
-from mindspore import nn, ops
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+import pipeline
+import run_folder
+from base import Base
+from diffusion import DiffusionLoss, TextToImageLoss, draw_noise
+from errors import Stopped, UserError
+from latents import Batches, Examples
+from mindspore import nn
+from pictures import save_grid
+from samplers import GuidedStep
+from settings import Settings
 from tqdm import tqdm
 
-LOG_EVERY = 20
-EMA_EVERY = 10
+from mindpet_lite import DeltaEMA, GradientAccumulation, Interrupts, TrainingState, lora_plus_groups, save_adapter
+from mindpet_lite.train import Ranks
 
-
-class TrainingError(Exception):
-    """Something the user can mend; the text is one sentence."""
+# How pictures are drawn while training and in the demo.
+DRAWING = {"solver": "dpm++", "steps": 25, "guidance": 3.0}
 
 
 def learning_rates(peak: float, last: float, warmup: int, steps: int) -> list[float]:
@@ -28,136 +34,141 @@ def learning_rates(peak: float, last: float, warmup: int, steps: int) -> list[fl
     return rising + [last + (peak - last) * 0.5 * (1 + float(np.cos(np.pi * i / rest))) for i in range(rest)]
 
 
-class TrainStep(nn.Cell):
-    """Loss, gradients, clipping of their norm and AdamW, all in one graph.
+class Trained(nn.Cell):
+    """The models that train, as one net; the names of their parameters stay as they are."""
 
-    Args:
-        loss: A cell that gives a scalar; all of its trainable parameters are trained.
-        rates: Learning rate of each step.
-        weight_decay: Decay of matrices and kernels; norms and biases have none.
-        clip: Largest norm of all gradients together.
-    """
-
-    def __init__(self, loss: nn.Cell, rates: list[float], weight_decay: float, clip: float = 1.0) -> None:
+    def __init__(self, base: Base, settings: Settings) -> None:
         super().__init__(auto_prefix=False)
-        self.loss = loss
-        parameters = loss.trainable_params()
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.optimizer = nn.AdamWeightDecay([group for group in groups if group["params"]], rates, beta2=0.99, eps=1e-8)
-        self.gradients = ms.value_and_grad(loss, None, self.optimizer.parameters)
-        self.clip = clip
+        self.unet = base.unet
+        self.text_encoder = base.text_encoder if settings.train_text_encoder else None
 
-    def construct(self, *batch: ms.Tensor) -> ms.Tensor:
-        loss, gradients = self.gradients(*batch)
-        return ops.depend(loss, self.optimizer(ops.clip_by_global_norm(gradients, self.clip)))
+    def save(self, folder: Path) -> Path:
+        """Writes the adapter of each model; returns that of the U-Net."""
+        if self.text_encoder is not None:
+            save_adapter(self.text_encoder, folder / "text_encoder_adapter")
+        return save_adapter(self.unet, folder / "adapter")
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets ``write`` fill a file beside ``path`` and moves it there when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+@dataclass
+class Run:
+    """What a run has in hand while it trains."""
+
+    settings: Settings
+    base: Base
+    ranks: Ranks
+    trained: Trained
+    batches: Batches
+    step: GradientAccumulation
+    state: TrainingState
+    rates: list[float]
 
 
-class Trainer:
-    """Trains the cells of one stage and keeps their weights, optimizer state and moving averages in one file.
+def say(ranks: Ranks, text: str) -> None:
+    """Prints, in the first process only."""
+    if ranks.is_first:
+        print(text, flush=True)
 
-    Args:
-        cells: The trained cells by name; together they hold the loss's parameters.
-        loss: The loss cell.
-        folder: Where ``state.safetensors`` and ``log.jsonl`` stand; what is there is continued.
-        rates: Learning rate of each step; their number is the number of steps.
-        weight_decay: See :class:`TrainStep`.
-        settings: What must not change between runs that continue each other.
-        ema: Decay of the moving average of the weights, per step.
+
+def loss_of(base: Base, settings: Settings) -> nn.Cell:
+    """The loss of a batch of `Batches`."""
+    prior = settings.prior_loss_weight if settings.class_prompt else None
+    loss = DiffusionLoss(base.unet, base.schedule, settings.min_snr_gamma, prior)
+    return TextToImageLoss(loss, base.text_encoder) if settings.train_text_encoder else loss
+
+
+def denoising_loss(base: Base, examples: list[Examples], settings: Settings) -> float:
+    """Mean loss over all images and `heldout_draws` noises and times each, always the same ones."""
+    rng = np.random.default_rng([settings.seed, 1])
+    loss: nn.Cell = DiffusionLoss(base.unet, base.schedule)
+    loss = TextToImageLoss(loss, base.text_encoder) if settings.train_text_encoder else loss
+    size, losses = settings.batch_size, []
+    for one in examples:
+        count = len(one.text) * settings.heldout_draws
+        order = np.resize(np.arange(len(one.text)), math.ceil(count / size) * size)
+        for rows in order.reshape(-1, size):
+            values = one.latents[0, rows]
+            timesteps, noise = draw_noise(rng, values.shape, base.schedule)
+            losses.append(float(loss(*map(ms.Tensor, (values, one.text[rows], timesteps, noise))).asnumpy()))
+    return float(np.mean(losses))
+
+
+def make_step(base: Base, settings: Settings, trained: Trained) -> tuple[GradientAccumulation, list[float]]:
+    """The training step: loss, gradients, clipping, AdamW, averages; and the rate of each update."""
+    updates = -(-settings.steps // settings.gradient_accumulation)
+    rates = learning_rates(settings.learning_rate, settings.final_learning_rate, settings.warmup_steps, updates)
+    parameters = trained.trainable_params() if settings.lora_plus_ratio == 1 else \
+        lora_plus_groups(trained, rates, settings.lora_plus_ratio)
+    optimizer = nn.AdamWeightDecay(parameters, rates, weight_decay=settings.weight_decay)
+    scaler = ms.amp.DynamicLossScaler(settings.loss_scale, 2, 1000) if settings.fp16 else None
+    ema = DeltaEMA(trained, settings.ema_decay, warm_up=True) if settings.ema_decay else None
+    return GradientAccumulation(loss_of(base, settings), optimizer, settings.gradient_accumulation,
+                                settings.clip_norm, scaler, ema), rates
+
+
+def until(batches: Batches, last: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """The batches up to a step."""
+    stream = iter(batches)
+    while batches.sampler.step < last:
+        yield next(stream)
+
+
+def train(run: Run) -> list[float]:
+    """Trains the adapter from the step that its sampler is at; returns the loss of every step.
 
     Raises:
-        TrainingError: The state in ``folder`` is broken or belongs to other settings.
+        Stopped: A signal came; a checkpoint was saved.
+        UserError: The loss is not finite.
     """
+    settings, sampler = run.settings, run.batches.sampler
+    log = run_folder.Log(settings.out, sampler.step) if run.ranks.is_first else None
+    drawing = GuidedStep(run.base.unet, run.base.schedule.prediction)
+    run.trained.set_train(True)
+    with Interrupts() as interrupts, progress(run) as bar:
+        for batch in until(run.batches, settings.steps):
+            started, number = time.monotonic(), sampler.step
+            loss = float(run.step(*map(ms.Tensor, batch)).asnumpy())
+            if not settings.fp16 and not math.isfinite(loss):
+                raise UserError(f"the loss became {loss} at step {number}: lower learning_rate")
+            bar.update()
+            stopped = interrupts.number
+            if log is not None:
+                seconds = time.monotonic() - started
+                rate = run.rates[(number - 1) // settings.gradient_accumulation]
+                log.add(step=number, loss=loss, rate=rate, norm=run.step.norm, seconds=round(seconds, 4),
+                        images_per_second=round(len(batch[0]) * run.ranks.size / seconds, 2))
+                bar.set_postfix(loss=f"{np.mean(log.losses()[-20:]):.4f}", lr=f"{rate:.1e}", refresh=False)
+                if is_due(settings.save_every, number) or stopped:
+                    run.state.save()
+                if is_due(settings.validation_every, number):
+                    validate(run, drawing)
+            if stopped and number < settings.steps:
+                raise Stopped(f"stopped after step {number}, which is saved in {run.state.directory}: --resume goes on "
+                              f"from it", interrupts.exit_code)
+    run.step.flush()
+    run.trained.set_train(False)
+    return log.losses() if log is not None else []
 
-    def __init__(self, cells: dict[str, nn.Cell], loss: nn.Cell, folder: Path, rates: list[float],
-                 weight_decay: float, settings: dict, ema: float) -> None:
-        self.step_cell = TrainStep(loss, rates, weight_decay)
-        self.cells, self.folder, self.settings = cells, folder, json.dumps(settings, sort_keys=True)
-        self.state_file, self.log_file = folder / "state.safetensors", folder / "log.jsonl"
-        self.weights = {f"{name}/{path}": p for name, cell in cells.items() for path, p in cell.parameters_and_names()}
-        optimizer = self.step_cell.optimizer
-        self.optimizer_state = {"optimizer/step": optimizer.global_step}
-        paths = {id(p): path for path, p in self.weights.items()}
-        for parameter, first, second in zip(optimizer.parameters, optimizer.moments1, optimizer.moments2, strict=True):
-            path = paths[id(parameter)]
-            self.optimizer_state |= {f"optimizer/1/{path}": first, f"optimizer/2/{path}": second}
-        self.averages = {path: p.asnumpy().copy() for path, p in self.weights.items()}
-        self.steps, self.ema, self.step = len(rates), ema, 0
-        if self.state_file.exists():
-            self.resume()
 
-    def resume(self) -> None:
-        """Reads the state file, all of it before anything is set."""
-        live = self.weights | self.optimizer_state
-        shapes = {path: p.shape for path, p in live.items()} | {f"ema/{k}": v.shape for k, v in self.averages.items()}
-        try:
-            with safe_open(self.state_file, "numpy") as file:
-                about = file.metadata() or {}
-                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise TrainingError(f"{self.state_file} cannot be read ({error}): delete it to start anew") from None
-        if about.get("settings") != self.settings or {k: v.shape for k, v in arrays.items()} != shapes:
-            raise TrainingError(f"{self.state_file} was written with other settings ({about.get('settings')}): "
-                                "give the same ones, or another --work folder")
-        for key, parameter in live.items():
-            parameter.set_data(ms.Tensor(arrays[key], parameter.dtype))
-        self.averages = {path: arrays[f"ema/{path}"] for path in self.averages}
-        self.step = int(about["step"])
+def is_due(every: int, number: int) -> bool:
+    """Whether something that is done every so many steps is done after this one; 0 is never."""
+    return every > 0 and number % every == 0
 
-    def save(self) -> None:
-        """Writes the state file."""
-        arrays = {key: p.asnumpy() for key, p in (self.weights | self.optimizer_state).items()}
-        arrays |= {f"ema/{path}": value for path, value in self.averages.items()}
-        about = {"settings": self.settings, "step": str(self.step)}
-        write_atomically(self.state_file, lambda path: save_file(arrays, path, about))
 
-    def average(self) -> None:
-        """Moves the averages towards the weights, faster at the start, where there is little history."""
-        decay = min(self.ema, (1 + self.step) / (10 + self.step)) ** EMA_EVERY
-        for path, parameter in self.weights.items():
-            self.averages[path] += (1 - decay) * (parameter.asnumpy() - self.averages[path])
+def validate(run: Run, drawing: GuidedStep) -> None:
+    """Draws the validation prompts with the adapter as it is now."""
+    settings, prompts = run.settings, run.settings.validation_prompts
+    number, folder = run.batches.sampler.step, settings.out / "validation"
+    noise = pipeline.start_noise(pipeline.latent_shape(run.base, settings.image_size), len(prompts), settings.seed)
+    run.trained.set_train(False)
+    images = pipeline.generate(run.base, drawing, prompts, noise, **DRAWING)
+    run.trained.set_train(True)
+    folder.mkdir(exist_ok=True)
+    save_grid({f"step {number}": images}, prompts, folder / f"step-{number:06d}.png")
 
-    def averaged(self, name: str) -> dict[str, np.ndarray]:
-        """The averaged weights of one cell by path."""
-        return {path[len(name) + 1:]: value for path, value in self.averages.items() if path.startswith(f"{name}/")}
 
-    def run(self, batch: Callable[[int], tuple[np.ndarray, ...]], save_every: float,
-            on_save: Callable[[], None]) -> None:
-        """Trains to the last step. ``batch(step)`` gives a step's inputs; a save every ``save_every`` seconds."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        saved, started, losses = time.monotonic(), time.monotonic(), []
-        with tqdm(total=self.steps, initial=self.step, unit="step", mininterval=5) as bar:
-            while self.step < self.steps:
-                loss = self.step_cell(*(ms.Tensor(array) for array in batch(self.step)))
-                losses.append(float(loss.asnumpy()))
-                if not np.isfinite(losses[-1]):
-                    raise TrainingError(f"the loss became {losses[-1]} at step {self.step}: lower the learning rate")
-                self.step += 1
-                bar.update()
-                if self.step % EMA_EVERY == 0:
-                    self.average()
-                if self.step % LOG_EVERY == 0 or self.step == self.steps:
-                    bar.set_postfix(loss=f"{np.mean(losses):.4f}")
-                    row = {"step": self.step, "loss": float(np.mean(losses)), "seconds": time.monotonic() - started}
-                    with self.log_file.open("a", encoding="utf-8") as log:
-                        log.write(json.dumps(row) + "\n")
-                    losses = []
-                if time.monotonic() - saved > save_every or self.step == self.steps:
-                    self.save()
-                    on_save()
-                    saved = time.monotonic()
+def progress(run: Run) -> tqdm:
+    """The bar of the training. The line before it says how long the compiler may take."""
+    if run.settings.mode == "graph":
+        say(run.ranks, "compiling the training step: half a minute for the small base, several minutes at full size")
+    return tqdm(total=run.settings.steps, initial=run.batches.sampler.step, unit="step", desc="fine-tuning",
+                mininterval=1, disable=not run.ranks.is_first)

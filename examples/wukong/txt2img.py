@@ -6,19 +6,20 @@
     python txt2img.py --prompts prompts.txt --adapter out/finetune/adapter --merge --out /tmp/pictures
     python txt2img.py 狐狸 --config configs/wukong_full_lora.yaml --base wukong-huahua-ms.ckpt --adapter adapter
 
-Writes 00.png, 01.png, ... and grid.png into --out. The same seed gives the same noise for the same place in the list of
-prompts, whatever the adapter. A file of prompts holds one a line. --config names the file of the fine-tuning.
+Writes 00.png, 01.png, ... and grid.png into --out; --overwrite deletes the pictures of an earlier call. The same seed
+gives the same noise for the same place in the list of prompts, whatever the adapter. A file of prompts holds one a
+line. --config names the file of the fine-tuning.
 """
 
 import argparse
 import math
+import re
 import sys
 from pathlib import Path
 
 import pipeline
 from base import Base, BaseError
-from errors import Parser, UserError, explained, run
-from finetune import all_or_nothing
+from errors import Parser, UserError, explained, run_script
 from pictures import save_grid, save_image
 from samplers import SOLVERS, GuidedStep, sampling_times
 from settings import HERE, Settings, add_flags, read
@@ -26,7 +27,8 @@ from tokenizer import remarks
 
 from mindpet_lite import load_adapter, merge, set_lora_scale
 
-FLAGS = ["base", "image_size", "fp16", "seed", "device", "mode"]
+FLAGS = ["base", "image_size", "prediction", "fp16", "seed", "device", "mode"]
+PICTURE = re.compile(r"\d+\.png|grid\.png")
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
@@ -54,16 +56,37 @@ def put_adapter(base: Base, arguments: argparse.Namespace) -> str:
     if arguments.adapter is None:
         return "base"
     with explained("the adapter cannot be used", OSError, ValueError, TypeError):
-        load_adapter(base.unet, arguments.adapter)
-        set_lora_scale(base.unet, arguments.scale)
-        if arguments.merge:
-            merge(base.unet)
+        for net, adapter in ((base.unet, arguments.adapter), (base.text_encoder, arguments.text_encoder_adapter)):
+            if adapter is not None:
+                load_adapter(net, adapter)
+                set_lora_scale(net, arguments.scale)
+                if arguments.merge:
+                    merge(net)
     return ("merged" if arguments.merge else "adapter") + (f" x {arguments.scale:g}" if arguments.scale != 1 else "")
+
+
+def check_folder(out: Path, overwrite: bool) -> None:
+    """Refuses a folder with something in it, or with `overwrite` with anything but pictures of this script.
+
+    Raises:
+        UserError: With what to do.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: give --out a folder")
+    found = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if found and not overwrite:
+        raise UserError(f"{out} holds {found[0]} already: give --overwrite to delete the pictures there, or another "
+                        "--out")
+    others = [name for name in found if not PICTURE.fullmatch(name)]
+    if others:
+        raise UserError(f"--overwrite deletes pictures of this script, and {out} holds {others[0]}, which is none: "
+                        "give another --out")
 
 
 def draw(settings: Settings, arguments: argparse.Namespace) -> None:
     """The whole run."""
-    prompts = read_prompts(arguments)
+    prompts, out = read_prompts(arguments), arguments.out
+    check_folder(out, arguments.overwrite)
     pipeline.use_device(settings)
     base = pipeline.load_models(settings)
     with explained("--steps", ValueError):
@@ -73,14 +96,15 @@ def draw(settings: Settings, arguments: argparse.Namespace) -> None:
     noise = pipeline.start_noise(shape, len(prompts), settings.seed)
     for remark in remarks(base.tokenizer, prompts):
         print(f"txt2img.py: warning: {remark}", file=sys.stderr)
-    with all_or_nothing(arguments.out) as out:
-        images = pipeline.generate(base, GuidedStep(base.unet), prompts, noise, solver=arguments.sampler,
-                                   steps=arguments.steps, guidance=arguments.guidance)
-        for i, image in enumerate(images):
-            save_image(image, out / f"{i:02d}.png")
-        save_grid({label: images}, prompts, out / "grid.png")
-    print(f"written to {arguments.out}: {len(prompts)} images and grid.png; "
-          f"saturation {pipeline.saturation(images):.3f}")
+    images = pipeline.generate(base, GuidedStep(base.unet, base.schedule.prediction), prompts, noise,
+                               solver=arguments.sampler, steps=arguments.steps, guidance=arguments.guidance)
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.iterdir():
+        old.unlink()
+    for i, image in enumerate(images):
+        save_image(image, out / f"{i:02d}.png")
+    save_grid({label: images}, prompts, out / "grid.png")
+    print(f"written to {out}: {len(prompts)} images and grid.png; saturation {pipeline.saturation(images):.3f}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -89,12 +113,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("prompt", nargs="*", help="what to draw, in Chinese")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="file with one prompt a line")
     parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="adapter that finetune.py wrote")
+    parser.add_argument("--text-encoder-adapter", type=Path, metavar="FOLDER",
+                        help="that of the text encoder, where it was trained too")
     parser.add_argument("--scale", type=float, default=None, help="strength of the adapter; 0 is the base (default: 1)")
     parser.add_argument("--merge", action="store_true", help="fold the adapter into the weights before drawing")
     parser.add_argument("--sampler", choices=SOLVERS, default="dpm++", help="solver (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=25, help="calls of the U-Net (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=5.0, help="1 is the plain model (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=HERE / "out" / "pictures", help="folder to write (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="delete the pictures that are in --out")
     add_flags(parser, FLAGS)
     arguments = parser.parse_args(argv)
     if arguments.adapter is None and (arguments.scale is not None or arguments.merge):
@@ -108,7 +135,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = parse(argv)
-    return run("txt2img.py", lambda: draw(read(arguments), arguments), BaseError)
+    return run_script("txt2img.py", lambda: draw(read(arguments), arguments), BaseError)
 
 
 if __name__ == "__main__":

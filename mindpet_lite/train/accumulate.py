@@ -98,6 +98,11 @@ class GradientAccumulation(nn.Cell):
         """The number of updates of the weights so far. A window with an overflow is none."""
         return int(self.update.updates.asnumpy())
 
+    @property
+    def norm(self) -> float:
+        """The norm of all gradients of the last update together, before clipping; 0 without `max_norm`."""
+        return float(self.update.norm.asnumpy())
+
     def flush(self) -> None:
         """Update the weights from the mean of the micro-batches of a window that is not full; do nothing without any.
 
@@ -132,6 +137,7 @@ class _Update(nn.Cell):
         self.reducer = nn.DistributedGradReducer(optimizer.parameters) \
             if mindspore.get_auto_parallel_context("parallel_mode") in _SPLIT else nn.Identity()
         self.updates = Parameter(Tensor(0, mstype.int32), name="weight_updates", requires_grad=False)
+        self.norm = Parameter(Tensor(0, mstype.float32), name="gradient_norm", requires_grad=False)
 
     def construct(self, gradients: tuple[Tensor, ...]) -> bool:
         """Average over devices, unscale, clip, update."""
@@ -147,7 +153,8 @@ class _Update(nn.Cell):
 
     def _apply(self, gradients: tuple[Tensor, ...]) -> bool:
         if self.max_norm is not None:
-            gradients, _ = clip_global_norm(gradients, self.max_norm)
+            gradients, norm = clip_global_norm(gradients, self.max_norm)
+            ops.assign(self.norm, norm)
         self.optimizer(self.each(as_type, gradients, self.types))
         ops.assign_add(self.updates, 1)
         if self.ema is not None:

@@ -193,7 +193,7 @@ def all_or_nothing(out: Path) -> Iterator[Path]:
 
 def size_of(path: Path) -> int:
     """Bytes of a file, or of the weights in a folder."""
-    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.rglob("*.safetensors"))
 
 
 def finetune(settings: Settings, base: Base, out: Path) -> dict[str, float]:

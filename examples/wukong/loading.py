@@ -75,8 +75,9 @@ class Report:
         if any(stops.values()):
             found = "; ".join(f"{len(names)} {TITLES[kind]}: {', '.join(shortened(names, 3))}"
                               for kind, names in stops.items() if names)
-            raise MismatchError(f"{source} does not fit its models ({found}): check their sizes, see all names with "
-                                "load_report.py --all, or name what may be missing with --allow-missing", self)
+            raise MismatchError(f"{source} does not fit its models (check their sizes, see all names with "
+                                f"load_report.py --all, or name what may be missing with --allow-missing): {found}",
+                                self)
 
 
 class MismatchError(BaseError):

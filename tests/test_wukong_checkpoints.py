@@ -1,6 +1,7 @@
 """Bases of strangers: Stable Diffusion 1.x folders of diffusers, Wukong checkpoints, and the report on them."""
 
 import json
+import math
 import re
 import sys
 import zlib
@@ -10,6 +11,7 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 import pytest
+from mindspore import nn
 from safetensors.numpy import load_file, save_file
 
 WUKONG = Path(__file__).resolve().parent.parent / "examples" / "wukong"
@@ -24,6 +26,7 @@ from checkpoint import PREFIXES, load_checkpoint_base  # noqa: E402
 from diffusers_base import load_diffusers_base, opened, origins_of  # noqa: E402
 from diffusers_config import UNET_SIZES, read_config, read_configs, unet_arguments  # noqa: E402
 from diffusers_names import unet_origin  # noqa: E402
+from layers import exact_gelu  # noqa: E402
 from loading import MismatchError, Report, fill, match, new  # noqa: E402
 from unet import UNetModel  # noqa: E402
 
@@ -362,6 +365,21 @@ def test_a_report_shows_ten_names_of_a_kind():
         report.check("x.ckpt", ["vae/*"])
     assert caught.value.report is report
     report.check("x.ckpt", ["name?", "name1?"])
+
+
+class Gelu(nn.Cell):
+    def construct(self, x):
+        return exact_gelu(x)
+
+
+def test_exact_gelu(mode):
+    """x Phi(x), and its derivative Phi(x) + x phi(x), by Python's own error function; float16 within its last bits."""
+    x = np.linspace(-6, 6, 49)
+    share = np.array([0.5 * (1 + math.erf(one / math.sqrt(2))) for one in x])
+    value, slope = ms.value_and_grad(Gelu())(ms.Tensor(x, ms.float32))
+    np.testing.assert_allclose(value.asnumpy(), x * share, atol=2e-6)
+    np.testing.assert_allclose(slope.asnumpy(), share + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi), atol=2e-6)
+    np.testing.assert_allclose(exact_gelu(ms.Tensor(x, ms.float16)).asnumpy(), x * share, atol=2e-3, rtol=2e-3)
 
 
 def test_bpe(folder):

@@ -67,7 +67,7 @@ def read_config(folder: Path) -> dict:
         config = yaml_files.read_yaml(path)
     except FileNotFoundError:
         raise BaseError(f"no base in {folder}: {path.name} is missing; give the folder that holds it and the three "
-                        "*.safetensors files") from None
+                        "*.safetensors files, or a folder of diffusers with its model_index.json") from None
     except (OSError, ValueError) as error:
         raise BaseError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if set(config) != KEYS:

@@ -488,9 +488,9 @@ def test_checkpoint_is_the_folder_base(place, tmp_path):
             np.testing.assert_array_equal(parameter.asnumpy(), expected[path], err_msg=path)
     assert loaded.tokenizer("狐狸") == [2, 4, 5, 3, 0, 0, 0, 0]
     first = next(iter(entries))
-    for values, word in (({k: v for k, v in entries.items() if k != first}, f"{first} is missing"),
-                         ({**entries, first: np.ones((1, 1), np.float32)}, "shape (1, 1)")):
-        with pytest.raises(checkpoint.BaseError, match="does not fit model") as caught:
+    for values, word in (({k: v for k, v in entries.items() if k != first}, f"1 missing in the file: {first}"),
+                         ({**entries, first: np.ones((1, 1), np.float32)}, f"{first} ((1, 1) instead of")):
+        with pytest.raises(checkpoint.BaseError, match="does not fit its models") as caught:
             checkpoint.load_checkpoint_base(save("bad.ckpt", values), model)
         assert word in str(caught.value)
     Path("cut.ckpt").write_bytes(Path("w.ckpt").read_bytes()[:5000])

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import mindspore
-from layers import Attend, GroupNorm, LayerNorm, gelu
+from layers import Attend, GroupNorm, LayerNorm, exact_gelu, gelu
 from mindspore import Tensor, nn, ops
 
 from mindpet_lite.delta import LoRADense
@@ -18,12 +18,16 @@ class Build:
         dtype: Type the convolutions and dense layers compute in.
         lora_rank: Rank of the LoRA layers in the attention; 0 for plain dense layers.
         lora_alpha: Their alpha.
+        groups: Groups of every GroupNorm.
+        exact_gelu: GELU by the error function instead of by tanh.
     """
 
     dropout: float
     dtype: mindspore.Type
     lora_rank: int
     lora_alpha: float
+    groups: int = 32
+    exact_gelu: bool = False
 
     def dense(self, in_channels: int, out_channels: int) -> nn.Dense:
         """A dense layer with bias."""
@@ -72,10 +76,11 @@ class GEGLU(nn.Cell):
         super().__init__()
         self.proj = build.dense(in_channels, 2 * out_channels)
         self.half = out_channels
+        self.gelu = exact_gelu if build.exact_gelu else gelu
 
     def construct(self, x: Tensor) -> Tensor:
         value, gate = ops.split(self.proj(x), self.half, axis=-1)
-        return value * gelu(gate)
+        return value * self.gelu(gate)
 
 
 class FeedForward(nn.Cell):
@@ -116,7 +121,7 @@ class SpatialTransformer(nn.Cell):
 
     def __init__(self, build: Build, channels: int, context_dim: int, heads: int, depth: int) -> None:
         super().__init__()
-        self.norm = GroupNorm(channels, 1e-6)
+        self.norm = GroupNorm(channels, 1e-6, build.groups)
         self.proj_in = build.conv(channels, channels, 1)
         self.transformer_blocks = nn.CellList([TransformerBlock(build, channels, context_dim, heads)
                                                for _ in range(depth)])

@@ -26,6 +26,8 @@ class AutoencoderConfig:
         dropout: Probability inside the residual blocks.
         groups: Groups of every GroupNorm. A narrow autoencoder needs fewer than Wukong's 32: where a group is one
             channel, each picture's own mean of it, and with it the colour, is lost.
+        spare_resampling: Every level has `downsample` or `upsample`, as in Wukong's checkpoints, although that of
+            the deepest level of the encoder and of the first of the decoder is not run.
     """
 
     ch: int
@@ -39,6 +41,7 @@ class AutoencoderConfig:
     double_z: bool = True
     dropout: float = 0.0
     groups: int = 32
+    spare_resampling: bool = True
 
     def __post_init__(self) -> None:
         sides = self.sides()
@@ -144,12 +147,12 @@ class Level(nn.Cell):
 
 
 class DownLevel(Level):
-    """A level of the encoder. Wukong's checkpoints have `downsample` on every level; the last one's is not run."""
+    """A level of the encoder; `downsample` is run only where the level halves the side (`resample`)."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, dropout: float,
-                 groups: int, resample: bool) -> None:
+                 groups: int, resample: bool, spare: bool) -> None:
         super().__init__(in_channels, out_channels, blocks, attention, dropout, groups)
-        self.downsample = Downsample(out_channels)
+        self.downsample = Downsample(out_channels) if resample or spare else nn.Identity()
         self.resample = resample
 
     def construct(self, x: Tensor) -> Tensor:
@@ -158,12 +161,12 @@ class DownLevel(Level):
 
 
 class UpLevel(Level):
-    """A level of the decoder. Wukong's checkpoints have `upsample` on every level; that of level 0 is not run."""
+    """A level of the decoder; `upsample` is run only where the level doubles the side (`resample`)."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, dropout: float,
-                 groups: int, resample: bool) -> None:
+                 groups: int, resample: bool, spare: bool) -> None:
         super().__init__(in_channels, out_channels, blocks, attention, dropout, groups)
-        self.upsample = Upsample(out_channels)
+        self.upsample = Upsample(out_channels) if resample or spare else nn.Identity()
         self.resample = resample
 
     def construct(self, x: Tensor) -> Tensor:
@@ -194,7 +197,8 @@ class Encoder(nn.Cell):
         inputs = [config.ch] + widths
         self.down = nn.CellList([
             DownLevel(inputs[i], widths[i], config.num_res_blocks, side in config.attn_resolutions, config.dropout,
-                      config.groups, resample=i != last) for i, side in enumerate(config.sides())])
+                      config.groups, resample=i != last, spare=config.spare_resampling)
+            for i, side in enumerate(config.sides())])
         self.mid = Middle(widths[-1], config.dropout, config.groups)
         self.norm_out = GroupNorm(widths[-1], EPS, config.groups)
         self.conv_out = conv(widths[-1], 2 * config.z_channels, 3)
@@ -217,7 +221,8 @@ class Decoder(nn.Cell):
         inputs = widths[1:] + widths[-1:]
         self.up = nn.CellList([
             UpLevel(inputs[i], widths[i], config.num_res_blocks + 1, side in config.attn_resolutions, config.dropout,
-                    config.groups, resample=i != 0) for i, side in enumerate(config.sides())])
+                    config.groups, resample=i != 0, spare=config.spare_resampling)
+            for i, side in enumerate(config.sides())])
         self.norm_out = GroupNorm(widths[0], EPS, config.groups)
         self.conv_out = conv(widths[0], config.out_ch, 3)
 

@@ -42,7 +42,8 @@ class Base:
         tokenizer: Texts to ids.
         schedule: The noise schedule of training.
         scale_factor: Latents are the autoencoder's means times this.
-        config: What config.yaml holds.
+        config: What config.yaml holds, or what another kind of base says in its place.
+        report: What became of the entries of the files (loading.Report), where the base is not of our own making.
     """
 
     unet: nn.Cell
@@ -52,6 +53,7 @@ class Base:
     schedule: Schedule
     scale_factor: float
     config: dict
+    report: object = None
 
 
 def read_config(folder: Path) -> dict:
@@ -65,7 +67,7 @@ def read_config(folder: Path) -> dict:
         config = yaml_files.read_yaml(path)
     except FileNotFoundError:
         raise BaseError(f"no base in {folder}: {path.name} is missing; give the folder that holds it and the three "
-                        "*.safetensors files") from None
+                        "*.safetensors files, or a folder of diffusers with its model_index.json") from None
     except (OSError, ValueError) as error:
         raise BaseError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if set(config) != KEYS:

@@ -195,7 +195,7 @@ def save_figures(settings: Settings, measured: dict[str, float]) -> None:
 
 def size_of(path: Path) -> int:
     """Bytes of a file, or of the weights in a folder."""
-    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.rglob("*.safetensors"))
 
 
 def whole_run(settings: Settings) -> None:

@@ -86,6 +86,11 @@ def gelu(x: Tensor) -> Tensor:
     return x * ops.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
+def exact_gelu(x: Tensor) -> Tensor:
+    """GELU (Hendrycks and Gimpel, 2016) by the error function, as Stable Diffusion was trained: x * Phi(x)."""
+    return 0.5 * x * (1.0 + ops.erf(x * 0.7071067811865476))
+
+
 class Attend(nn.Cell):
     """softmax(Q K^T / sqrt(d) + mask) V for each head (Vaswani et al., 2017), the softmax in float32.
 

@@ -7,6 +7,7 @@ import mindspore as ms
 import numpy as np
 from base import Base, load_base
 from checkpoint import load_checkpoint_base
+from diffusers_base import load_diffusers_base
 from errors import UserError
 from mindspore import nn
 from samplers import sample
@@ -42,6 +43,7 @@ def load_models(settings: Settings) -> Base:
     Raises:
         UserError: The base and the settings do not fit each other.
         BaseError: The base is missing, damaged or does not fit its configuration.
+        MismatchError: A .ckpt or a diffusers folder does not fit the models.
     """
     base = read_models(settings)
     if settings.prediction is None:
@@ -51,15 +53,21 @@ def load_models(settings: Settings) -> Base:
 
 def read_models(settings: Settings) -> Base:
     """Reads the base from a checkpoint or from a folder. Errors as `load_models`."""
+    allowed = [settings.allow_missing] if isinstance(settings.allow_missing, str) else settings.allow_missing
     options = {"use_fp16": True} if settings.fp16 else {}
     if settings.base.suffix == ".ckpt":
         if settings.model is None:
             raise UserError(f"{settings.base} is a checkpoint without sizes: give --config a YAML file with a model "
                             "block, such as configs/wukong_full_lora.yaml")
-        return load_checkpoint_base(settings.base, settings.model, **options)
+        return load_checkpoint_base(settings.base, settings.model, allowed, **options)
     if settings.model is not None:
-        raise UserError(f"{settings.base} is a folder with its own config.yaml: leave the model block out, or "
+        raise UserError(f"{settings.base} is a folder, which says its sizes itself: leave the model block out, or "
                         "give a .ckpt")
+    if (settings.base / "model_index.json").is_file():
+        return load_diffusers_base(settings.base, allowed, **options)
+    if allowed:
+        raise UserError(f"{settings.base} is no Wukong checkpoint and no folder of diffusers (model_index.json): a "
+                        "base of our own lacks nothing, so leave allow_missing out")
     return load_base(settings.base, **options)
 
 

@@ -28,8 +28,11 @@ def setting(default: Any, text: str, *flags: str, least: float | None = None, ab
 class Settings:
     """What a run does; `read` makes one. Relative paths count from the working directory."""
 
-    base: Path = setting(HERE / "base", "folder of the base, or a full Wukong checkpoint (.ckpt; needs model)")
+    base: Path = setting(HERE / "base", "folder of the base, folder of a Stable Diffusion 1.x as diffusers has it, or "
+                                        "a full Wukong checkpoint (.ckpt; needs model)")
     model: dict | None = setting(None, "sizes of the models in a .ckpt base; YAML only, see wukong_full_lora.yaml")
+    allow_missing: list | str = setting([], "names or patterns of entries that the files of a .ckpt or diffusers base, "
+                                            "or our models, may lack")
 
     data: Path = setting(HERE / "data" / "train", "folder with images and a CSV file (columns dir,text) or Hugging "
                          "Face's metadata.jsonl")

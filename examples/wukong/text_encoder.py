@@ -35,13 +35,13 @@ class Attention(nn.Cell):
 class ResidualBlock(nn.Cell):
     """x + attention(norm(x)), then x + mlp(norm(x)) with x * sigmoid(1.702 x) as the activation."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, epsilon: float) -> None:
         super().__init__()
         self.attn = Attention(width, heads)
-        self.ln_1 = nn.LayerNorm((width,), epsilon=1e-7)
+        self.ln_1 = nn.LayerNorm((width,), epsilon=epsilon)
         self.c_fc = nn.Dense(width, 4 * width)
         self.c_proj = nn.Dense(4 * width, width)
-        self.ln_2 = nn.LayerNorm((width,), epsilon=1e-7)
+        self.ln_2 = nn.LayerNorm((width,), epsilon=epsilon)
 
     def construct(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask)
@@ -52,9 +52,9 @@ class ResidualBlock(nn.Cell):
 class Transformer(nn.Cell):
     """The stack of residual blocks."""
 
-    def __init__(self, width: int, layers: int, heads: int) -> None:
+    def __init__(self, width: int, layers: int, heads: int, epsilon: float) -> None:
         super().__init__()
-        self.resblocks = nn.CellList([ResidualBlock(width, heads) for _ in range(layers)])
+        self.resblocks = nn.CellList([ResidualBlock(width, heads, epsilon) for _ in range(layers)])
 
     def construct(self, x: Tensor, mask: Tensor) -> Tensor:
         for block in self.resblocks:
@@ -72,6 +72,7 @@ class TextEncoder(nn.Cell):
         width: Width of the transformer, a multiple of `heads`.
         layers: Residual blocks.
         heads: Attention heads.
+        epsilon: Added to the variance in every LayerNorm.
 
     Inputs:
         ids: int32 (batch, context_length), each in [0, vocab_size).
@@ -84,7 +85,7 @@ class TextEncoder(nn.Cell):
     """
 
     def __init__(self, context_length: int, vocab_size: int, output_dim: int, width: int, layers: int,
-                 heads: int) -> None:
+                 heads: int, epsilon: float = 1e-7) -> None:
         super().__init__()
         if output_dim != width:
             raise ValueError(f"TextEncoder has no output projection: output_dim must equal width, "
@@ -94,8 +95,8 @@ class TextEncoder(nn.Cell):
         self.embedding_table = Parameter(initializer(Normal(0.02), (vocab_size, width)), name="embedding_table")
         self.positional_embedding = Parameter(initializer(Normal(0.01), (context_length, width)),
                                               name="positional_embedding")
-        self.ln_final = nn.LayerNorm((width,), epsilon=1e-7)
-        self.transformer_layer = Transformer(width, layers, heads)
+        self.ln_final = nn.LayerNorm((width,), epsilon=epsilon)
+        self.transformer_layer = Transformer(width, layers, heads, epsilon)
         # -1e4 and not -inf: finite in float16, and no softmax kernel has to take infinities.
         self.mask = Tensor(np.triu(np.full((context_length, context_length), -1e4), 1), mindspore.float32)
         name_parameters(self)

@@ -27,7 +27,7 @@ from tokenizer import remarks
 
 from mindpet_lite import load_adapter, merge, set_lora_scale
 
-FLAGS = ["base", "image_size", "prediction", "fp16", "seed", "device", "mode"]
+FLAGS = ["base", "allow_missing", "image_size", "prediction", "fp16", "seed", "device", "mode"]
 PICTURE = re.compile(r"\d+\.png|grid\.png")
 
 

@@ -28,10 +28,10 @@ class ResBlock(nn.Cell):
 
     def __init__(self, build: Build, in_channels: int, emb_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.in_layers_norm = GroupNorm(in_channels, 1e-5)
+        self.in_layers_norm = GroupNorm(in_channels, 1e-5, build.groups)
         self.in_layers_conv = Conv(build, in_channels, out_channels, 3)
         self.emb_layers = nn.SequentialCell(nn.SiLU(), build.dense(emb_channels, out_channels))
-        self.out_layers_norm = GroupNorm(out_channels, 1e-5)
+        self.out_layers_norm = GroupNorm(out_channels, 1e-5, build.groups)
         self.out_layers_drop = nn.Dropout(p=build.dropout)
         self.out_layers_conv = Conv(build, out_channels, out_channels, 3, zero=True)
         same = in_channels == out_channels
@@ -102,7 +102,7 @@ class UNetModel(nn.Cell):
         image_size: The latents' usual side; other sides work where every level can halve them.
         in_channels: Channels of x.
         out_channels: Channels of the output.
-        model_channels: Width of the first level, a multiple of 32.
+        model_channels: Width of the first level, a multiple of `groups`.
         attention_resolutions: Downsampling factors (1, 2, 4, ...) of the levels with attention. Factors deeper than
             the U-Net are allowed, as Wukong's configs share one list.
         num_res_blocks: Residual blocks per level on the way down (one more on the way up).
@@ -118,6 +118,8 @@ class UNetModel(nn.Cell):
         enable_lora: `to_q`, `to_k`, `to_v` and `to_out.0` of every attention are `LoRADense`.
         lora_rank: Their rank; needed with `enable_lora` and refused without.
         lora_alpha: Their alpha; needed with `enable_lora` and refused without.
+        groups: Groups of every GroupNorm.
+        exact_gelu: GELU by the error function, as Stable Diffusion has it, instead of Wukong's by tanh.
 
     Inputs:
         x: float (batch, in_channels, height, width).
@@ -137,12 +139,12 @@ class UNetModel(nn.Cell):
                  num_heads: int, context_dim: int, transformer_depth: int = 1, dropout: float = 0.0,
                  use_spatial_transformer: bool = True, use_checkpoint: bool = False, legacy: bool = False,
                  use_fp16: bool = False, enable_lora: bool = False, lora_rank: int | None = None,
-                 lora_alpha: float | None = None) -> None:
+                 lora_alpha: float | None = None, groups: int = 32, exact_gelu: bool = False) -> None:
         super().__init__()
         check(image_size, channel_mult, attention_resolutions, use_spatial_transformer, legacy, enable_lora, lora_rank,
               lora_alpha)
         dtype = mindspore.float16 if use_fp16 else mindspore.float32
-        build = Build(dropout, dtype, lora_rank or 0, lora_alpha or 0.0)
+        build = Build(dropout, dtype, lora_rank or 0, lora_alpha or 0.0, groups, exact_gelu)
         emb_channels = 4 * model_channels
         widths = [model_channels * mult for mult in channel_mult]
 
@@ -176,7 +178,7 @@ class UNetModel(nn.Cell):
                 blocks.append(Block(*cells))
                 below = width
         self.output_blocks = nn.CellList(blocks)
-        self.out = nn.SequentialCell(GroupNorm(model_channels, 1e-5), nn.SiLU(),
+        self.out = nn.SequentialCell(GroupNorm(model_channels, 1e-5, groups), nn.SiLU(),
                                      Conv(build, model_channels, out_channels, 3, zero=True))
         if use_checkpoint:
             for block in (*self.input_blocks, self.middle_block, *self.output_blocks):

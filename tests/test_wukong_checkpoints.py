@@ -306,7 +306,7 @@ def test_a_partial_match_is_refused_unless_it_is_named(folder, capsys):
     ("text_encoder/config.json", {"hidden_act": "gelu"}, 'hidden_act must be "quick_gelu", got "gelu"'),
     ("text_encoder/config.json", {"intermediate_size": 64}, "four times hidden_size=32"),
     ("text_encoder/config.json", {"vocab_size": 9}, f"has the id {len(PIECES) - 1}, but .* vocab_size=9"),
-    ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, 'prediction_type must be "epsilon"'),
+    ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, 'prediction_type must be "epsilon"'),
     ("scheduler/scheduler_config.json", {"beta_schedule": "absent"}, 'must be "scaled_linear", got "linear"'),
     ("scheduler/scheduler_config.json", {"beta_end": 2}, "scheduler_config.json: .*linear_end=2"),
 ])

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test interop lint bench bench-full clean
 
 demo: $(VENV)/installed
-	$(BIN)/python examples/wukong/demo.py
+	$(BIN)/python examples/wukong/demo.py --overwrite
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

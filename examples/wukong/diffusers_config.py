@@ -23,8 +23,8 @@ UNET = {"_class_name": "UNet2DConditionModel", "act_fn": "silu", "addition_embed
 VAE = {"_class_name": "AutoencoderKL", "act_fn": "silu", "latents_mean": None, "latents_std": None,
        "mid_block_add_attention": True, "shift_factor": None, "use_post_quant_conv": True, "use_quant_conv": True}
 TEXT = {"hidden_act": "quick_gelu", "model_type": ("clip_text_model", "clip")}
-SCHEDULER = {"beta_schedule": "scaled_linear", "prediction_type": ("epsilon", "v_prediction"), "rescale_betas_zero_snr": False,
-             "trained_betas": None}
+SCHEDULER = {"beta_schedule": "scaled_linear", "prediction_type": ("epsilon", "v_prediction"),
+             "rescale_betas_zero_snr": False, "trained_betas": None}
 UNET_SIZES = ("in_channels", "out_channels", "block_out_channels", "down_block_types", "up_block_types",
               "layers_per_block", "attention_head_dim", "cross_attention_dim")
 VAE_SIZES = ("in_channels", "out_channels", "block_out_channels", "down_block_types", "up_block_types",
@@ -186,4 +186,4 @@ def schedule_arguments(config: dict, path: Path) -> dict:
     config = {"beta_schedule": "linear", "prediction_type": "epsilon", **config}
     check(config, path, SCHEDULER)
     return {"timesteps": config["num_train_timesteps"], "linear_start": config["beta_start"],
-            "linear_end": config["beta_end"], "prediction": "v" if config["prediction_type"] != "epsilon" else "epsilon"}
+            "linear_end": config["beta_end"], "prediction": config["prediction_type"].removesuffix("_prediction")}

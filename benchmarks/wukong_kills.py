@@ -1,10 +1,11 @@
 """Kills a fine-tuning of the Wukong example at random steps, goes on, and compares its adapter with an unbroken one's.
 
-    python benchmarks/wukong_kills.py                      # 20 kills; some minutes on 2 cores
+    python benchmarks/wukong_kills.py                      # 20 kills; half an hour on 2 cores
     python benchmarks/wukong_kills.py --kills 5 --steps 60
 
-Each kill is SIGKILL after a random number of steps. The run saves a checkpoint every few steps and is started again with
---resume until it ends. The script prints each kill and ends with 1 if a byte of the adapter or a loss of the log differs.
+Each kill is SIGKILL after a random number of steps. The run saves a checkpoint every few steps and is started again
+with --resume until it ends. The script prints each kill and ends with 1 if a byte of the adapter or a loss of the log
+differs.
 """
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 import yaml
+from jobs import run_job
 from mindspore import nn
 from PIL import Image
 
@@ -435,6 +436,22 @@ def test_shapes_of_their_own_and_a_text_encoder_that_trains(place, tmp_path, cap
     text = ["--text-encoder-adapter", str(place / "shapes" / "text_encoder_adapter")]
     assert txt2img.main([*drawing, "--out", "unet"]) == 0 and txt2img.main([*drawing, *text, "--out", "both"]) == 0
     assert np.abs(pixels_of(tmp_path / "unet") - pixels_of(tmp_path / "both")).max() > 0
+
+
+def test_two_processes_train_the_adapter_of_one(place, tmp_path):
+    flags = ["--random-flip", "--caption-dropout", "0.5", "--steps", "4", "--save-every", "2", "--seed", "3"]
+    script = "import sys\nsys.path.insert(0, {!r})\nimport finetune\nsys.exit(finetune.main({!r}))\n"
+    argv = run_of(place, "one", *flags, "--batch", "4")
+    assert finetune.main(argv) == 0
+    argv = run_of(place, "two", *flags, "--batch", "2", "--parallel", "data")
+    done = run_job(script.format(str(WUKONG), argv), tmp_path, 2)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("held-out denoising loss") == 2       # msrun prints the log of the first process once more
+    assert "each of 2 processes sends 16,384 bytes of gradients for an update" in done.stdout
+    expected = adapter_of(place / "one" / "adapter")
+    for key, value in adapter_of(place / "two" / "adapter").items():
+        np.testing.assert_allclose(value, expected[key], atol=1e-5, err_msg=key)
+    assert [row["step"] for row in lines_of(place, "two")] == [1, 2, 3, 4]
 
 
 def test_recomputation_and_accumulation_give_the_plain_adapter(place):

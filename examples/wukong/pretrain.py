@@ -1,10 +1,12 @@
-"""Trains the small base, in two stages, from folders of images with Chinese captions.
+"""Trains the small base, in three stages, from folders of images with Chinese captions.
 
     python prepare_data.py --styles noto flat solid noto-v1 firefox --out work/data
     python pretrain.py autoencoder --data work/data/flat work/data/noto --work work/base
+    python pretrain.py text        --data work/data/{noto,flat,solid,noto-v1,firefox} --work work/base
     python pretrain.py unet        --data work/data/{noto,flat,solid,noto-v1,firefox} --work work/base --out base
 
-The first stage learns to compress pictures; the second learns the U-Net and the text encoder on the latents. A run that
+The first stage learns to compress pictures; the second teaches the text encoder to tell captions apart by what their
+pictures look like; the third learns the U-Net, and the text encoder further, on the latents. A run that
 was stopped goes on where it was saved last when it is started again with the same arguments. Everything random follows
 from the seed and the step, so a continued run sees what an unbroken one would have seen.
 """
@@ -37,9 +39,9 @@ AUTOENCODER = {
 }
 UNET = {
     "image_size": SIZE // 4, "in_channels": LATENTS, "out_channels": LATENTS, "model_channels": 96,
-    "attention_resolutions": [1, 2], "num_res_blocks": 1, "channel_mult": [1, 2], "num_heads": 4, "context_dim": 64,
+    "attention_resolutions": [1, 2], "num_res_blocks": 1, "channel_mult": [1, 2], "num_heads": 4, "context_dim": 128,
 }
-TEXT_WIDTH = {"output_dim": 64, "width": 64, "layers": 2, "heads": 4}
+TEXT_WIDTH = {"output_dim": 128, "width": 128, "layers": 3, "heads": 4}
 CONTEXT_LENGTH = 16
 SCHEDULE = {"timesteps": 1000, "linear_start": 0.00085, "linear_end": 0.012}
 KL_WEIGHT = 2e-4
@@ -48,6 +50,9 @@ DROPPED = 0.1
 # Ways people ask for a picture, so that a prompt need not be the bare caption, which stays the most frequent by far.
 # The name comes before the style: the text encoder reads from left to right, so all styles share the name's vectors.
 TEMPLATES = ("{name}，{style}",) * 12 + ("一个{name}，{style}", "{name}的图片，{style}", "{style}的{name}", "{name}")
+# Ways with a made-up word for the style, which then says nothing of it: what is drawn stays the name's, so that a style
+# with a new word can be taught.
+MADE_UP = 3
 
 
 class AutoencoderLoss(nn.Cell):
@@ -64,6 +69,22 @@ class AutoencoderLoss(nn.Cell):
         kl = 0.5 * (mean * mean + ops.exp(logvar) - 1.0 - logvar).mean()
         error = decoded - img
         return ops.abs(error).mean() + (error * error).mean() + KL_WEIGHT * kl
+
+
+class TextLoss(nn.Cell):
+    """mean (head(last vector of the text) - latents)^2: the text alone says what the picture looks like on average.
+
+    The gradient of the diffusion loss reaches the text encoder only through noise and the whole U-Net, and tells words
+    apart slowly: by colour first. This one tells them apart in minutes. The last vector has read the whole text.
+    """
+
+    def __init__(self, text_encoder: nn.Cell, head: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.text_encoder, self.head = text_encoder, head
+
+    def construct(self, ids: ms.Tensor, latents: ms.Tensor) -> ms.Tensor:
+        error = self.head(self.text_encoder(ids)[:, -1]) - latents
+        return (error * error).mean()
 
 
 def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -100,10 +121,11 @@ def load_pictures(folders: list[Path]) -> tuple[np.ndarray, list[str]]:
     return np.concatenate(images), texts
 
 
-def phrases(caption: str) -> list[str]:
-    """A caption "name，style" in the ways of TEMPLATES."""
+def phrases(caption: str, characters: str, rng: np.random.Generator) -> list[str]:
+    """A caption "name，style" in the ways of TEMPLATES, and with MADE_UP words of two characters for its style."""
     name, _, style = caption.partition("，")
-    return [template.format(name=name, style=style) if style else name for template in TEMPLATES]
+    words = ["".join(rng.choice(list(characters), 2)) for _ in range(MADE_UP)]
+    return [template.format(name=name, style=style) for template in TEMPLATES] + [f"{name}，{word}" for word in words]
 
 
 def settings(args: argparse.Namespace, images: int) -> dict:
@@ -160,42 +182,87 @@ def train_autoencoder(args: argparse.Namespace) -> None:
     trainer.run(batch, args.save_every, save)
 
 
+class Corpus:
+    """The pictures as latents and the texts as ids, and the configuration of a base that learns from them.
+
+    Attributes:
+        latents: (n, C, h, w), of standard deviation 1.
+        ids: (n, ways, L): each caption in the ways of `phrases`.
+        empty: (L,), the empty text.
+        autoencoder: The frozen first stage.
+        config: What config.yaml of the base will hold.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        images, texts = load_pictures(args.data)
+        self.autoencoder = AutoencoderKL(**AUTOENCODER)
+        load_weights(self.autoencoder, args.work / "autoencoder.safetensors")
+        latents = encode(self.autoencoder, images)
+        scale = float(1 / latents.std())
+        self.latents = latents * np.float32(scale)
+        frames = [template.format(name="", style="") for template in TEMPLATES]
+        vocabulary = "".join(sorted(set("".join([*texts, *frames]))))
+        rng = np.random.default_rng([args.seed, 4])
+        prompts = [phrases(text, vocabulary, rng) for text in texts]
+        tokenizer = CharTokenizer(vocabulary, CONTEXT_LENGTH)
+        self.ids = np.array([[tokenizer(text) for text in some] for some in prompts], np.int32)
+        self.empty = np.array(tokenizer(""), np.int32)
+        self.config = {
+            "unet": UNET,
+            "text_encoder": {"context_length": CONTEXT_LENGTH, "vocab_size": tokenizer.vocab_size, **TEXT_WIDTH},
+            "autoencoder": AUTOENCODER, "schedule": SCHEDULE, "scale_factor": scale, "vocabulary": vocabulary,
+        }
+
+    def text_encoder(self) -> TextEncoder:
+        """A new text encoder."""
+        return TextEncoder(**self.config["text_encoder"])
+
+
+def train_text(args: argparse.Namespace) -> None:
+    """The second stage: writes ``text_encoder.safetensors`` into the work folder."""
+    corpus = Corpus(args)
+    text_encoder = corpus.text_encoder()
+    head = nn.Dense(TEXT_WIDTH["width"], corpus.latents[0].size)
+    rates = learning_rates(args.rate, args.rate / 100, 100, args.steps)
+    trainer = Trainer({"text_encoder": text_encoder, "head": head}, TextLoss(text_encoder, head), args.work / "text",
+                      rates, 1e-4, settings(args, len(corpus.latents)), 0.99)
+    sampler = BatchSampler(len(corpus.latents), args.batch, args.seed)
+    sampler.step = trainer.step
+
+    def batch(step: int) -> tuple[np.ndarray, ...]:
+        rng, chosen = np.random.default_rng([args.seed, 3, step]), next(sampler)
+        words = corpus.ids[chosen, rng.integers(0, corpus.ids.shape[1], args.batch)]
+        return words, corpus.latents[chosen].reshape(args.batch, -1)
+
+    trainer.run(batch, args.save_every,
+                lambda: save_weights(trainer.averaged("text_encoder"), args.work / "text_encoder.safetensors"))
+
+
 def train_unet(args: argparse.Namespace) -> None:
-    """The second stage: writes the base into ``--out`` at every save."""
-    images, texts = load_pictures(args.data)
-    autoencoder = AutoencoderKL(**AUTOENCODER)
-    load_weights(autoencoder, args.work / "autoencoder.safetensors")
-    latents = encode(autoencoder, images)
-    scale = float(1 / latents.std())
-    prompts = [phrases(text) for text in texts]
-    vocabulary = "".join(sorted({character for some in prompts for text in some for character in text}))
-    tokenizer = CharTokenizer(vocabulary, CONTEXT_LENGTH)
-    ids = np.array([[tokenizer(text) for text in some] for some in prompts], np.int32)
-    empty = np.array(tokenizer(""), np.int32)
-    config = {
-        "unet": UNET,
-        "text_encoder": {"context_length": CONTEXT_LENGTH, "vocab_size": tokenizer.vocab_size, **TEXT_WIDTH},
-        "autoencoder": AUTOENCODER, "schedule": SCHEDULE, "scale_factor": scale, "vocabulary": vocabulary,
-    }
-    unet, text_encoder, schedule = UNetModel(**UNET), TextEncoder(**config["text_encoder"]), Schedule(**SCHEDULE)
+    """The third stage: writes the base into ``--out`` at every save."""
+    corpus = Corpus(args)
+    unet, text_encoder, schedule = UNetModel(**UNET), corpus.text_encoder(), Schedule(**SCHEDULE)
+    load_weights(text_encoder, args.work / "text_encoder.safetensors")
+    if args.start:
+        load_weights(unet, args.start / "unet.safetensors")
     rates = learning_rates(args.rate, args.rate / 20, 200, args.steps)
     loss = TextToImageLoss(DiffusionLoss(unet, schedule, GAMMA), text_encoder)
     trainer = Trainer({"unet": unet, "text_encoder": text_encoder}, loss, args.work / "unet", rates, 1e-3,
-                      settings(args, len(images)), 0.998)
-    sampler = BatchSampler(len(images), args.batch, args.seed)
+                      settings(args, len(corpus.latents)), 0.998)
+    sampler = BatchSampler(len(corpus.latents), args.batch, args.seed)
     sampler.step = trainer.step
 
     def batch(step: int) -> tuple[np.ndarray, ...]:
         rng, chosen = np.random.default_rng([args.seed, 2, step]), next(sampler)
-        words = ids[chosen, rng.integers(0, len(TEMPLATES), args.batch)]
-        words = np.where(rng.random((args.batch, 1)) < DROPPED, empty, words).astype(np.int32)
-        timesteps, noise = draw_noise(rng, (args.batch, *latents.shape[1:]), schedule)
-        return latents[chosen] * np.float32(scale), words, timesteps, noise
+        words = corpus.ids[chosen, rng.integers(0, corpus.ids.shape[1], args.batch)]
+        words = np.where(rng.random((args.batch, 1)) < DROPPED, corpus.empty, words).astype(np.int32)
+        timesteps, noise = draw_noise(rng, (args.batch, *corpus.latents.shape[1:]), schedule)
+        return corpus.latents[chosen], words, timesteps, noise
 
     def save() -> None:
         weights = {name: trainer.averaged(name) for name in ("unet", "text_encoder")}
-        fixed = {path: p.asnumpy() for path, p in autoencoder.parameters_and_names()}
-        save_base(args.out, config, weights | {"autoencoder": fixed})
+        fixed = {path: p.asnumpy() for path, p in corpus.autoencoder.parameters_and_names()}
+        save_base(args.out, corpus.config, weights | {"autoencoder": fixed})
 
     trainer.run(batch, args.save_every, save)
 
@@ -205,7 +272,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = parser.add_subparsers(dest="stage", required=True)
     here = Path(__file__).resolve().parent
-    for name, steps, batch, rate in (("autoencoder", 2000, 8, 1.5e-3), ("unet", 5000, 64, 1e-3)):
+    for name, steps, batch, rate in (("autoencoder", 2000, 8, 1.5e-3), ("text", 3000, 64, 1e-3),
+                                     ("unet", 5000, 64, 1e-3)):
         stage = stages.add_parser(name)
         stage.add_argument("--data", type=Path, nargs="+", required=True, help="folders made by prepare_data.py")
         stage.add_argument("--work", type=Path, default=here / "work" / "base",
@@ -216,6 +284,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         stage.add_argument("--seed", type=int, default=0, help="of weights, order and noise (%(default)s)")
         stage.add_argument("--save-every", type=float, default=180, help="seconds between saves (%(default)s)")
     stages.choices["unet"].add_argument("--out", type=Path, required=True, help="folder the base is written to")
+    stages.choices["unet"].add_argument("--start", type=Path, help="folder of a base whose U-Net is trained further")
     args = parser.parse_args(argv)
     if min(args.steps, args.batch) < 1 or args.seed < 0 or not args.rate > 0 or not args.save_every > 0:
         parser.error("--steps, --batch, --rate and --save-every must be above 0, and --seed at least 0")
@@ -228,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_seed(args.seed)
     try:
-        {"autoencoder": train_autoencoder, "unet": train_unet}[args.stage](args)
+        {"autoencoder": train_autoencoder, "text": train_text, "unet": train_unet}[args.stage](args)
     except (DataError, BaseError, TrainingError, OSError) as error:
         print(f"pretrain.py: error: {error}", file=sys.stderr)
         return 2

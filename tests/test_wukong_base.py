@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from mindspore import nn
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "wukong"))
 
@@ -206,3 +207,52 @@ def test_a_base_loads_below_lora_layers_built_by_hand():
     own = dict(adapted.unet.parameters_and_names())
     for path, parameter in plain.unet.parameters_and_names():
         assert np.array_equal(own[path].asnumpy(), parameter.asnumpy()), path
+
+
+def test_phrases_name_the_style_in_many_ways_or_with_a_made_up_word():
+    found = pretrain.phrases("狐狸，扁平", "甲乙", np.random.default_rng(0))
+    assert found[:12] == ["狐狸，扁平"] * 12
+    assert found[12:16] == ["一个狐狸，扁平", "狐狸的图片，扁平", "扁平的狐狸", "狐狸"]
+    assert len(found) == 19 and all(text[:3] == "狐狸，" and set(text[3:]) <= set("甲乙") for text in found[16:])
+
+
+@pytest.mark.parametrize("mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE])
+def test_text_loss_is_the_error_of_the_last_vector(mode):
+    ms.set_context(mode=mode)
+    encoder, head = TextEncoder(**CONFIG["text_encoder"]), nn.Dense(8, 5)
+    ids = np.array([[2, 4, 5, 3, 0, 0], [2, 6, 3, 0, 0, 0]], np.int32)
+    latents = np.random.default_rng(0).standard_normal((2, 5)).astype(np.float32)
+    last = encoder(ms.Tensor(ids)).asnumpy()[:, -1].astype(np.float64)
+    expected = ((last @ head.weight.asnumpy().T + head.bias.asnumpy() - latents) ** 2).mean()
+    loss = pretrain.TextLoss(encoder, head)(ms.Tensor(ids), ms.Tensor(latents))
+    np.testing.assert_allclose(loss.asnumpy(), expected, rtol=1e-5)
+
+
+def test_the_stages_end_in_a_base_and_go_on_from_one(monkeypatch, capsys):
+    for name, value in {"SIZE": 8, "AUTOENCODER": CONFIG["autoencoder"], "UNET": CONFIG["unet"],
+                        "TEXT_WIDTH": {"output_dim": 8, "width": 8, "layers": 1, "heads": 2}}.items():
+        monkeypatch.setattr(pretrain, name, value)
+    Path("data").mkdir()
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(f"data/{i}.png")
+    Path("data/captions.csv").write_text("dir,text\n0.png,狐狸，扁平\n1.png,猫，扁平\n", encoding="utf-8")
+    common = ["--data", "data", "--work", "work", "--batch", "2", "--steps"]
+    monkeypatch.setattr(pretrain, "augment", lambda images, rng: images)
+    assert pretrain.main(["unet", *common, "1", "--out", "base"]) == 2
+    assert "no file work/autoencoder.safetensors" in capsys.readouterr().err
+    assert pretrain.main(["autoencoder", *common, "2"]) == 0
+    assert pretrain.main(["text", *common, "3"]) == 0
+    assert pretrain.main(["unet", *common, "2", "--out", "base"]) == 0
+    base = load_base("base")
+    assert set("狐狸猫扁平，一个的图片") == set(base.config["vocabulary"])
+    assert pretrain.main(["unet", *common, "1", "--out", "more", "--start", "base", "--rate", "1e-9"]) == 2
+    assert "written with other settings" in capsys.readouterr().err
+    common[3] = "further"
+    Path("further").mkdir()
+    for name in ("autoencoder", "text_encoder"):
+        Path(f"work/{name}.safetensors").rename(f"further/{name}.safetensors")
+    assert pretrain.main(["unet", *common, "1", "--out", "more", "--start", "base", "--rate", "1e-9"]) == 0
+    further = dict(load_base("more").unet.parameters_and_names())
+    for path, parameter in base.unet.parameters_and_names():
+        np.testing.assert_allclose(further[path].asnumpy(), parameter.asnumpy(), atol=1e-6, err_msg=path)

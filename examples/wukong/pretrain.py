@@ -167,7 +167,7 @@ def train_autoencoder(args: argparse.Namespace) -> None:
 
     def batch(step: int) -> tuple[np.ndarray, ...]:
         rng = np.random.default_rng([args.seed, 1, step])
-        noise = rng.standard_normal((args.batch, LATENTS, SIZE // 4, SIZE // 4), dtype=np.float32)
+        noise = rng.standard_normal((args.batch, LATENTS, UNET["image_size"], UNET["image_size"]), dtype=np.float32)
         return augment(images[next(sampler)], rng), noise
 
     def save() -> None:

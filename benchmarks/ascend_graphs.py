@@ -85,7 +85,7 @@ def sample_wukong(base: Base, settings: Settings) -> None:
 
 
 def wukong_graphs() -> Iterator[Graph]:
-    """Yield training and sampling, plain and in float16 with every option."""
+    """Yield training and sampling, plain and in float16 with most of the options."""
     plain, rich = Settings(batch_size=4), Settings(batch_size=4, **OPTIONS)
     for name, settings in (("Wukong", plain), ("Wukong fp16", rich)):
         yield Graph(f"{name} training", lambda settings=settings: train_wukong(wukong_base(settings.fp16), settings))

@@ -72,7 +72,10 @@ print(json.dumps({
     "uses": {name: {place: sorted(types) for place, types in places.items()} for name, places in uses.items()},
     "problems": problems + ascend_ops.check(uses), "twice": twice,
     "made up": ascend_ops.check({"CpuOnly": {"a net": {"Float32"}}, "NoSuchThing": {"a net": set()},
-                                 "PyExecute": {"a net": set()}, "Single": {"a net": {"Float16", "Float32"}}}),
+                                 "PyExecute": {"a net": set()},
+                                 "Single": {"a net": {"Float16"}, "another": {"Float32"}}}),
+    "bfloat16": ascend_ops.unnamed({"GeLU": {"a net": {"BFloat16"}, "another": {"Float16"}},
+                                    "BiasAdd": {"a net": {"BFloat16"}}}, "BFloat16"),
     "stands for": {operator: "Ascend" in ascend_ops.documentation(operator).platforms
                    for operator in ascend_ops.STANDS_FOR.values()},
     "nodes": [[one.primitive, sorted(one.types), bool(ascend_ops.UNKNOWN_SIZE.search(one.signature))] for one in node],
@@ -113,7 +116,13 @@ def test_what_ascend_lacks_is_reported_with_its_place(found):
         "CpuOnly runs on CPU by the documentation of CpuOnly, not on Ascend; it is in: a net",
         "NoSuchThing is not documented, nor in STANDS_FOR; it is in: a net",
         "PyExecute calls back into Python; it is in: a net",
-        "Single gets float16, which the documentation of Single does not name among its types; it is in: a net"]
+        "Single gets float16, and the documentation of Single names float32 without it; it is in: a net"]
+
+
+def test_a_type_that_documentation_leaves_out_is_reported(found):
+    """GeLU's says float16, float32 or float64; BiasAdd's says "all Number type"."""
+    assert found["bfloat16"] == ["GeLU gets bfloat16, and the documentation of GeLU names float32 without it; "
+                                 "it is in: a net"]
 
 
 def test_what_stands_for_the_undocumented_is_documented_for_ascend(found):

@@ -70,6 +70,6 @@ def run_script(script: str, function: Callable[[], object], *kinds: type[Excepti
         print(f"{script}: {stopped}", file=sys.stderr)
         return stopped.code
     except KeyboardInterrupt:
-        print(f"{script}: interrupted; nothing was written", file=sys.stderr)
+        print(f"{script}: interrupted", file=sys.stderr)
         return 130
     return 0

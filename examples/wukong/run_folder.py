@@ -94,9 +94,9 @@ class Log:
         if self.board is not None:
             self.board.close()
 
-    def losses(self) -> list[float]:
-        """The loss of every step so far."""
-        return [row["loss"] for row in self.rows]
+    def losses(self, last: int = 0) -> list[float]:
+        """The loss of every step so far, or of the last ones."""
+        return [row["loss"] for row in self.rows[-last:]]
 
 
 def board(folder: Path) -> Any:

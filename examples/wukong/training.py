@@ -136,7 +136,7 @@ def train(run: Run) -> list[float]:
                 rate = run.rates[(number - 1) // settings.gradient_accumulation]
                 log.add(step=number, loss=loss, rate=rate, norm=run.step.norm, seconds=round(seconds, 4),
                         images_per_second=round(len(batch[0]) * run.ranks.size / seconds, 2))
-                bar.set_postfix(loss=f"{np.mean(log.losses()[-20:]):.4f}", lr=f"{rate:.1e}", refresh=False)
+                bar.set_postfix(loss=f"{np.mean(log.losses(20)):.4f}", lr=f"{rate:.1e}", refresh=False)
                 if is_due(settings.save_every, number) or stopped:
                     run.state.save()
                 if is_due(settings.validation_every, number):

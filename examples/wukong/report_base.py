@@ -76,17 +76,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--log", type=Path, help="log.jsonl of the U-Net's training: draws loss.png")
     parser.add_argument("--data", type=Path, help="training pictures: shows them below the samples")
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="what to draw")
+    parser.add_argument("--style", help="word for the style, put behind each prompt after a comma")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    prompts = [f"{prompt}，{args.style}" for prompt in args.prompts] if args.style else args.prompts
     ms.set_context(mode=ms.GRAPH_MODE)
     out = args.out or args.base
     try:
         out.mkdir(parents=True, exist_ok=True)
-        pictures = draw(load_base(args.base), args.prompts, args.seed, args.guidance, args.steps)
+        pictures = draw(load_base(args.base), prompts, args.seed, args.guidance, args.steps)
         if args.data:
-            pictures = with_originals(pictures, args.prompts, args.data, 8)
+            pictures = with_originals(pictures, prompts, args.data, 8)
         grid(pictures, 8, 3).save(out / "samples.png")
         if args.log:
             curve(args.log, out / "loss.png")

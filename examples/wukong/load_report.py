@@ -12,7 +12,7 @@ import sys
 
 import pipeline
 from base import BaseError
-from errors import Parser, run
+from errors import Parser, run_script
 from loading import SHOWN, MismatchError, Report
 from settings import Settings, add_flags, read
 
@@ -42,7 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = parse(argv)
-    return run("load_report.py", lambda: load(read(arguments), None if arguments.all else SHOWN), BaseError)
+    return run_script("load_report.py", lambda: load(read(arguments), None if arguments.all else SHOWN), BaseError)
 
 
 if __name__ == "__main__":

@@ -57,10 +57,10 @@ def lasting(settings: Settings) -> dict[str, Any]:
 
 
 def plain(settings: Settings) -> dict[str, Any]:
-    """The settings as YAML and JSON hold them; those that are not set are left out."""
+    """The settings as YAML and JSON hold them; those that are not set, or hold nothing, are left out."""
     values = dataclasses.asdict(settings)
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()
-            if value is not None}
+            if value not in (None, [])}
 
 
 class Log:

@@ -136,9 +136,10 @@ class TrainingState:
                 raise ValueError(f"{found[0]} is of another run: {some_of(problems, 5)}. Give the settings that the "
                                  f"run began with, or another directory.")
             values = {name: file.read(name) for name in expected}
+        # First what can still be refused.
+        _set_random_state({name: values[name] for name in generators}, about)
         for name, parameter in parameters.items():
             put(parameter, Tensor(values[name]).astype(parameter.dtype))
-        _set_random_state({name: values[name] for name in generators}, about)
         self.sampler.step = about["step"]
         self._warn_of_dropout()
         return self.sampler.step

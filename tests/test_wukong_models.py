@@ -267,18 +267,40 @@ class Gelu(nn.Cell):
         return ops.gelu(x, approximate="tanh")
 
 
+class GatedGelu(nn.Cell):
+    def __init__(self, approximate):
+        super().__init__()
+        self.approximate = approximate
+
+    def construct(self, x):
+        a, b = ops.split(x, 25, axis=-1)
+        return a * ops.gelu(b, approximate=self.approximate)
+
+
+class Attention(nn.Cell):
+    def construct(self, query, key, value):
+        outputs = ()
+        for i in range(0, 12, 4):
+            q, k, v = query[..., i:i + 4], key[..., i:i + 4], value[..., i:i + 4]
+            outputs = outputs + (ops.matmul(ops.softmax(ops.matmul(q, k.swapaxes(1, 2)) / 2.0, -1), v),)
+        return ops.concat(outputs, -1)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ours, theirs, shapes_in", [
     (lambda: cpu_operators.GroupNorm(8, 1e-5), GroupNorm, ((3, 32, 5, 7), (32,), (32,))),
     (cpu_operators.Softmax, Softmax, ((2, 3, 5, 6),)),
     (lambda: cpu_operators.LayerNorm(1e-5), LayerNorm, ((3, 5, 24), (24,), (24,))),
     (cpu_operators.Gelu, Gelu, ((3, 50),)),
-], ids=["group_norm", "softmax", "layer_norm", "gelu"])
+    (lambda: cpu_operators.GatedGelu(False), lambda: GatedGelu("tanh"), ((3, 50),)),
+    (lambda: cpu_operators.GatedGelu(True), lambda: GatedGelu("none"), ((3, 50),)),
+    (lambda: cpu_operators.AttendByHead(3), Attention, ((2, 7, 12), (2, 5, 12), (2, 5, 12))),
+], ids=["group_norm", "softmax", "layer_norm", "gelu", "gated", "gated_exactly", "attend"])
 def test_cpu_operators_are_the_operators_they_stand_for(mode, ours, theirs, shapes_in):
     ms.set_context(mode=mode)
     rng = np.random.default_rng(0)
-    inputs = [ms.Tensor(3 + 2 * rng.standard_normal(shape), ms.float32) for shape in shapes_in]
-    factor = ms.Tensor(rng.standard_normal(shapes_in[0]), ms.float32)
+    inputs = [ms.Tensor(1 + rng.standard_normal(shape), ms.float32) for shape in shapes_in]
+    factor = ms.Tensor(rng.standard_normal(theirs()(*inputs).shape), ms.float32)
     for index, (a, b) in enumerate(zip(value_and_gradients(ours(), inputs, factor),
                                        value_and_gradients(theirs(), inputs, factor))):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6 * max(1, np.abs(b).max()), err_msg=str(index))

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 import mindspore
-from layers import Attend, GroupNorm, LayerNorm, exact_gelu, gelu
-from mindspore import Tensor, nn, ops
+from layers import Attend, GatedGelu, GroupNorm, LayerNorm
+from mindspore import Tensor, nn
 
 from mindpet_lite.delta import LoRADense
 
@@ -75,12 +75,10 @@ class GEGLU(nn.Cell):
     def __init__(self, build: Build, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.proj = build.dense(in_channels, 2 * out_channels)
-        self.half = out_channels
-        self.gelu = exact_gelu if build.exact_gelu else gelu
+        self.gated = GatedGelu(build.exact_gelu)
 
     def construct(self, x: Tensor) -> Tensor:
-        value, gate = ops.split(self.proj(x), self.half, axis=-1)
-        return value * self.gelu(gate)
+        return self.gated(self.proj(x))
 
 
 class FeedForward(nn.Cell):

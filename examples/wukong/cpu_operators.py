@@ -4,6 +4,9 @@ Sums are products with a column of ones, and `bprop` gives the gradient in as fe
 for a row or a column is written out to the whole shape first: an operator on two shapes looks up the place of each
 element in tables (16 bytes an element, kept as long as the graph lives) and takes three to four times as long. The
 values are those of the operators they stand for, within float32 rounding. Other devices use the operators themselves.
+
+A gradient makes what it needs again from the inputs. These wait for the gradient of the output (`ops.depend`): else the
+compiler, which makes one of two equal operators, would keep for it all that the forward pass made.
 """
 
 import mindspore
@@ -56,7 +59,7 @@ class GroupNorm(nn.Cell):
         """With n = d r and dn = gamma dout: dx = r (dn - mean(dn) - n mean(dn n)), the means over the group."""
         batch, channels, height, width = x.shape
         by_group = (batch, self.groups, channels // self.groups)
-        d, r = self.deviations(x)
+        d, r = self.deviations(ops.depend(x, dout))
         dy = dout.reshape(batch * channels, height * width)
         ones = column(height * width, 1.0)
         sums = self.matmul(dy, ones).reshape(by_group)
@@ -88,12 +91,74 @@ class Softmax(nn.Cell):
         return ((products - out.reshape(products.shape) * along_rows(sums, products)).reshape(x.shape),)
 
 
+class AttendByHead(nn.Cell):
+    """`layers.Attend`, one head after the other: only one head's weights (queries, keys) are there at a time.
+
+    Heads are cut out of the last axis, so nothing is transposed: a transposition keeps 8 bytes an element in a table.
+    Each head waits for the one before it, else the runtime would begin them all at once.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.split = ops.Split(-1, heads)
+        self.softmax = ops.Softmax(-1)
+        self.matmul = ops.BatchMatMul()
+        self.matmul_left = ops.BatchMatMul(transpose_a=True)
+        self.matmul_right = ops.BatchMatMul(transpose_b=True)
+        self.sums = ops.MatMul()
+
+    def weights(self, query: Tensor, key: Tensor) -> Tensor:
+        """Gives softmax(query key^T) in float32."""
+        return self.softmax(self.matmul_right(query, key).astype(mindspore.float32))
+
+    def construct(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        queries = self.split(query * (query.shape[-1] // self.heads) ** -0.5)
+        keys, values = self.split(key), self.split(value)
+        outputs = (self.matmul(self.weights(queries[0], keys[0]).astype(value.dtype), values[0]),)
+        for i in range(1, self.heads):
+            p = self.weights(ops.depend(queries[i], outputs[-1]), keys[i])
+            outputs = outputs + (self.matmul(p.astype(value.dtype), values[i]),)
+        return ops.concat(outputs, axis=-1)
+
+    def bprop(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, dout: Tensor
+              ) -> tuple[Tensor, Tensor, Tensor]:
+        """With P the weights, r = sum(dO O) and dS = P (dO V^T - r): dQ = s dS K, dK = s dS^T Q, dV = P^T dO.
+
+        dO V^T - r is one product, of dO with a column r more and of V with a column -1 more.
+        """
+        scale = (query.shape[-1] // self.heads) ** -0.5
+        queries, keys = self.split(ops.depend(query, dout) * scale), self.split(ops.depend(key, dout))
+        products = (dout * out).astype(mindspore.float32).reshape(-1, query.shape[-1] // self.heads)
+        sums = self.sums(products, column(products.shape[1], 1.0)).astype(dout.dtype)
+        minus = ops.fill(value.dtype, (*value.shape[:2], self.heads, 1), -1.0)
+        douts, more = self.split(dout), self.split(self.widened(dout, sums))
+        values = self.split(self.widened(ops.depend(value, dout), minus))
+        dq, dk, dv = (), (), ()
+        for i in range(self.heads):
+            q = queries[i] if i == 0 else ops.depend(queries[i], dq[-1])
+            p = self.weights(q, keys[i])
+            ds = (p * self.matmul_right(ops.depend(more[i], p), values[i]).astype(mindspore.float32)).astype(dout.dtype)
+            dv = dv + (self.matmul_left(p.astype(dout.dtype), douts[i]),)
+            dk = dk + (self.matmul_left(ds, q),)
+            dq = dq + (self.matmul(ds, keys[i]),)
+        return ops.concat(dq, axis=-1) * scale, ops.concat(dk, axis=-1), ops.concat(dv, axis=-1)
+
+    def widened(self, x: Tensor, columns: Tensor) -> Tensor:
+        """Gives each head's part of x (batch, tokens, heads * d) one column more."""
+        batch, tokens, width = x.shape
+        by_head = x.reshape(batch, tokens, self.heads, -1)
+        both = ops.concat((by_head, columns.reshape(batch, tokens, self.heads, 1)), axis=-1)
+        return both.reshape(batch, tokens, width + self.heads)
+
+
 class LayerNorm(nn.Cell):
     """`ops.layer_norm(x, (width,), gamma, beta, eps)` for float32 x of shape (..., width)."""
 
     def __init__(self, eps: float) -> None:
         super().__init__()
         self.eps = eps
+        self.norm = ops.LayerNorm(-1, -1, eps)
         self.matmul = ops.MatMul()
         self.matmul_left = ops.MatMul(transpose_a=True)
 
@@ -106,14 +171,14 @@ class LayerNorm(nn.Cell):
         return d * along_rows(r, d), r
 
     def construct(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        n, _ = self.normalised(x)
-        return (n * along_columns(gamma, n) + along_columns(beta, n)).reshape(x.shape)
+        return self.norm(x, gamma, beta)[0]
 
     def bprop(self, x: Tensor, gamma: Tensor, beta: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """With dn = gamma dout: dx = r (dn - mean(dn) - n mean(dn n)), the means over each row."""
-        n, r = self.normalised(x)
+        n, r = self.normalised(ops.depend(x, dout))
         dy = dout.reshape(n.shape)
-        dn = dy * along_columns(gamma, n)
+        # What waits for nothing but a parameter would be spelled out when the step begins, and held until now.
+        dn = dy * along_columns(ops.depend(gamma, dout), n)
         mean = column(n.shape[1], 1.0 / n.shape[1])
         slope = along_rows(self.matmul(dn * n, mean), n)
         dx = (dn - along_rows(self.matmul(dn, mean), n) - n * slope) * along_rows(r, n)
@@ -122,19 +187,52 @@ class LayerNorm(nn.Cell):
                 self.matmul_left(dy, ones).reshape(-1))
 
 
-class Gelu(nn.Cell):
-    """`ops.gelu(x, approximate="tanh")`, the tanh written with the sigmoid: 0.5 (1 + tanh(u)) = sigmoid(2u)."""
+def gelu(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gives GELU in its tanh form, which is x g with g = sigmoid(2u), and its derivative g + x g (1 - g) d(2u)/dx.
 
-    def gate(self, x: Tensor, square: Tensor) -> Tensor:
-        """Gives sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3)."""
-        return ops.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * square))
+    u = sqrt(2 / pi) (x + 0.044715 x^3), since 0.5 (1 + tanh(u)) = sigmoid(2u).
+    """
+    square = x * x
+    g = ops.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * square))
+    y = x * g
+    return y, g + (y - y * g) * (1.5957691216057308 + 0.21406444881780074 * square)
+
+
+def exact_gelu(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gives GELU by the error function, x Phi(x), and its derivative Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi)."""
+    phi = 0.5 + 0.5 * ops.erf(x * 0.7071067811865476)
+    return x * phi, phi + x * ops.exp(-0.5 * x * x) * 0.3989422804014327
+
+
+class Gelu(nn.Cell):
+    """`ops.gelu(x, approximate="tanh")`."""
 
     def construct(self, x: Tensor) -> Tensor:
-        return x * self.gate(x, x * x)
+        return gelu(x)[0]
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        """With g the gate: dx = dout (g + x g (1 - g) d(2u)/dx)."""
-        square = x * x
-        g = self.gate(x, square)
-        y = x * g
-        return (dout * (g + (y - y * g) * (1.5957691216057308 + 0.21406444881780074 * square)),)
+        """Gives dx = dout gelu'(x)."""
+        return (dout * gelu(ops.depend(x, dout))[1],)
+
+
+class GatedGelu(nn.Cell):
+    """a gelu(b), a and b the halves of x (..., 2 width).
+
+    Args:
+        exact: GELU by the error function instead of by tanh.
+    """
+
+    def __init__(self, exact: bool) -> None:
+        super().__init__()
+        self.gelu = exact_gelu if exact else gelu
+        self.halves = ops.Split(-1, 2)
+
+    def construct(self, x: Tensor) -> Tensor:
+        a, b = self.halves(x)
+        return a * self.gelu(b)[0]
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """Gives da = dout gelu(b) and db = dout a gelu'(b)."""
+        a, b = self.halves(ops.depend(x, dout))
+        y, slope = self.gelu(b)
+        return (ops.concat((dout * y, dout * a * slope), axis=-1),)

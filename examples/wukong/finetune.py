@@ -27,6 +27,7 @@ from base import Base, BaseError
 from data import DataError, Pictures, bucket_shapes, load_buckets, load_image
 from errors import Parser, UserError, explained, run_script
 from latents import Batches, Examples
+from layers import use_plain_operators
 from pictures import save_image, save_loss_curve
 from report import write_report
 from samplers import GuidedStep
@@ -82,6 +83,7 @@ def adapt(base: Base, settings: Settings) -> TrainableReport:
                                           lora_dropout=settings.lora_dropout, target_modules=names))
     if settings.recompute:
         net_recompute(base.unet, r"(input_blocks|output_blocks)\.\d+|middle_block")
+        use_plain_operators(base.unet)
     return freeze_delta(base.unet, "lora")
 
 

@@ -71,6 +71,16 @@ class LayerNorm(nn.LayerNorm):
         return y.astype(x.dtype)
 
 
+def use_plain_operators(net: nn.Cell) -> None:
+    """Makes the norms and gates of a net that recomputes use MindSpore's own operators on CPU too.
+
+    Of a cell with a gradient of its own MindSpore keeps the input, even where the cell is recomputed.
+    """
+    for _, cell in net.cells_and_names():
+        if isinstance(cell, GroupNorm | LayerNorm | GatedGelu):
+            cell.written_out = None
+
+
 def upsample(x: Tensor) -> Tensor:
     """Each pixel four times: (batch, channels, h, w) -> (batch, channels, 2h, 2w)."""
     batch, channels, height, width = x.shape
@@ -91,6 +101,25 @@ def exact_gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1.0 + ops.erf(x * 0.7071067811865476))
 
 
+class GatedGelu(nn.Cell):
+    """a gelu(b), a and b the halves of x (..., 2 width).
+
+    Args:
+        exact: GELU by the error function instead of by tanh.
+    """
+
+    def __init__(self, exact: bool) -> None:
+        super().__init__()
+        self.gelu = exact_gelu if exact else gelu
+        self.written_out = cpu_operators.GatedGelu(exact) if on_cpu() else None
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.written_out is not None:
+            return self.written_out(x)
+        a, b = ops.split(x, x.shape[-1] // 2, axis=-1)
+        return a * self.gelu(b)
+
+
 class Attend(nn.Cell):
     """softmax(Q K^T / sqrt(d) + mask) V for each head (Vaswani et al., 2017), the softmax in float32.
 
@@ -105,11 +134,17 @@ class Attend(nn.Cell):
 
     Outputs:
         (batch, queries, heads * d) in the dtype of `value`.
+
+    On CPU many queries are computed head by head, and their weights again for the gradient: for 4096 queries and keys
+    they take 67 MB a head.
     """
+
+    MANY = 1024
 
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.by_head = cpu_operators.AttendByHead(heads) if on_cpu() else None
         self.softmax = cpu_operators.Softmax() if on_cpu() else ops.Softmax(-1)
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.average = ops.BatchMatMul()
@@ -119,6 +154,8 @@ class Attend(nn.Cell):
         return x.reshape(x.shape[0], x.shape[1], self.heads, -1).transpose(0, 2, 1, 3)
 
     def construct(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.by_head is not None and mask is None and query.shape[1] >= self.MANY:
+            return self.by_head(query, key, value)
         scale = (query.shape[-1] // self.heads) ** -0.5
         scores = self.scores(self.split(query * scale), self.split(key)).astype(mindspore.float32)
         if mask is not None:

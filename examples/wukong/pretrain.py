@@ -6,7 +6,7 @@
     python pretrain.py unet        --data work/data/{noto,flat,solid,noto-v1,firefox} --work work/base --out base
 
 The first stage learns to compress pictures; the second teaches the text encoder to tell captions apart by what their
-pictures look like; the third learns the U-Net, and the text encoder further, on the latents. A run that
+pictures look like; the third learns the U-Net on the latents and on the texts as the encoder gives them. A run that
 was stopped goes on where it was saved last when it is started again with the same arguments. Everything random follows
 from the seed and the step, so a continued run sees what an unbroken one would have seen.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from autoencoder import AutoencoderKL
 from base import BaseError, load_weights, save_base, save_weights
 from data import DataError, load_folder
-from diffusion import DiffusionLoss, Schedule, TextToImageLoss, draw_noise
+from diffusion import DiffusionLoss, Schedule, draw_noise
 from mindspore import nn, ops
 from pretrain_loop import Trainer, TrainingError
 from text_encoder import TextEncoder
@@ -43,16 +43,17 @@ UNET = {
 }
 TEXT_WIDTH = {"output_dim": 128, "width": 128, "layers": 3, "heads": 4}
 CONTEXT_LENGTH = 16
-SCHEDULE = {"timesteps": 1000, "linear_start": 0.00085, "linear_end": 0.012}
+# v, not the noise: where there is hardly anything but noise, and the text alone says what to draw, the error of the
+# picture counts fully in v and next to nothing in eps.
+SCHEDULE = {"timesteps": 1000, "linear_start": 0.00085, "linear_end": 0.012, "prediction": "v"}
 KL_WEIGHT = 2e-4
-GAMMA = 5.0
 DROPPED = 0.1
 # Ways people ask for a picture, so that a prompt need not be the bare caption, which stays the most frequent by far.
 # The name comes before the style: the text encoder reads from left to right, so all styles share the name's vectors.
+# {word} is a made-up word in the style's place. It says nothing of the style: what is drawn stays the name's, so that
+# a style with a new word can be taught.
 TEMPLATES = ("{name}，{style}",) * 12 + ("一个{name}，{style}", "{name}的图片，{style}", "{style}的{name}", "{name}")
-# Ways with a made-up word for the style, which then says nothing of it: what is drawn stays the name's, so that a style
-# with a new word can be taught.
-MADE_UP = 3
+TEMPLATES += ("{name}，{word}",) * 3
 
 
 class AutoencoderLoss(nn.Cell):
@@ -121,13 +122,6 @@ def load_pictures(folders: list[Path]) -> tuple[np.ndarray, list[str]]:
     return np.concatenate(images), texts
 
 
-def phrases(caption: str, characters: str, rng: np.random.Generator) -> list[str]:
-    """A caption "name，style" in the ways of TEMPLATES, and with MADE_UP words of two characters for its style."""
-    name, _, style = caption.partition("，")
-    words = ["".join(rng.choice(list(characters), 2)) for _ in range(MADE_UP)]
-    return [template.format(name=name, style=style) for template in TEMPLATES] + [f"{name}，{word}" for word in words]
-
-
 def settings(args: argparse.Namespace, images: int) -> dict:
     """What must be the same when a run is continued. The number of steps may change: it only bends the rate."""
     return {"stage": args.stage, "seed": args.seed, "batch": args.batch, "rate": args.rate, "images": images}
@@ -183,35 +177,42 @@ def train_autoencoder(args: argparse.Namespace) -> None:
 
 
 class Corpus:
-    """The pictures as latents and the texts as ids, and the configuration of a base that learns from them.
+    """The pictures as latents and their captions "name，style", and the configuration of a base that learns from them.
 
     Attributes:
         latents: (n, C, h, w), of standard deviation 1.
-        ids: (n, ways, L): each caption in the ways of `phrases`.
-        empty: (L,), the empty text.
+        texts: The n captions.
+        tokenizer: Texts to ids.
         autoencoder: The frozen first stage.
         config: What config.yaml of the base will hold.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        images, texts = load_pictures(args.data)
+        images, self.texts = load_pictures(args.data)
         self.autoencoder = AutoencoderKL(**AUTOENCODER)
         load_weights(self.autoencoder, args.work / "autoencoder.safetensors")
         latents = encode(self.autoencoder, images)
         scale = float(1 / latents.std())
         self.latents = latents * np.float32(scale)
-        frames = [template.format(name="", style="") for template in TEMPLATES]
-        vocabulary = "".join(sorted(set("".join([*texts, *frames]))))
-        rng = np.random.default_rng([args.seed, 4])
-        prompts = [phrases(text, vocabulary, rng) for text in texts]
-        tokenizer = CharTokenizer(vocabulary, CONTEXT_LENGTH)
-        self.ids = np.array([[tokenizer(text) for text in some] for some in prompts], np.int32)
-        self.empty = np.array(tokenizer(""), np.int32)
+        frames = [template.format(name="", style="", word="") for template in TEMPLATES]
+        self.characters = sorted(set("".join([*self.texts, *frames])))
+        self.tokenizer = CharTokenizer("".join(self.characters), CONTEXT_LENGTH)
         self.config = {
             "unet": UNET,
-            "text_encoder": {"context_length": CONTEXT_LENGTH, "vocab_size": tokenizer.vocab_size, **TEXT_WIDTH},
-            "autoencoder": AUTOENCODER, "schedule": SCHEDULE, "scale_factor": scale, "vocabulary": vocabulary,
+            "text_encoder": {"context_length": CONTEXT_LENGTH, "vocab_size": self.tokenizer.vocab_size,
+                             **TEXT_WIDTH},
+            "autoencoder": AUTOENCODER, "schedule": SCHEDULE, "scale_factor": scale,
+            "vocabulary": "".join(self.characters),
         }
+
+    def ids(self, chosen: np.ndarray, rng: np.random.Generator, dropped: float = 0.0) -> np.ndarray:
+        """Ids (B, L) of some captions, each in one of the ways of TEMPLATES, or empty with this probability."""
+        texts = []
+        for i in chosen:
+            name, _, style = self.texts[i].partition("，")
+            word, template = "".join(rng.choice(self.characters, 2)), TEMPLATES[rng.integers(len(TEMPLATES))]
+            texts.append("" if rng.random() < dropped else template.format(name=name, style=style, word=word))
+        return np.array([self.tokenizer(text) for text in texts], np.int32)
 
     def text_encoder(self) -> TextEncoder:
         """A new text encoder."""
@@ -231,8 +232,7 @@ def train_text(args: argparse.Namespace) -> None:
 
     def batch(step: int) -> tuple[np.ndarray, ...]:
         rng, chosen = np.random.default_rng([args.seed, 3, step]), next(sampler)
-        words = corpus.ids[chosen, rng.integers(0, corpus.ids.shape[1], args.batch)]
-        return words, corpus.latents[chosen].reshape(args.batch, -1)
+        return corpus.ids(chosen, rng), corpus.latents[chosen].reshape(args.batch, -1)
 
     trainer.run(batch, args.save_every,
                 lambda: save_weights(trainer.averaged("text_encoder"), args.work / "text_encoder.safetensors"))
@@ -246,23 +246,21 @@ def train_unet(args: argparse.Namespace) -> None:
     if args.start:
         load_weights(unet, args.start / "unet.safetensors")
     rates = learning_rates(args.rate, args.rate / 20, 200, args.steps)
-    loss = TextToImageLoss(DiffusionLoss(unet, schedule, GAMMA), text_encoder)
-    trainer = Trainer({"unet": unet, "text_encoder": text_encoder}, loss, args.work / "unet", rates, 1e-3,
+    trainer = Trainer({"unet": unet}, DiffusionLoss(unet, schedule), args.work / "unet", rates, 1e-3,
                       settings(args, len(corpus.latents)), 0.998)
     sampler = BatchSampler(len(corpus.latents), args.batch, args.seed)
     sampler.step = trainer.step
 
     def batch(step: int) -> tuple[np.ndarray, ...]:
         rng, chosen = np.random.default_rng([args.seed, 2, step]), next(sampler)
-        words = corpus.ids[chosen, rng.integers(0, corpus.ids.shape[1], args.batch)]
-        words = np.where(rng.random((args.batch, 1)) < DROPPED, corpus.empty, words).astype(np.int32)
+        context = text_encoder(ms.Tensor(corpus.ids(chosen, rng, DROPPED))).asnumpy()
         timesteps, noise = draw_noise(rng, (args.batch, *corpus.latents.shape[1:]), schedule)
-        return corpus.latents[chosen], words, timesteps, noise
+        return corpus.latents[chosen], context, timesteps, noise
 
     def save() -> None:
-        weights = {name: trainer.averaged(name) for name in ("unet", "text_encoder")}
-        fixed = {path: p.asnumpy() for path, p in corpus.autoencoder.parameters_and_names()}
-        save_base(args.out, corpus.config, weights | {"autoencoder": fixed})
+        fixed = {name: {path: p.asnumpy() for path, p in net.parameters_and_names()}
+                 for name, net in (("text_encoder", text_encoder), ("autoencoder", corpus.autoencoder))}
+        save_base(args.out, corpus.config, {"unet": trainer.averaged("unet"), **fixed})
 
     trainer.run(batch, args.save_every, save)
 

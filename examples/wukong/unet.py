@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import mindspore
 from attention import Build, SpatialTransformer
-from layers import GroupNorm, name_parameters, upsample
+from layers import GroupNorm, name_parameters, upsample, use_plain_operators
 from mindspore import Tensor, nn, ops
 
 
@@ -40,7 +40,8 @@ class ResBlock(nn.Cell):
     def construct(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.in_layers_conv(ops.silu(self.in_layers_norm(x)))
         emb = self.emb_layers(emb)
-        h = h + emb.reshape(emb.shape[0], emb.shape[1], 1, 1)
+        # Spelled out first: on CPU a sum of two shapes keeps a table of 16 bytes an element.
+        h = h + ops.broadcast_to(emb.reshape(emb.shape[0], emb.shape[1], 1, 1), h.shape)
         h = self.out_layers_drop(ops.silu(self.out_layers_norm(h)))
         return self.skip_connection(x) + self.out_layers_conv(h)
 
@@ -112,7 +113,8 @@ class UNetModel(nn.Cell):
         context_dim: Width of the embedded text.
         dropout: Dropout probability.
         use_spatial_transformer: Must be True: the other kind of attention cannot read text.
-        use_checkpoint: Recompute the activations of each block in the backward pass: less memory, more time.
+        use_checkpoint: Recompute the activations of each block in the backward pass: less memory, more time (on CPU at
+            full size and 64 x 64 an eighth of the process's memory, for a third more time).
         legacy: Must be False: it only changes the width of heads where their width is given instead of their number.
         use_fp16: Convolutions and dense layers compute in float16; norms, softmax and the output stay float32.
         enable_lora: `to_q`, `to_k`, `to_v` and `to_out.0` of every attention are `LoRADense`.
@@ -183,6 +185,7 @@ class UNetModel(nn.Cell):
         if use_checkpoint:
             for block in (*self.input_blocks, self.middle_block, *self.output_blocks):
                 block.recompute()
+            use_plain_operators(self)
         self.model_channels = model_channels
         self.dtype = dtype
         name_parameters(self)

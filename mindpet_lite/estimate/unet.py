@@ -14,6 +14,8 @@ from mindpet_lite.estimate.tape import Value
 THREADS = 2
 # Of every GroupNorm.
 GROUPS = 32
+# From so many queries on, attention goes head by head.
+MANY = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ class UNet:
     def forward(self, tape: CpuOperators, batch: int, words: int | None, recompute: bool) -> Value:
         """Record the prediction of the noise in `batch` latents, given so many words, and its mean square."""
         side, words = self.image_size, words or self.words
-        steps = UNetTape(tape, self, tape.input(batch, words, self.context_dim))
+        steps = UNetTape(tape, self, tape.input(batch, words, self.context_dim), recompute)
         width, widths = self.model_channels, self.widths
         emb = steps.time(tape.input(batch, width), 4 * width)
         x = tape.input(batch, self.in_channels, side, side)
@@ -101,7 +103,7 @@ class UNet:
                         place = 2 if steps.attends(level) else 1
                         x = steps.conv(steps.upsample(x), f"output_blocks.{number}.{place}.conv.conv", out, 3)
                 number += 1
-        x = tape.silu(tape.group_norm(x, "out.0"))
+        x = tape.silu(steps.group_norm(x, "out.0"))
         x = steps.conv(x, "out.2.conv", self.out_channels, 3)
         return tape.reduce("ReduceMean", tape.unary("Square", x, "x"), 1)
 
@@ -113,6 +115,17 @@ class UNetTape:
     tape: CpuOperators
     net: UNet
     context: Value
+    recompute: bool
+
+    def group_norm(self, x: Value, path: str) -> Value:
+        """`GroupNorm`; plain in a net that recomputes."""
+        return self.tape.plain_norm("GroupNorm", x, path, x.shape[1]) if self.recompute else \
+            self.tape.group_norm(x, path, GROUPS)
+
+    def layer_norm(self, x: Value, path: str) -> Value:
+        """`LayerNorm`; plain in a net that recomputes."""
+        return self.tape.plain_norm("LayerNorm", x, path, x.shape[-1]) if self.recompute else \
+            self.tape.layer_norm(x, path)
 
     def attends(self, level: int) -> bool:
         """Tell whether a level has attention."""
@@ -131,11 +144,11 @@ class UNetTape:
     def residual(self, x: Value, emb: Value, path: str, out: int) -> Value:
         """`ResBlock`."""
         tape = self.tape
-        h = tape.silu(tape.group_norm(x, f"{path}.in_layers_norm"))
+        h = tape.silu(self.group_norm(x, f"{path}.in_layers_norm"))
         h = self.conv(h, f"{path}.in_layers_conv.conv", out, 3)
         e = tape.dense(tape.silu(emb), f"{path}.emb_layers.1", out)
-        h = tape.binary("Add", h, tape.view(e, x.shape[0], out, 1, 1))
-        h = tape.silu(tape.group_norm(h, f"{path}.out_layers_norm"))
+        h = tape.binary("Add", h, tape.broadcast(e, *h.shape))
+        h = tape.silu(self.group_norm(h, f"{path}.out_layers_norm"))
         h = self.conv(h, f"{path}.out_layers_conv.conv", out, 3)
         skip = x if x.shape[1] == out else self.conv(x, f"{path}.skip_connection.conv", out, 1)
         return tape.binary("Add", skip, h)
@@ -144,15 +157,15 @@ class UNetTape:
         """`SpatialTransformer`."""
         tape, (batch, channels, height, width) = self.tape, x.shape
         pixels = height * width
-        h = self.conv(tape.group_norm(x, f"{path}.norm"), f"{path}.proj_in", channels, 1)
+        h = self.conv(self.group_norm(x, f"{path}.norm"), f"{path}.proj_in", channels, 1)
         h = tape.transpose(tape.view(h, batch, channels, pixels), batch, pixels, channels)
         for block in range(self.net.transformer_depth):
             inner = f"{path}.transformer_blocks.{block}"
-            n = tape.layer_norm(h, f"{inner}.norm1")
+            n = self.layer_norm(h, f"{inner}.norm1")
             h = tape.binary("Add", h, self.attention(n, n, f"{inner}.attn1"))
-            h = tape.binary("Add", h, self.attention(tape.layer_norm(h, f"{inner}.norm2"), self.context,
+            h = tape.binary("Add", h, self.attention(self.layer_norm(h, f"{inner}.norm2"), self.context,
                                                      f"{inner}.attn2"))
-            h = tape.binary("Add", h, self.feed_forward(tape.layer_norm(h, f"{inner}.norm3"), f"{inner}.ff.net"))
+            h = tape.binary("Add", h, self.feed_forward(self.layer_norm(h, f"{inner}.norm3"), f"{inner}.ff.net"))
         h = tape.view(tape.transpose(h, batch, channels, pixels), *x.shape)
         return tape.binary("Add", x, self.conv(h, f"{path}.proj_out", channels, 1))
 
@@ -167,6 +180,8 @@ class UNetTape:
 
         q = tape.dense(x, f"{path}.to_q", width, bias=False)
         k, v = (tape.dense(context, f"{path}.{name}", width, bias=False) for name in ("to_k", "to_v"))
+        if rows >= MANY:
+            return tape.dense(tape.attend_by_head(q, k, v, heads), f"{path}.to_out.0", width)
         scores = tape.batched(split(tape.unary("Mul", q)), split(k), (batch, heads, rows, keys), False)
         mixed = tape.batched(tape.row_softmax(scores), split(v), (batch, heads, rows, size), False)
         mixed = tape.view(tape.transpose(mixed, batch, rows, heads, size), batch, rows, width)
@@ -176,7 +191,8 @@ class UNetTape:
         """`FeedForward`: value · gelu(gate), the GELU written out."""
         tape, width = self.tape, x.shape[-1]
         both = tape.dense(x, f"{path}.0.proj", 8 * width)
-        return tape.dense(tape.gated(both), f"{path}.2", width)
+        gated = tape.plain_gated(both) if self.recompute else tape.gated(both)
+        return tape.dense(gated, f"{path}.2", width)
 
     def upsample(self, x: Value) -> Value:
         """Each pixel four times."""

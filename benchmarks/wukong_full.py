@@ -118,7 +118,8 @@ def report(kinds: list[str], side: int, dtype: str, checkpoint: bool) -> None:
         if {"LoRA", kind} <= set(found):
             for what, value, bar in zip(("time", "memory"), ("step", "peak"), RATIOS.get((side, kind), ("", ""))):
                 ratio = getattr(found["LoRA"], value) / getattr(found[kind], value)
-                row(f"{side} x {side}, {dtype}: LoRA / {kind}, {what}", f"{ratio:.3f}", "", f"<= {bar:.2f}" if bar else "")
+                row(f"{side} x {side}, {dtype}: LoRA / {kind}, {what}", f"{ratio:.3f}", "",
+                    f"<= {bar:.2f}" if bar else "")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import mindspore as ms
@@ -209,11 +210,19 @@ def test_a_base_loads_below_lora_layers_built_by_hand():
         assert np.array_equal(own[path].asnumpy(), parameter.asnumpy()), path
 
 
-def test_phrases_name_the_style_in_many_ways_or_with_a_made_up_word():
-    found = pretrain.phrases("狐狸，扁平", "甲乙", np.random.default_rng(0))
-    assert found[:12] == ["狐狸，扁平"] * 12
-    assert found[12:16] == ["一个狐狸，扁平", "狐狸的图片，扁平", "扁平的狐狸", "狐狸"]
-    assert len(found) == 19 and all(text[:3] == "狐狸，" and set(text[3:]) <= set("甲乙") for text in found[16:])
+def test_texts_name_the_style_in_many_ways_or_with_a_made_up_word():
+    corpus = pretrain.Corpus.__new__(pretrain.Corpus)
+    corpus.texts, corpus.characters = ["狐狸，扁平"], list("狐狸扁平，一个的图片")
+    corpus.tokenizer = CharTokenizer("".join(corpus.characters), 16)
+    characters = dict(enumerate(["", "?", "", "", *corpus.characters]))
+    ids = corpus.ids(np.zeros(2000, int), np.random.default_rng(0), dropped=0.2)
+    counts = Counter("".join(characters[i] for i in row) for row in ids.tolist())
+    written = {"狐狸，扁平": 12, "一个狐狸，扁平": 1, "狐狸的图片，扁平": 1, "扁平的狐狸": 1, "狐狸": 1}
+    for text, share in {**{text: 0.8 * count / 19 for text, count in written.items()}, "": 0.2}.items():
+        assert abs(counts.pop(text) / 2000 - share) < 0.03, text
+    # What is left are made-up words, drawn anew for each text.
+    assert abs(sum(counts.values()) / 2000 - 0.8 * 3 / 19) < 0.03 and len(counts) > 50
+    assert all(text[:3] == "狐狸，" and len(text) == 5 for text in counts)
 
 
 @pytest.mark.parametrize("mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE])

@@ -537,7 +537,7 @@ def test_grid(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pictures, "chinese_font", lambda size: None)
     pictures.save_grid(rows, ["狐狸", "没有这个"], tmp_path / "english.png")
     assert "captions in English" in capsys.readouterr().err
-    assert pictures.english(["狐狸", "没有这个"]) == ["fox", "prompt 2"]
+    assert pictures.english(["狐狸", "没有这个", "熊猫，黑白"]) == ["fox", "prompt 2", "panda"]
 
 
 def test_chinese_font_is_installed():

@@ -163,7 +163,7 @@ class TestCommittedSet:
             images, texts, skipped = load_folder(WUKONG / "data" / part, 32)
             files = [sample.path.name for sample in read_captions(WUKONG / "data" / part)[0]]
             assert skipped == [] and images.shape == (count, 3, 32, 32)
-            assert texts == [names[file]["zh"] for file in files]
+            assert texts == [f"{names[file]['zh']}，黑白" for file in files]
             assert (images[:, 0] == images[:, 1]).all() and (images[:, 0] == images[:, 2]).all()
             assert images.std(axis=(1, 2, 3)).min() > 0.1
             seen[part] = set(files)

@@ -46,9 +46,9 @@ def chinese_font(size: int) -> ImageFont.FreeTypeFont | None:
 
 
 def english(captions: list[str]) -> list[str]:
-    """The English names of the emoji that captions name, and a number for other captions."""
+    """The English names of the emoji that captions "name" or "name，style" name, and a number for other captions."""
     names = {one["zh"]: one["en"] for one in json.loads(NAMES.read_text(encoding="utf-8")).values()}
-    return [names.get(caption, f"prompt {i + 1}") for i, caption in enumerate(captions)]
+    return [names.get(caption.partition("，")[0], f"prompt {i + 1}") for i, caption in enumerate(captions)]
 
 
 def save_grid(rows: dict[str, np.ndarray], captions: list[str], path: Path) -> None:

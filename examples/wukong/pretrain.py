@@ -270,8 +270,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = parser.add_subparsers(dest="stage", required=True)
     here = Path(__file__).resolve().parent
-    for name, steps, batch, rate in (("autoencoder", 2000, 8, 1.5e-3), ("text", 3000, 64, 1e-3),
-                                     ("unet", 12000, 32, 1e-3)):
+    for name, steps, batch, rate in (("autoencoder", 2000, 8, 1.5e-3), ("text", 4000, 64, 1e-3),
+                                     ("unet", 6000, 32, 1e-3)):
         stage = stages.add_parser(name)
         stage.add_argument("--data", type=Path, nargs="+", required=True, help="folders made by prepare_data.py")
         stage.add_argument("--work", type=Path, default=here / "work" / "base",

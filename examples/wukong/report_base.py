@@ -27,7 +27,7 @@ def draw(base: Base, prompts: list[str], seed: int, guidance: float, steps: int)
     noise = np.random.default_rng(seed).standard_normal((len(prompts), channels, side, side), dtype=np.float32)
     ids = np.array([base.tokenizer(text) for text in ("", *prompts)], np.int32)
     context = base.text_encoder(ms.Tensor(ids)).asnumpy()
-    latents = sample(GuidedStep(base.unet), noise, context[1:], context[:1], base.schedule,
+    latents = sample(GuidedStep(base.unet, base.schedule.prediction), noise, context[1:], context[:1], base.schedule,
                      steps=steps, guidance=guidance)
     return base.autoencoder.decode(ms.Tensor(latents / np.float32(base.scale_factor))).asnumpy()
 
@@ -62,7 +62,7 @@ def curve(log: Path, path: Path) -> None:
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     figure, axes = plt.subplots(figsize=(7, 3.5))
     axes.semilogy([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=0.8)
-    axes.set(xlabel="step", ylabel="weighted loss (mean of 20 steps)")
+    axes.set(xlabel="step", ylabel="loss (mean of 20 steps)")
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

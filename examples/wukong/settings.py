@@ -49,7 +49,7 @@ class Settings:
     save_every: int = setting(0, "steps between checkpoints; 0: none but on Ctrl-C and SIGTERM", least=0)
     keep: int = setting(2, "checkpoints to keep", least=1)
     validation_every: int = setting(0, "steps between validation pictures; 0: none", least=0)
-    validation_prompts: list = setting(["狐狸", "红苹果"], "what they show")
+    validation_prompts: list = setting(["狐狸，黑白", "红苹果，黑白"], "what they show")
 
     lora_rank: int = setting(4, "rank of LoRA", "--rank", least=1)
     lora_alpha: float = setting(4.0, "alpha of LoRA: the update is scaled by alpha / rank", "--alpha", above=0)

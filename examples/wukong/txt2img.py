@@ -1,8 +1,8 @@
 """Draws pictures from prompts with a Wukong-style base, with or without a LoRA adapter.
 
-    python txt2img.py 狐狸 熊猫                                                # the base
-    python txt2img.py 狐狸 熊猫 --adapter out/finetune/adapter                 # the adapter
-    python txt2img.py 狐狸 熊猫 --adapter out/finetune/adapter --scale 0.5     # half of it
+    python txt2img.py 狐狸，扁平 熊猫，立体                                        # the base
+    python txt2img.py 狐狸，黑白 --adapter out/finetune/adapter                   # the adapter
+    python txt2img.py 狐狸，黑白 --adapter out/finetune/adapter --scale 0.5       # half of it
     python txt2img.py --prompts prompts.txt --adapter out/finetune/adapter --merge --out /tmp/pictures
     python txt2img.py 狐狸 --config configs/wukong_full_lora.yaml --base wukong-huahua-ms.ckpt --adapter adapter
 
@@ -43,7 +43,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
             prompts += arguments.prompts.read_text(encoding="utf-8-sig").splitlines()
     prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
     if not prompts:
-        raise UserError("no prompt: give some, such as 狐狸 熊猫, or --prompts FILE with one a line")
+        raise UserError("no prompt: give some, such as 狐狸，扁平 熊猫，立体, or --prompts FILE with one a line")
     return prompts
 
 

@@ -27,7 +27,6 @@ def start(out: Path, steps: int, *flags: str) -> subprocess.Popen[bytes]:
     """Starts a run that writes into `out`."""
     command = [sys.executable, str(WUKONG / "finetune.py"), "--config", str(WUKONG / "configs" / "wukong_tiny.yaml"),
                "--steps", str(steps), "--batch", "4", "--save-every", "3", "--ema-decay", "0.9", "--heldout-draws", "1",
-               "--lora-dropout", "0",
                "--latent-cache", str(out.parent / "latents"), "--out", str(out), *flags]
     return subprocess.Popen(command, cwd=out.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                             env={**os.environ, "GLOG_v": "3"})

@@ -200,7 +200,9 @@ def test_checkpointing_gives_the_same_gradients():
     assert plain.keys() == recomputed.keys() and len(plain) > 200
     for path, value in plain.items():
         assert np.any(value), path
-        np.testing.assert_allclose(recomputed[path], value, rtol=1e-4, atol=1e-4 * np.abs(value).max(), err_msg=path)
+        # A norm takes out what a bias just before it adds to a whole group: its gradient is rounding, up to 2e-6 here.
+        np.testing.assert_allclose(recomputed[path], value, rtol=1e-4, atol=1e-4 * np.abs(value).max() + 3e-6,
+                                   err_msg=path)
 
 
 def test_no_dropout_operator_without_dropout():

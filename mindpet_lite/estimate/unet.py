@@ -209,6 +209,6 @@ class UNetTape:
 
         y = tape.apply("Conv2D", [x, weight], shape, lambda reads, results, dy: [
             tape.run("Conv2DBackpropInput", [dy, reads[1]], x.shape, buffer=buffer) if x.graded else None,
-            tape.run("Conv2DBackpropFilter", [dy, reads[0]], weight.shape, buffer=4 * THREADS * weight.numel)
+            tape.run("Conv2DBackpropFilter", [dy, reads[0]], weight.shape, buffer=4 * min(THREADS, batch) * weight.numel)
             if weight.graded else None])
         return tape.bias(y, bias)

@@ -205,10 +205,11 @@ class UNetTape:
         weight = tape.weight(f"{path}.weight", out, channels, kernel, kernel)
         bias = tape.parameter(f"{path}.bias", out)
         shape = (batch, out, height // stride, width // stride)
-        buffer = 4 * kernel ** 2 * channels * math.prod(shape[2:]) * min(THREADS, batch) if kernel > 1 else 0
+        threads = min(THREADS, batch)
+        buffer = 4 * kernel ** 2 * channels * math.prod(shape[2:]) * threads if kernel > 1 else 0
 
         y = tape.apply("Conv2D", [x, weight], shape, lambda reads, results, dy: [
             tape.run("Conv2DBackpropInput", [dy, reads[1]], x.shape, buffer=buffer) if x.graded else None,
-            tape.run("Conv2DBackpropFilter", [dy, reads[0]], weight.shape, buffer=4 * min(THREADS, batch) * weight.numel)
+            tape.run("Conv2DBackpropFilter", [dy, reads[0]], weight.shape, buffer=4 * threads * weight.numel)
             if weight.graded else None])
         return tape.bias(y, bias)

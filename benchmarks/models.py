@@ -91,7 +91,7 @@ SHAPES: dict[str, Stack | UNet] = {
     "text": Stack(blocks=4, width=512, batch=4, tokens=128, rank=8),
     "wide": Stack(blocks=2, width=2048, batch=1, tokens=256, rank=16),
     "many": Stack(blocks=4, width=320, batch=8, tokens=256, rank=64),
-    # The trained U-Net of examples/wukong, and one four times as wide inside with one level more.
+    # A U-Net of the kind of examples/wukong, and one four times as wide inside with one level more.
     "unet-tiny": UNet(side=8, channels=96, mult=(1, 1), heads=4, context=64, words=16, batch=4, rank=4),
     "unet-mid": UNet(side=16, channels=192, mult=(1, 2, 2), heads=8, context=256, words=16, batch=2, rank=8),
 }

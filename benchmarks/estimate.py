@@ -100,6 +100,11 @@ def measured(case: Case, column: str) -> int:
         mindpet_lite.get_pet_model(net, mindpet_lite.LoraConfig(case.rank, 2 * case.rank, target_modules=targets))
     if recomputed:
         mindpet_lite.net_recompute(net, BLOCKS[case.kind])
+        if case.kind == "unet":
+            from layers import use_plain_operators
+
+            # As the example's own use_checkpoint.
+            use_plain_operators(net)
     training = Step(net).set_train()
     for _ in range(3):
         training(*inputs).asnumpy()

@@ -15,7 +15,7 @@ from mindspore import nn
 import mindpet_lite as mp
 from mindpet_lite import estimate as room
 from mindpet_lite.cli import main
-from mindpet_lite.estimate import estimate
+from mindpet_lite.estimate import estimate, unet
 from mindpet_lite.estimate.cpu_operators import CpuOperators
 from mindpet_lite.estimate.kernels import UNIT, Kernel, Memory, as_run, highest, tables_of
 from mindpet_lite.estimate.layers import Lora
@@ -25,6 +25,7 @@ from mindpet_lite.estimate.report import chosen, net_of
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "examples" / "wukong"), str(ROOT / "benchmarks")]
 
+from layers import Attend  # noqa: E402
 from llama import Llama, Sizes  # noqa: E402
 from unet import UNetModel  # noqa: E402
 
@@ -65,6 +66,10 @@ def test_weights_train_or_do_not():
     report = estimate(LLAMA_2, 1, 16)
     assert report.parameters == 6_738_415_616 and report.plans["LoRA"].weights == 4 * report.parameters
     assert report.plans["full"].deltas == 4 * report.parameters and report.plans["full"].weights == 0
+
+
+def test_attention_goes_head_by_head_from_as_many_queries_as_in_the_example():
+    assert unet.MANY == Attend.MANY
 
 
 def test_parameters_of_wukongs_unet():

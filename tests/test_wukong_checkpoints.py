@@ -23,10 +23,10 @@ import settings  # noqa: E402
 from base import MODELS, BaseError  # noqa: E402
 from bpe import BPETokenizer, byte_letters, words  # noqa: E402
 from checkpoint import PREFIXES, load_checkpoint_base  # noqa: E402
+from cpu_operators import exact_gelu  # noqa: E402
 from diffusers_base import load_diffusers_base, opened, origins_of  # noqa: E402
 from diffusers_config import UNET_SIZES, read_config, read_configs, unet_arguments  # noqa: E402
 from diffusers_names import unet_origin  # noqa: E402
-from layers import exact_gelu  # noqa: E402
 from loading import MismatchError, Report, fill, match, new  # noqa: E402
 from unet import UNetModel  # noqa: E402
 

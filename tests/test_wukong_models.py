@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "wukong"))
 
 import cpu_operators  # noqa: E402
+import layers  # noqa: E402
 from autoencoder import AutoencoderKL  # noqa: E402
 from text_encoder import TextEncoder  # noqa: E402
 from unet import UNetModel, timestep_embedding  # noqa: E402
@@ -301,11 +302,36 @@ class Attention(nn.Cell):
 def test_cpu_operators_are_the_operators_they_stand_for(mode, ours, theirs, shapes_in):
     ms.set_context(mode=mode)
     rng = np.random.default_rng(0)
-    inputs = [ms.Tensor(1 + rng.standard_normal(shape), ms.float32) for shape in shapes_in]
+    # Scores of attention grow with the square of what goes in, and so does their rounding.
+    spread = 1 if theirs is Attention else 2
+    inputs = [ms.Tensor(spread * (1.5 + rng.standard_normal(shape)), ms.float32) for shape in shapes_in]
     factor = ms.Tensor(rng.standard_normal(theirs()(*inputs).shape), ms.float32)
     for index, (a, b) in enumerate(zip(value_and_gradients(ours(), inputs, factor),
                                        value_and_gradients(theirs(), inputs, factor))):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6 * max(1, np.abs(b).max()), err_msg=str(index))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_many_queries_go_head_by_head_with_the_same_numbers(mode, monkeypatch):
+    ms.set_context(mode=mode)
+    rng = np.random.default_rng(0)
+    inputs = [ms.Tensor(rng.standard_normal(shape), ms.float32) for shape in ((2, 8, 12), (2, 5, 12), (2, 5, 12))]
+    factor = ms.Tensor(rng.standard_normal((2, 8, 12)), ms.float32)
+    whole = value_and_gradients(layers.Attend(3), inputs, factor)
+    monkeypatch.setattr(layers.Attend, "MANY", 8)
+    for a, b in zip(value_and_gradients(layers.Attend(3), inputs, factor), whole):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
+    attend = layers.Attend(3)
+    attend.scores = None  # Without it only the heads' way is left.
+    np.testing.assert_allclose(attend(*inputs).asnumpy(), whole[0], rtol=1e-5, atol=2e-6)
+
+
+def test_a_unet_that_recomputes_has_plain_norms_and_gates():
+    for recomputes in (False, True):
+        cells = [cell for _, cell in UNetModel(**SMALL, use_checkpoint=recomputes).cells_and_names()
+                 if hasattr(cell, "written_out")]
+        assert {type(cell).__name__ for cell in cells} == {"GroupNorm", "LayerNorm", "GatedGelu"}
+        assert all((cell.written_out is None) == recomputes for cell in cells)
 
 
 def value_and_gradients(cell: nn.Cell, inputs: list[ms.Tensor], factor: ms.Tensor) -> list[np.ndarray]:

@@ -187,52 +187,62 @@ class LayerNorm(nn.Cell):
                 self.matmul_left(dy, ones).reshape(-1))
 
 
-def gelu(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Gives GELU in its tanh form, which is x g with g = sigmoid(2u), and its derivative g + x g (1 - g) d(2u)/dx.
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form (Hendrycks and Gimpel, 2016), written with the sigmoid: 0.5 (1 + tanh(u)) = sigmoid(2u).
 
-    u = sqrt(2 / pi) (x + 0.044715 x^3), since 0.5 (1 + tanh(u)) = sigmoid(2u).
+    u = sqrt(2 / pi) (x + 0.044715 x^3). The same function as `ops.gelu(x, approximate="tanh")` within 1e-6 and several
+    times faster on CPU.
     """
+    return x * gate(x, x * x)
+
+
+def gate(x: Tensor, square: Tensor) -> Tensor:
+    """Gives sigmoid(2u)."""
+    return ops.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * square))
+
+
+def gelu_slope(x: Tensor) -> Tensor:
+    """The derivative of `gelu`: with g the gate and y = x g, it is g + (y - y g) d(2u)/dx."""
     square = x * x
-    g = ops.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * square))
+    g = gate(x, square)
     y = x * g
-    return y, g + (y - y * g) * (1.5957691216057308 + 0.21406444881780074 * square)
+    return g + (y - y * g) * (1.5957691216057308 + 0.21406444881780074 * square)
 
 
-def exact_gelu(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Gives GELU by the error function, x Phi(x), and its derivative Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi)."""
-    phi = 0.5 + 0.5 * ops.erf(x * 0.7071067811865476)
-    return x * phi, phi + x * ops.exp(-0.5 * x * x) * 0.3989422804014327
+def exact_gelu(x: Tensor) -> Tensor:
+    """GELU by the error function, as Stable Diffusion was trained: x Phi(x)."""
+    return 0.5 * x * (1.0 + ops.erf(x * 0.7071067811865476))
+
+
+def exact_gelu_slope(x: Tensor) -> Tensor:
+    """The derivative of `exact_gelu`: Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi)."""
+    return 0.5 * (1.0 + ops.erf(x * 0.7071067811865476)) + x * ops.exp(-0.5 * x * x) * 0.3989422804014327
 
 
 class Gelu(nn.Cell):
     """`ops.gelu(x, approximate="tanh")`."""
 
     def construct(self, x: Tensor) -> Tensor:
-        return gelu(x)[0]
+        return gelu(x)
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
         """Gives dx = dout gelu'(x)."""
-        return (dout * gelu(ops.depend(x, dout))[1],)
+        return (dout * gelu_slope(ops.depend(x, dout)),)
 
 
 class GatedGelu(nn.Cell):
-    """a gelu(b), a and b the halves of x (..., 2 width).
-
-    Args:
-        exact: GELU by the error function instead of by tanh.
-    """
+    """`layers.GatedGelu`."""
 
     def __init__(self, exact: bool) -> None:
         super().__init__()
-        self.gelu = exact_gelu if exact else gelu
+        self.gelu, self.slope = (exact_gelu, exact_gelu_slope) if exact else (gelu, gelu_slope)
         self.halves = ops.Split(-1, 2)
 
     def construct(self, x: Tensor) -> Tensor:
         a, b = self.halves(x)
-        return a * self.gelu(b)[0]
+        return a * self.gelu(b)
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
         """Gives da = dout gelu(b) and db = dout a gelu'(b)."""
         a, b = self.halves(ops.depend(x, dout))
-        y, slope = self.gelu(b)
-        return (ops.concat((dout * y, dout * a * slope), axis=-1),)
+        return (ops.concat((dout * self.gelu(b), dout * a * self.slope(b)), axis=-1),)

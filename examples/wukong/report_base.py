@@ -1,6 +1,7 @@
-"""Draws what BASE.md shows: a grid of samples of a base and the loss curve of its training.
+"""Draws what BASE.md shows: a grid of samples of a base and the loss curve of its training; measures what it draws.
 
-    python report_base.py --base base --log work/base/unet/log.jsonl --data work/data/flat
+    python report_base.py --base base --log work/base/unet/log.jsonl --data work/data/flat --style 扁平
+    python report_base.py --base base --data work/data/noto --measure data/heldout --out /tmp/noto
 """
 
 import argparse
@@ -11,8 +12,9 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 from base import Base, BaseError, load_base
-from data import DataError, load_folder
+from data import DataError, load_folder, load_image, read_captions
 from PIL import Image
+from recognition import found
 from samplers import GuidedStep, sample
 
 PROMPTS = ("狐狸", "熊猫", "猫脸", "青蛙", "红苹果", "披萨", "向日葵", "蘑菇",
@@ -52,6 +54,15 @@ def with_originals(pictures: np.ndarray, prompts: list[str], folder: Path, colum
     return np.stack(rows)
 
 
+def measure(base: Base, folder: Path, files: Path, args: argparse.Namespace) -> str:
+    """Says of how many captions the own picture is the nearest; the pictures of `folder` that `files` has too."""
+    wanted = {sample.path.name for sample in read_captions(files)[0]}
+    samples = [sample for sample in read_captions(folder)[0] if sample.path.name in wanted]
+    drawn = draw(base, [sample.text for sample in samples], args.seed, args.guidance, args.steps)
+    images = np.stack([load_image(sample.path, drawn.shape[-1], drawn.shape[-1]) for sample in samples])
+    return f"the nearest, or one of the five nearest, is the own picture: {found(drawn, images)}"
+
+
 def curve(log: Path, path: Path) -> None:
     """Draws the training loss of a log of pretrain.py."""
     import matplotlib
@@ -75,21 +86,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for samples.png and loss.png (default: the base's)")
     parser.add_argument("--log", type=Path, help="log.jsonl of the U-Net's training: draws loss.png")
     parser.add_argument("--data", type=Path, help="training pictures: shows them below the samples")
+    parser.add_argument("--measure", type=Path, metavar="FOLDER", help="data folder: counts for how many of its files, "
+                        "drawn from the captions that they have in --data, the picture in --data is the nearest")
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="what to draw")
     parser.add_argument("--style", help="word for the style, put behind each prompt after a comma")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.measure and not args.data:
+        parser.error("--measure compares with the pictures of --data: give it too")
     prompts = [f"{prompt}，{args.style}" for prompt in args.prompts] if args.style else args.prompts
     ms.set_context(mode=ms.GRAPH_MODE)
     out = args.out or args.base
     try:
         out.mkdir(parents=True, exist_ok=True)
-        pictures = draw(load_base(args.base), prompts, args.seed, args.guidance, args.steps)
+        base = load_base(args.base)
+        pictures = draw(base, prompts, args.seed, args.guidance, args.steps)
         if args.data:
             pictures = with_originals(pictures, prompts, args.data, 8)
         grid(pictures, 8, 3).save(out / "samples.png")
+        if args.measure:
+            print(measure(base, args.data, args.measure, args))
         if args.log:
             curve(args.log, out / "loss.png")
     except (BaseError, DataError, ValueError, OSError) as error:

@@ -14,6 +14,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from mindpet_lite.formats.torch_arithmetic import BLOCK, box_muller, fused, rounded
+
 # Arrays are worked on in pieces that stay in the processor's cache.
 _PIECE = 1 << 15
 # From this range on, randint takes 64 bits for a number.
@@ -22,20 +24,7 @@ _WIDE_RANGE = 1 << 28
 _LONG_PERMUTATION = (2 ** 32 - 1) // 20
 # randperm swaps this many numbers at once.
 _SWAPS = 512
-# normal computes blocks of 16 numbers; fewer than 16 one by one.
-_BLOCK = 16
 _TYPES = ("float32", "bfloat16")
-
-# Cephes' approximations in float32 (logf, sinf, cosf; Moshier, https://www.netlib.org/cephes): the coefficients of the
-# polynomials, highest power first, and ln 2 and pi/4 in parts whose products with small integers are exact, or nearly.
-_LOG = (7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1,
-        2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1)
-_SINE = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
-_COSINE = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
-_LN_2, _LN_2_REST = np.float32(0.693359375), np.float32(-2.12194440e-4)
-_MINUS_QUARTER_PI = (-0.78515625, -2.4187564849853515625e-4, -3.77489497744594108e-8)
-_ROOT_HALF, _FOUR_BY_PI, _TWO_PI = np.float32(math.sqrt(0.5)), np.float32(4 / math.pi), np.float32(2 * math.pi)
-_HALF, _ONE, _MINUS_TWO = np.float32(0.5), np.float32(1), np.float32(-2)
 
 
 class TorchGenerator:
@@ -85,10 +74,10 @@ class TorchGenerator:
                              f"high is {high}.")
         if dtype not in _TYPES:
             raise ValueError(f"dtype must be {' or '.join(_TYPES)}, but is {dtype!r}.")
-        lowest, highest = _rounded(np.array([start, end]), dtype)
+        lowest, highest = rounded(np.array([start, end]), dtype)
         values = np.empty(math.prod(shape), np.float32)
         for piece in _pieces(values):
-            numbers = _rounded(_fused(self._fractions(len(piece)), span, start), dtype)
+            numbers = rounded(fused(self._fractions(len(piece)), span, start), dtype)
             piece[:] = np.where(numbers == highest, lowest, numbers)
         return values.reshape(shape)
 
@@ -139,16 +128,16 @@ class TorchGenerator:
         if not (math.isfinite(mean) and math.isfinite(std) and std >= 0):
             raise ValueError(f"a finite mean and a finite std >= 0 are wanted, but mean is {mean} and std is {std}.")
         size = math.prod(shape)
-        if size < _BLOCK:
+        if size < BLOCK:
             values = np.array([self._single_normal(mean, std) for _ in range(size)], np.float32)
         else:
             values = self.rand(size)
-            blocks = values[:size - size % _BLOCK]
+            blocks = values[:size - size % BLOCK]
             for piece in _pieces(blocks):
-                _box_muller(piece, np.float32(mean), np.float32(std))
-            if size % _BLOCK:
-                values[-_BLOCK:] = self.rand(_BLOCK)
-                _box_muller(values[-_BLOCK:], np.float32(mean), np.float32(std))
+                box_muller(piece, np.float32(mean), np.float32(std))
+            if size % BLOCK:
+                values[-BLOCK:] = self.rand(BLOCK)
+                box_muller(values[-BLOCK:], np.float32(mean), np.float32(std))
         return values.reshape(shape)
 
     def randint(self, low: int, high: int, shape: Sequence[int]) -> np.ndarray:
@@ -241,88 +230,6 @@ class TorchGenerator:
 def _pieces(values: np.ndarray) -> Iterator[np.ndarray]:
     """Yield views of an array, one after the other."""
     return (values[start:start + _PIECE] for start in range(0, len(values), _PIECE))
-
-
-def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Round float32 to the nearest number of a type, halfway to the even one."""
-    if dtype == "float32":
-        return values
-    bits = values.view(np.uint32)
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    return ((bits + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)).view(np.float32)
-
-
-def _fused(x: np.ndarray, y: np.ndarray | np.float32, z: np.ndarray | np.float32) -> np.ndarray:
-    """Return x·y + z of float32, rounded once, as the processor's fused multiply-add.
-
-    float64 holds the product exactly, but not always the sum. Of the two neighbours of the exact sum, the one with an
-    odd last bit is taken. Rounded to float32 it is what the exact sum is (Boldo and Melquiond, 2008,
-    https://doi.org/10.1109/TC.2007.70819). The error of a sum is computed after Knuth (TwoSum).
-    """
-    product = np.multiply(x, y, dtype=np.float64)
-    total = product + z
-    added = total - product
-    error = (product - (total - added)) + (z - added)
-    wrong = (error != 0) & ((total.view(np.int64) & 1) == 0)
-    total[wrong] = np.nextafter(total[wrong], np.copysign(np.inf, error[wrong]))
-    return total.astype(np.float32)
-
-
-def _multiply_add(x: np.ndarray, y: np.ndarray | np.float32, z: np.ndarray | np.float32) -> np.ndarray:
-    """Return x·y + z as `_fused` does, in less time, where rounding to float64 first does no harm.
-
-    It does none for any of the 2^24 arguments that `_log` and `_cosine_and_sine` can get.
-    """
-    return (np.multiply(x, y, dtype=np.float64) + z).astype(np.float32)
-
-
-def _polynomial(x: np.ndarray, coefficients: tuple[float, ...]) -> np.ndarray:
-    """Return a polynomial after Horner."""
-    value = np.full_like(x, coefficients[0])
-    for coefficient in coefficients[1:]:
-        value = _multiply_add(value, x, np.float32(coefficient))
-    return value
-
-
-def _log(x: np.ndarray) -> np.ndarray:
-    """Return ln x of float32 from [2^-24, 1] as PyTorch's vector code does.
-
-    x = 2^e·(1 + m) with m from [sqrt(1/2) - 1, sqrt(2) - 1); ln x = e ln 2 + m - m²/2 + m³·P(m).
-    """
-    mantissa, exponent = np.frexp(x)
-    low = mantissa < _ROOT_HALF
-    e = (exponent - low).astype(np.float32)
-    m = np.where(low, mantissa - _ONE + mantissa, mantissa - _ONE)
-    square = m * m
-    rest = _multiply_add(m * _polynomial(m, _LOG), square, e * _LN_2_REST) - _HALF * square
-    return _multiply_add(e, _LN_2, m + rest)
-
-
-def _cosine_and_sine(angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return cos and sin of float32 from [0, 2 pi) as PyTorch's vector code does.
-
-    The nearest multiple of pi/2 is taken away. What is left is r from [-pi/4, pi/4], and sin r = r + r³·P(r²),
-    cos r = 1 - r²/2 + r⁴·Q(r²). The quarter turns taken away tell which of them is the sine, and the signs.
-    """
-    quarters = ((angle * _FOUR_BY_PI).astype(np.int32) + 1) >> 1
-    r = angle
-    for part in _MINUS_QUARTER_PI:
-        r = _multiply_add((2 * quarters).astype(np.float32), np.float32(part), r)
-    square = r * r
-    sine = _multiply_add(r, square * _polynomial(square, _SINE), r)
-    cosine = _multiply_add(square, square * _polynomial(square, _COSINE), -_HALF * square) + _ONE
-    odd = (quarters & 1) == 1
-    cosine, sine = np.where(odd, sine, cosine), np.where(odd, cosine, sine)
-    return np.where((quarters + 1) & 2, -cosine, cosine), np.where(quarters & 2, -sine, sine)
-
-
-def _box_muller(values: np.ndarray, mean: np.float32, std: np.float32) -> None:
-    """Turn uniform into normal numbers, in place: of a block, the first 8 give the radii, the last 8 the angles."""
-    blocks = values.reshape(-1, 2, _BLOCK // 2)
-    radius = np.sqrt(_MINUS_TWO * _log(_ONE - blocks[:, 0]))
-    cosine, sine = _cosine_and_sine(_TWO_PI * blocks[:, 1])
-    blocks[:, 0] = _fused(radius * cosine, std, mean)
-    blocks[:, 1] = _fused(radius * sine, std, mean)
 
 
 def _swap(values: np.ndarray, start: int, others: np.ndarray) -> None:

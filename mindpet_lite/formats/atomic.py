@@ -19,6 +19,7 @@ _COMMITTED = ".saved"
 # The file by which a work folder is known for ours; a folder of the user's may have any name.
 _MARK = "mindpet_lite-saving"
 _TRIES = 100
+_ALL_THE_TIME = "{} is being written to all the time: wait until that is over and read it again."
 _HERE, _EXCHANGE = -100, 2
 
 
@@ -90,16 +91,35 @@ def open_together(directory: Path, names: Iterable[str]) -> Iterator[dict[str, B
             if whole:
                 yield found
                 return
-    raise OSError(f"{directory} is being written to all the time: wait until that is over and read it again.")
+    raise OSError(_ALL_THE_TIME.format(directory))
 
 
 def names_in(directory: Path) -> set[str]:
-    """Return the names of the files of a directory, as `open_together` finds them."""
-    committed: list[str] = []
-    # First, for files leave it for the directory.
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        committed = os.listdir(directory / _COMMITTED)
-    return {*committed, *(name for name in os.listdir(directory) if (directory / name).is_file())}
+    """Return the names of the files of a directory, as `open_together` finds them.
+
+    Raises:
+        OSError: it cannot be read, or is written to all the time.
+    """
+    for _ in range(_TRIES):
+        committed: list[str] = []
+        # First, for files leave it for the directory.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            committed = os.listdir(directory / _COMMITTED)
+        with _opened(directory) as handle:
+            # Those of the directory that was opened: it may have lost its place, and its files, since.
+            names = {entry.name for entry in os.scandir(handle) if entry.is_file()}
+            if os.path.samestat(os.fstat(handle), os.stat(directory)):
+                return {*committed, *names}
+    raise OSError(_ALL_THE_TIME.format(directory))
+
+
+@contextlib.contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def _places(directory: Path, names: Iterable[str]) -> dict[str, Path]:

@@ -14,6 +14,8 @@ from mindspore import nn
 from mindpet_lite.delta import METHODS
 from mindpet_lite.delta.base import FLOAT_TYPES
 
+__all__ = ["install_as_mindpet"]
+
 # Each module of MindPet 1.0.4 that its documentation or its own tests import from, and where its names are now.
 MODULES: dict[str, tuple[str, ...]] = {
     "mindpet": (),

@@ -73,10 +73,10 @@ def from_mapping(block: Mapping[str, Any]) -> DeltaConfig:
         raise ValueError(f"pet_type must be one of {', '.join(METHODS)}, but got {name!r:.100}."
                          f"{did_you_mean(name, METHODS)}")
     kind = METHODS[name.lower()]
-    known = [field.name for field in dataclasses.fields(kind)]
+    known = [field.name for field in dataclasses.fields(kind) if not field.name.startswith("_")]
     fields: dict[str, Any] = {}
     for key, value in values.items():
-        field = _ALIASES.get(key, key)
+        field = key if key in known else _ALIASES.get(key, key)
         if field not in known:
             raise ValueError(f"Unknown key {key!r:.100} in pet_config of type {name!r}; it has {', '.join(known)}."
                              f"{did_you_mean(key, known)}")

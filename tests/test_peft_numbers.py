@@ -14,6 +14,7 @@ from peft_models import base_model, close, inputs_of
 from safetensors.numpy import load_file
 
 import mindpet_lite as mp
+from mindpet_lite.delta import METHODS
 from mindpet_lite.delta.parts import put
 from mindpet_lite.formats import peft
 from mindpet_lite.graph.adapters import deltas
@@ -27,10 +28,21 @@ REFUSED = {
     "lora_layer_replication": "layer_replication", "lora_monteclora": "monteclora_config",
     "lora_target_parameters": "target_parameters", "lora_velora": "velora_config",
 }
-# lora_combined holds no adapter but several, for methods that combine them.
-FOLDERS = [(family, folder.name) for family in ("llama_tiny", "conv_tiny", "conv_grouped")
-           for folder in sorted((ROOT / family).glob("*")) if folder.name.startswith(("lora_", "modules_to_save"))
-           and folder.name != "lora_combined"]
+# PEFT's name of each method that we have, and PEFT's keys of its tensors by our names.
+KEYS = {"LORA": peft._KEYS, **{kind.peft.peft_type: kind.peft.keys for kind in METHODS.values() if kind.peft}}
+
+
+def folders() -> list[tuple[str, str]]:
+    """Return the fixtures of our methods; lora_combined holds no adapter but several, for what combines them."""
+    found = []
+    for config in sorted(ROOT.glob("*/*/adapter_config.json")):
+        family, name = config.parts[-3:-1]
+        if family != "unet_tiny" and json.loads(config.read_text())["peft_type"] in KEYS:
+            found.append((family, name))
+    return found
+
+
+FOLDERS = folders()
 PLAYED = [(family, name) for family, name in FOLDERS if name not in REFUSED]
 
 needs_fixtures = pytest.mark.skipif(not FOLDERS, reason=f"the shared fixtures are not at {SHARED}")
@@ -39,8 +51,11 @@ every_folder = pytest.mark.parametrize(("family", "name"), PLAYED)
 
 def trained(net: nn.Cell, io: dict[str, np.ndarray]) -> dict[str, Parameter]:
     """Return by PEFT's key what trained."""
-    found = {f"base_model.model.{path}.{peft._KEYS[own]}": item for path, delta in deltas(net).items()
-             for own, item in delta.delta_parameters().items()}
+    found = {}
+    for path, delta in deltas(net).items():
+        kind = METHODS[delta.method].peft
+        keys = kind.keys if kind else peft._KEYS
+        found.update({f"base_model.model.{path}.{keys[own]}": item for own, item in delta.delta_parameters().items()})
     base = {path: item for path, item in net.parameters_and_names() if "mindpet_delta" not in path}
     for key in io:
         path = key.removeprefix("grad.base_model.model.").replace(".base_layer", "")

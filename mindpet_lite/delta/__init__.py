@@ -2,6 +2,7 @@
 from mindpet_lite.delta.adapter import AdapterConfig, AdapterDense, AdapterLayer
 from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.delta.bitfit import BitFitConfig
+from mindpet_lite.delta.ia3 import IA3Config
 from mindpet_lite.delta.lora import (
     LoraConfig,
     LoRAConv1d,
@@ -26,18 +27,20 @@ from mindpet_lite.delta.prefix_dense import prefix_mask, prepend_prefix
 from mindpet_lite.delta.ptuning2 import PrefixEmbedding, PrefixEncoder, Ptuning2Config, Ptuning2Dense
 from mindpet_lite.delta.r_drop import RDropLoss, rdrop_repeat
 
-METHODS: dict[str, type[DeltaConfig]] = {
-    "lora": LoraConfig,
-    "prefixtuning": PrefixTuningConfig,
-    "adapter": AdapterConfig,
-    "low_rank_adapter": LowRankAdapterConfig,
-    "bitfit": BitFitConfig,
-    "ptuning2": Ptuning2Config,
-}
+METHODS: dict[str, type[DeltaConfig]] = {kind.pet_type: kind for kind in (
+    LoraConfig,
+    PrefixTuningConfig,
+    AdapterConfig,
+    LowRankAdapterConfig,
+    BitFitConfig,
+    Ptuning2Config,
+    IA3Config,
+)}
 
-__all__ = ["METHODS", "AdapterConfig", "AdapterDense", "AdapterLayer", "BitFitConfig", "Delta", "DeltaConfig",
-           "LoRAConv1d", "LoRAConv2d", "LoRAConv3d", "LoRADense", "LoRAEmbedding", "LoRALinear", "LoRAMintConv1d",
-           "LoRAMintConv2d", "LoRAMintConv3d", "LoRAMintEmbedding", "LoraConfig", "LowRankAdapterConfig",
-           "LowRankAdapterDense", "LowRankAdapterLayer", "LowRankLinear", "PrefixDense", "PrefixEmbedding",
-           "PrefixEncoder", "PrefixLayer", "PrefixTuningConfig", "Ptuning2Config", "Ptuning2Dense", "RDropLoss",
-           "prefix_mask", "prepend_prefix", "rdrop_repeat"]
+# The layers that are built by hand, MindPet's functions, and the config of each method.
+__all__ = ["METHODS", "AdapterDense", "AdapterLayer", "Delta", "DeltaConfig", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d",
+           "LoRADense", "LoRAEmbedding", "LoRALinear", "LoRAMintConv1d", "LoRAMintConv2d", "LoRAMintConv3d",
+           "LoRAMintEmbedding", "LowRankAdapterDense", "LowRankAdapterLayer", "LowRankLinear", "PrefixDense",
+           "PrefixEncoder", "PrefixEmbedding", "PrefixLayer", "Ptuning2Dense", "RDropLoss", "prefix_mask",
+           "prepend_prefix", "rdrop_repeat"]
+__all__ += [kind.__name__ for kind in METHODS.values()]

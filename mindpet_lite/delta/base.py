@@ -13,6 +13,7 @@ from mindspore import dtype as mstype
 
 from mindpet_lite.delta.parts import put
 from mindpet_lite.delta.values import Start
+from mindpet_lite.formats.peft_method import PeftMethod
 from mindpet_lite.names.expressions import compile_end
 
 FLOAT_TYPES = (mstype.float16, mstype.bfloat16, mstype.float32)
@@ -85,7 +86,7 @@ class Delta:
         for name in self.delta_names:
             part = getattr(self, name)
             if isinstance(part, nn.Cell):
-                found.update({f"{name}.{path}": item for path, item in part.parameters_and_names()})
+                found.update({f"{name}.{path}": item for path, item in part.parameters_andnames_of()})
             else:
                 found[name] = part
         return found
@@ -198,6 +199,8 @@ class DeltaConfig:
     pet_type: ClassVar[str]
     # What else `freeze_delta` may call it.
     other_names: ClassVar[tuple[str, ...]] = ()
+    # How PEFT's files hold it; None where they cannot, or (LoRA) where the formats know it themselves.
+    peft: ClassVar[PeftMethod | None] = None
     # Without target_modules every layer that the method can adapt is meant.
     all_by_default: ClassVar[bool] = False
     # The method trains Parameters that the net has; `adapt` gives a delta that is no cell.
@@ -213,12 +216,12 @@ class DeltaConfig:
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
-            object.__setattr__(self, name, _names(name, getattr(self, name), allow_text=True))
+            object.__setattr__(self, name, names_of(name, getattr(self, name), allow_text=True))
         for name in ("modules_to_save", "freeze_include", "freeze_exclude"):
-            object.__setattr__(self, name, _names(name, getattr(self, name), allow_text=False))
+            object.__setattr__(self, name, names_of(name, getattr(self, name), allow_text=False))
         object.__setattr__(self, "layers_to_transform", _numbers("layers_to_transform", self.layers_to_transform))
         pattern = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        object.__setattr__(self, "layers_pattern", _names("layers_pattern", pattern or None, allow_text=False))
+        object.__setattr__(self, "layers_pattern", names_of("layers_pattern", pattern or None, allow_text=False))
         for name in self.layers_pattern or ():
             end_expression("layers_pattern", name)
         if self.layers_pattern and self.layers_to_transform is None:
@@ -262,6 +265,23 @@ class DeltaConfig:
         """Return why the layer at `path` cannot be adapted in a net of these cells, or None if it can."""
         return None
 
+    @classmethod
+    def share(cls, layers: Mapping[str, tuple[nn.Cell, Any]], given: Mapping[str, np.ndarray]) -> dict[str, Parameter]:
+        """Return the Parameters that the layers of one adapter share, by name; nothing where they share none.
+
+        Args:
+            layers: by path the plain layer that is to be adapted, with its own settings.
+            given: the values that a file has for them, by name.
+
+        Raises:
+            ValueError: the layers cannot share them, or what is given does not fit.
+        """
+        return {}
+
+    def holding(self, shared: Mapping[str, Parameter]) -> DeltaConfig:
+        """Return the settings with what `share` made, for `adapt`."""
+        return self
+
     def adapt(self, cell: nn.Cell) -> Delta:
         """Return the adapted cell built on the Parameter objects of `cell`, which stays as it is."""
         raise NotImplementedError(f"{type(self).__name__} adapts no layer.")
@@ -302,8 +322,8 @@ def _numbers(field: str, value: object) -> tuple[int, ...] | None:
     return tuple(items)
 
 
-def _names(field: str, value: object, allow_text: bool) -> str | tuple[str, ...] | None:
-    """Return a name list as a tuple of strings after checking it."""
+def names_of(field: str, value: object, allow_text: bool) -> str | tuple[str, ...] | None:
+    """Return a list of names as a tuple of strings after checking it; a text as it is, where that is allowed."""
     if value is None or (allow_text and isinstance(value, str) and value):
         return value
     expected = "a non-empty string or a non-empty list of strings" if allow_text else "a non-empty list of strings"

@@ -12,7 +12,8 @@ from mindspore.common.initializer import HeUniform
 
 from mindpet_lite.delta.activation import ACTIVATIONS, check_non_linearity
 from mindpet_lite.delta.base import Delta, check_float_type, overflow
-from mindpet_lite.delta.dense import AdaptedDense, TypedCell
+from mindpet_lite.delta.dense import AdaptedDense
+from mindpet_lite.delta.hosts import TypedCell
 from mindpet_lite.delta.parts import as_type, check_strategies, from_rows, prefix_of, set_strategies, to_rows
 from mindpet_lite.delta.values import setting_parameter
 
@@ -39,7 +40,7 @@ class BottleneckSettings:
         object.__setattr__(self, "non_linearity", self.non_linearity.lower())
 
 
-class Steered(Delta):
+class Steered(Delta, TypedCell):
     """A delta times its `scaling`, which a running graph reads: 1 as trained, 0 the base."""
 
     setting_names = ("scaling",)
@@ -51,10 +52,6 @@ class Steered(Delta):
         """Return why the scaling cannot be this strength, or nothing."""
         return overflow("the strength", strength, (mindspore.float32, self._compute_type()))
 
-    def _compute_type(self) -> mindspore.dtype:
-        """Return the type that the delta is computed in."""
-        raise NotImplementedError
-
     def setting_values(self) -> dict[str, Any]:
         """Return `strength` as the scaling, or 0 where switched off."""
         return {"scaling": self.strength if self.enabled else 0.0}
@@ -64,7 +61,7 @@ class Steered(Delta):
         return Delta.unlike(self, {name: value for name, value in settings.items() if name == "non_linearity"})
 
 
-class BottleneckLayer(TypedCell, Steered):
+class BottleneckLayer(Steered):
     """x + s · up(act(down(x))): base class of the layers of both adapters.
 
     A subclass makes the activation and the two maps, of which `up` starts at zero, and names them in `_parts`. A map
@@ -136,7 +133,7 @@ class BottleneckLayer(TypedCell, Steered):
                 ("strategy_residual_add", self.residual_add, residual)]
 
 
-class BottleneckDense(AdaptedDense, Steered):
+class BottleneckDense(Steered, AdaptedDense):
     """act(x Wᵀ + b) and a `BottleneckLayer` after it: base class of the Dense of both adapters.
 
     A subclass makes that layer in `_add_delta`, under the one name in its `delta_names`.
@@ -161,7 +158,7 @@ class BottleneckDense(AdaptedDense, Steered):
     def construct(self, x: Tensor) -> Tensor:
         """Apply the layer to `x` (*, in_channels); return (*, out_channels)."""
         shape, output_type, dtype = x.shape, self._output_type(x), self._compute_type()
-        y = self._affine(to_rows(self._entered(x, dtype), shape), dtype)
+        y = self.affine(to_rows(self._entered(x, dtype), shape), self.own_weight(dtype), dtype)
         if self.activation_flag:
             y = self.activation(y)
         y = self.bottleneck.adapted(y, shape[:-1], dtype)

@@ -16,7 +16,8 @@ from mindspore.common.initializer import Initializer
 from mindpet_lite.arguments import check_bool, check_int
 from mindpet_lite.delta.base import Delta, DeltaConfig, check_float_type
 from mindpet_lite.delta.bottleneck import BottleneckDense, BottleneckLayer, BottleneckSettings, Strategy
-from mindpet_lite.delta.dense import TypedCell, dense_refusal
+from mindpet_lite.delta.dense import dense_refusal
+from mindpet_lite.delta.hosts import TypedCell
 from mindpet_lite.delta.parts import as_type, check_init, check_strategies, from_rows, initial, set_strategies, to_rows
 
 LEFT, RIGHT = "mindpet_delta_low_rank_adapter_weight_left", "mindpet_delta_low_rank_adapter_weight_right"

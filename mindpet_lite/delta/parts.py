@@ -37,8 +37,9 @@ def from_rows(y: Tensor, shape: tuple[int, ...], channels: int) -> Tensor:
 
 
 def prefix_of(weight_name: str) -> str:
-    """Return what stands before ``weight`` in a Parameter name: the delta's names go beside it."""
-    return weight_name[:-len("weight")] if weight_name.endswith(".weight") else ""
+    """Return what stands before the weight's own name in a Parameter name: the delta's names go beside it."""
+    head, _, last = weight_name.rpartition(".")
+    return f"{head}." if head and last in ("weight", "embedding_table") else ""
 
 
 def put(parameter: Parameter, value: Tensor) -> None:

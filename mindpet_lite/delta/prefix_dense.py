@@ -109,7 +109,7 @@ class PrefixedDense(PrefixDelta, AdaptedDense):
 
     def construct(self, x: Tensor) -> Tensor:
         """Apply the layer to `x` (*, seq, in_channels); return (*, n + seq, out_channels)."""
-        return prepend_prefix(self.prefix_rows(), self._dense(x))
+        return prepend_prefix(self.prefix_rows(), self.plain(x))
 
 
 # What tells such an attention: names of its class and its parts, and names in the code of its `construct`.

@@ -7,21 +7,34 @@ import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from mindpet_lite.formats import diffusers, kohya, mindformers, mindpet, mlx, native, peft
+from mindpet_lite.formats import diffusers, kohya, mindformers, mindpet, mlx, native, peft, peft_method
 from mindpet_lite.formats.atomic import atomic_file, names_in, open_together, write_together
 from mindpet_lite.formats.checkpoint_file import open_checkpoint, to_parts
 from mindpet_lite.formats.detect import FORMATS, detect
 from mindpet_lite.formats.directory import CONFIG_FILE, TENSOR_FILE, read_config
 from mindpet_lite.formats.files import TensorFile, as_float, open_tensors, tensors_in, to_bytes, type_name
 from mindpet_lite.formats.peft_config import kept_problems, remarks
+from mindpet_lite.formats.peft_method import PeftMethod
 from mindpet_lite.formats.problems import first_of
 from mindpet_lite.formats.settings import settings_problems
 from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.formats.stated_alpha import warn_of_contrary
+
+
+class FileMethod(Protocol):
+    """A method, as far as files know it: how PEFT's hold it, None where they cannot."""
+
+    peft: PeftMethod | None
+
+
+# The methods of a program, by name.
+Methods = Mapping[str, FileMethod | None]
+# LoRA's files are those of many tools, and read by `peft`, `diffusers` and others without a declaration.
+LORA: Methods = {"lora": None}
 
 TARGETS = ("peft", "diffusers", "kohya", "mindpet", "mindformers")
 # The name by which diffusers finds the file in a directory.
@@ -47,14 +60,14 @@ class Adapter:
     remarks: tuple[str, ...] = ()
 
 
-def read_adapter(path: Path, kind: str | None = None, methods: Iterable[str] = ("lora",),
+def read_adapter(path: Path, kind: str | None = None, methods: Methods = LORA,
                  paths: Iterable[str] | None = None) -> Adapter:
     """Read an adapter of any format.
 
     Args:
         path: a file, or a directory with one adapter.
         kind: its format; None to tell it by keys and files.
-        methods: the names of the methods that a checkpoint of MindPet's may hold, which does not say its own.
+        methods: by name, those that the adapter may be of.
         paths: of the layers of the net it is for, where they are known: kohya's names alone may not tell a path.
 
     Raises:
@@ -82,11 +95,17 @@ def read_adapter(path: Path, kind: str | None = None, methods: Iterable[str] = (
     except ValueError as error:
         raise ValueError(f"The adapter in {path} cannot be used:\n  {first_of(error)}") from error
     return Adapter(state, found, tuple(filter(None, (config_file, tensor_file))),
-                   tuple(remarks(config or {}, state)) if found == "peft" else ())
+                   tuple(remarks(config or {}, state)) if found == "peft" and state.method == "lora" else ())
 
 
-def to_files(state: AdapterState, kind: str, path: Path) -> dict[Path, bytes]:
+def to_files(state: AdapterState, kind: str, path: Path, methods: Methods = LORA) -> dict[Path, bytes]:
     """Return what to write so that `path` holds the adapter in a format: contents by file.
+
+    Args:
+        state: the adapter.
+        kind: the format, one of `TARGETS`.
+        path: a directory or a file.
+        methods: by name, those that it may be of.
 
     Raises:
         ValueError: `path` does not suit the format, or the format cannot hold the adapter.
@@ -98,9 +117,7 @@ def to_files(state: AdapterState, kind: str, path: Path) -> dict[Path, bytes]:
     if kind in ("peft", "mindformers"):
         if path.suffix in (".safetensors", ".ckpt"):
             raise ValueError(f"{kind}'s adapters are directories, but {path} is a file's name.")
-        # What PEFT's files cannot hold has our own form, in the same two files.
-        of_peft = peft if peft.can_hold(state) else native
-        tensors, config = (of_peft if kind == "peft" else mindformers).encode(state)
+        tensors, config = _as_peft(state, methods) if kind == "peft" else mindformers.encode(state)
         return {path / CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
                 path / TENSOR_FILE: to_bytes(tensors)}
     if kind == "diffusers" and path.suffix != ".safetensors":
@@ -113,6 +130,14 @@ def to_files(state: AdapterState, kind: str, path: Path) -> dict[Path, bytes]:
         raise ValueError(f"{kind}'s adapters are single files: give a name that ends in {ends} instead of {path}.")
     tensors, texts = {"diffusers": diffusers, "kohya": kohya, "mindpet": mindpet}[kind].encode(state)
     return {path: to_bytes(tensors, texts)}
+
+
+def _as_peft(state: AdapterState, methods: Methods) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return the tensors and the config of PEFT's directory; what PEFT's files cannot hold has our own form there."""
+    method = getattr(methods.get(state.method), "peft", None)
+    if method is not None and peft_method.can_hold(state, method):
+        return peft_method.encode(state, method)
+    return (peft if peft.can_hold(state) else native).encode(state)
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:
@@ -131,7 +156,14 @@ def open_file(path: Path) -> TensorFile:
 
 
 def _decode(kind: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], config: dict[str, Any] | None,
-            methods: Iterable[str], paths: Iterable[str] | None) -> AdapterState:
+            methods: Methods, paths: Iterable[str] | None) -> AdapterState:
+    declared = {kind.peft.peft_type: (name, kind.peft) for name, kind in methods.items()
+                if kind is not None and kind.peft is not None}
+    if kind == "peft" and config is not None and config.get("peft_type") in declared:
+        return peft_method.decode(tensors, config, *declared[config["peft_type"]])
+    if kind == "peft" and config is not None and config.get("peft_type") != "LORA" and declared:
+        raise ValueError(f"peft_type must be one of {', '.join(['LORA', *declared])}, but the config says "
+                         f"{config.get('peft_type')!r:.100}.")
     if kind in ("peft", "mlx"):
         state = (peft if kind == "peft" else mlx).decode(tensors, config or {})
         warn_of_contrary(metadata, {path: layer.settings["lora_alpha"] for path, layer in state.layers.items()

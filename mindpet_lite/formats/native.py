@@ -16,12 +16,12 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the tensors as ``<layer path>.<name below the layer>``, and a config with method and settings."""
     tensors = {f"{path}.{name}": value for path, layer in state.layers.items()
                for name, value in layer.tensors.items()}
-    tensors.update(state.trained)
+    tensors.update({**state.trained, **state.shared})
     layers = {path: {"settings": layer.settings, "tensors": sorted(layer.tensors),
                      **({"method": layer.method} if "+" in state.method else {})}
               for path, layer in state.layers.items()}
     return tensors, {**state.config, "format": FORMAT, "pet_type": state.method, "layers": layers,
-                     "trained": sorted(state.trained)}
+                     "trained": sorted(state.trained), **({"shared": sorted(state.shared)} if state.shared else {})}
 
 
 def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> AdapterState:
@@ -42,16 +42,19 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Adap
     if damaged:
         raise ValueError(f"the config needs 'settings' and 'tensors', and with several methods 'method', for "
                          f"{', '.join(map(repr, damaged))}.")
-    trained = config.get("trained", [])
-    if not isinstance(trained, list) or not all(isinstance(name, str) for name in trained):
-        raise ValueError("the config's 'trained' must be a list of parameter paths.")
+    trained, shared = config.get("trained", []), config.get("shared", [])
+    for field, names in (("trained", trained), ("shared", shared)):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"the config's {field!r} must be a list of parameter paths.")
     expected = {f"{path}.{name}": (path, name) for path, layer in layers.items() for name in layer["tensors"]}
-    problems = [f"missing: {key}." for key in [*expected, *trained] if key not in tensors]
-    problems += [f"unexpected: {key}." for key in tensors if key not in expected and key not in trained]
+    problems = [f"missing: {key}." for key in [*expected, *trained, *shared] if key not in tensors]
+    problems += [f"unexpected: {key}." for key in tensors if key not in expected and key not in [*trained, *shared]]
     if problems or not expected:
         raise ValueError("\n  ".join(problems) or "it holds no tensor.")
     found = {path: LayerState({}, layer["settings"], layer.get("method", "")) for path, layer in layers.items()}
     for key, (path, name) in expected.items():
         found[path].tensors[name] = tensors[key]
-    kept = {name: value for name, value in config.items() if name not in ("format", "pet_type", "layers", "trained")}
-    return AdapterState(config["pet_type"], found, {name: tensors[name] for name in trained}, kept)
+    ours = ("format", "pet_type", "layers", "trained", "shared")
+    kept = {name: value for name, value in config.items() if name not in ours}
+    return AdapterState(config["pet_type"], found, {name: tensors[name] for name in trained}, kept,
+                        shared={name: tensors[name] for name in shared})

@@ -63,7 +63,7 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise ValueError("\n  ".join(unknown))
     tensors = {f"{PREFIX}{path}.{_KEYS[name]}": value
                for path, layer in state.layers.items() for name, value in layer.tensors.items()}
-    modules, biased = _homes_of_trained(state)
+    modules, biased = homes_of_trained(state)
     for name, value in state.trained.items():
         path, _, last = name.rpartition(".")
         inner = _BASE if path in state.layers else "."
@@ -79,7 +79,7 @@ def encode(state: AdapterState) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
                      **{name: fields.get(name) for name in RESTATED}}
 
 
-def _homes_of_trained(state: AdapterState) -> tuple[set[str], set[str]]:
+def homes_of_trained(state: AdapterState) -> tuple[set[str], set[str]]:
     """Return the modules that are saved whole, and the modules with a trained bias."""
     ends = [(path, last) for path, _, last in (pytorch_name(name).rpartition(".") for name in state.trained)]
     modules = {path for path, last in ends if not last.endswith("bias") and path not in state.layers}
@@ -119,7 +119,7 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Adap
         path, name = _split(key)
         if name is not None:
             layers.setdefault(path, {})[name] = value
-        elif _is_carried(key, config):
+        elif is_carried(key, config):
             carried[key] = value
         else:
             others[key] = value
@@ -149,7 +149,7 @@ def unsaved_modules(state: AdapterState, paths: Iterable[str]) -> list[str]:
             if module.endswith(entry) and not any(_is_in(name, entry) for name in state.trained)]
 
 
-def _is_carried(key: str, config: Mapping[str, Any]) -> bool:
+def is_carried(key: str, config: Mapping[str, Any]) -> bool:
     """Tell whether a tensor of a module that is saved whole changes nothing."""
     heads = [f"{key}.".partition(part)[0] for part in _CARRIED if part in f"{key}."]
     return key.startswith(PREFIX) and any(_is_in(f"{head}.", entry) for head in heads for entry in _saved(config))
@@ -182,6 +182,12 @@ def _layer(path: str, parts: dict[str, np.ndarray], config: Mapping[str, Any], p
         problems.append(f"{path}: lora_A of shape {parts[names[0]].shape} and lora_B of shape {parts[names[1]].shape} "
                         f"do not fit rank {settings['lora_rank']} of the config.")
     return LayerState(parts, settings)
+
+
+def path_of_trained(key: str, config: Mapping[str, Any]) -> str | None:
+    """Return the path of a base parameter that modules_to_save names, or None for another key."""
+    place = key.removeprefix(PREFIX)
+    return place if key.startswith(PREFIX) and any(_is_in(place, entry) for entry in _saved(config)) else None
 
 
 def _tables(others: Mapping[str, np.ndarray], layers: Collection[str], config: Mapping[str, Any]) -> set[str]:

@@ -109,7 +109,8 @@ def unhit_patterns(config: Mapping[str, Any], paths: Collection[str]) -> list[tu
 
 def kept_problems(config: Mapping[str, Any]) -> list[str]:
     """Return why the fields that an adapter of any format came with, and is written with again, cannot be PEFT's."""
-    return problems_of(config) if "peft_type" in config else _list_problems(config)
+    # Another method's config has no fields of LoRA's; it was read by the method's own declaration.
+    return problems_of(config) if config.get("peft_type") == "LORA" else _list_problems(config)
 
 
 def _list_problems(config: Mapping[str, Any]) -> list[str]:
@@ -174,9 +175,9 @@ def config_of(state: AdapterState, modules_to_save: list[str], bias: str) -> dic
         "r": common["lora_rank"], "lora_alpha": common["lora_alpha"], "lora_dropout": common["lora_dropout"],
         "target_modules": sorted(low_rank), "modules_to_save": modules_to_save or None, "task_type": None,
         "revision": None, "trainable_token_indices": tokens or None,
-        "rank_pattern": {_pattern(path, low_rank): item["lora_rank"] for path, item in low_rank.items()
+        "rank_pattern": {pattern_for(path, low_rank): item["lora_rank"] for path, item in low_rank.items()
                          if item["lora_rank"] != common["lora_rank"]},
-        "alpha_pattern": {_pattern(path, low_rank): item["lora_alpha"] for path, item in low_rank.items()
+        "alpha_pattern": {pattern_for(path, low_rank): item["lora_alpha"] for path, item in low_rank.items()
                           if item["lora_alpha"] != common["lora_alpha"]},
         **{name: next(iter(values), False) for name, values in flags.items()},
     }
@@ -221,7 +222,7 @@ def by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> A
     return default
 
 
-def _pattern(path: str, others: Iterable[str]) -> str:
+def pattern_for(path: str, others: Iterable[str]) -> str:
     """Return the pattern that means `path` and no other layer: PEFT matches it with the end of every path."""
     return path if all(other == path or by_pattern({path: True}, other, False) is False for other in others) \
         else f"^{re.escape(path)}$"

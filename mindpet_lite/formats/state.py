@@ -34,6 +34,7 @@ class AdapterState:
         carried: tensors that change nothing, by the source's own keys, kept likewise.
         component: of a diffusion pipeline, which the whole adapter is of (`names.components`). Empty where the file
             does not say, or is of several: these stand in the paths.
+        shared: tensors that layers share, by our name.
     """
 
     method: str
@@ -42,3 +43,4 @@ class AdapterState:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     carried: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     component: str = ""
+    shared: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)

@@ -26,7 +26,7 @@ def in_float32(state: AdapterState, source: str) -> AdapterState:
     problems = eight_bit_problems(state)
     if problems:
         raise ValueError(f"The adapter in {source} cannot be used:\n  " + "\n  ".join(problems))
-    held = {value.dtype for values in (state.trained, *(layer.tensors for layer in state.layers.values()))
+    held = {value.dtype for values in (state.trained, state.shared, *(layer.tensors for layer in state.layers.values()))
             for value in values.values()}
     if BF16 in held:
         warnings.warn(f"{source} stores values as bfloat16: they are read as float32, the same numbers.", stacklevel=3)
@@ -36,6 +36,7 @@ def in_float32(state: AdapterState, source: str) -> AdapterState:
         return state
     return dataclasses.replace(
         state, trained={name: _in_float32(value) for name, value in state.trained.items()},
+        shared={name: _in_float32(value) for name, value in state.shared.items()},
         layers={path: dataclasses.replace(layer, tensors={name: _in_float32(value)
                                                           for name, value in layer.tensors.items()})
                 for path, layer in state.layers.items()})
@@ -43,7 +44,7 @@ def in_float32(state: AdapterState, source: str) -> AdapterState:
 
 def eight_bit_problems(state: AdapterState) -> list[str]:
     """Return a sentence for each tensor of 8 bit floats: they need a scale to be numbers, and adapters hold none."""
-    tensors = {**state.trained, **{f"{path}.{name}": value for path, layer in state.layers.items()
+    tensors = {**state.trained, **state.shared, **{f"{path}.{name}": value for path, layer in state.layers.items()
                                    for name, value in layer.tensors.items()}}
     return [f"{name} is of type {type_name(value.dtype)}, an 8 bit float, and the scale that such numbers need is "
             f"missing: save the adapter as F32, F16 or BF16 where it came from."

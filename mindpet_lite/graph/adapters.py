@@ -31,6 +31,7 @@ class Adapter:
         saved: the base Parameters that belong to it.
         untied: the paths of tied weights of which it saves one place alone, with the path of the other: each has a
             Parameter of its own now.
+        shared: the Parameters that its layers share and that its file holds, by name.
         weight: of one of its layers, by which it is known whether the base is another now.
         base: the hash of that weight when the base's values of `saved` were taken.
         base_load: by what that weight was loaded last.
@@ -43,6 +44,7 @@ class Adapter:
     saved: list[SavedParameter] = dataclasses.field(default_factory=list)
     component: str = ""
     untied: dict[str, str] = dataclasses.field(default_factory=dict)
+    shared: Mapping[str, Parameter] = dataclasses.field(default_factory=dict)
     weight: Parameter | None = None
     base: str = ""
     base_load: Load | None = None

@@ -113,7 +113,7 @@ def freeze_delta(model: nn.Cell, mode: str, include: Sequence[str] | None = None
     apply_trains(model, parameters, trains)
     if kind.adds_nothing:
         put_in(model, cells, {path: delta for path, delta in _selected_by(kind, cells).items()
-                              if any(item.requires_grad for item in delta.delta_parameters().values())}, {}, (), {})
+                              if any(item.requires_grad for item in delta.delta_parameters().values())}, {}, (), {}, {})
     return count(model)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from mindspore import nn
+from mindspore import Parameter, nn
 
 from mindpet_lite.config import as_config
 from mindpet_lite.delta.base import Delta, DeltaConfig
@@ -68,10 +68,21 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
     config = as_config(config)
     chosen, problems = _targets(cells, config)
     adapted: dict[str, Delta] = {}
+    configs: dict[str, DeltaConfig] = {}
+    for path in chosen:
+        try:
+            configs[path] = config.for_layer(path)
+        except (TypeError, ValueError) as error:
+            problems.append(f"{path}: {error}")
+    shared: dict[str, Parameter] = {}
     with _uncollected():
-        for path in chosen:
+        try:
+            shared = type(config).share({path: (cells[path], own) for path, own in configs.items()}, {})
+        except (TypeError, ValueError) as error:
+            problems.append(str(error))
+        for path, own in configs.items():
             try:
-                adapted[path] = adapt(config.for_layer(path), path, cells)
+                adapted[path] = adapt(own.holding(shared), path, cells)
             except (TypeError, ValueError) as error:
                 problems.append(f"{path}: {error}")
     if isinstance(adapted.get(""), nn.Cell):
@@ -99,7 +110,7 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
     more = [item for (item, _), value in zip(parameters, trains) if value and id(item) not in of_deltas]
     same_on_all_ranks([parameter for (parameter, _), value in zip(parameters, trains) if value])
     apply_trains(net, parameters, trains)
-    _, untied = put_in(net, cells, adapted, followers, [*saved, *more], ties)
+    _, untied = put_in(net, cells, adapted, followers, [*saved, *more], ties, shared)
     for parameter in untied.values():
         parameter.requires_grad = True
     return net

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
 
 from mindpet_lite.arguments import did_you_mean, warn_user
@@ -84,7 +84,7 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     problems: list[str] = []
     state = _under_paths(part(source.state, component), source.kind, cells, name_map, component, problems)
     values = in_float32(state, str(path))
-    adapted = _adapted(values, cells, problems)
+    adapted, shared = _adapted(values, cells, problems)
     new = {place: delta for place, delta in adapted.items() if delta is not cells[place]}
     problems += start_problems(net, new)
     trained = find_trained(values, net, problems)
@@ -113,11 +113,14 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     parameters = parameters_with(net, new)
     if trainable == "adapter":
         apply_trains(net, parameters, what_trains(parameters, cells, adapted.values(), saved))
-    record, untied = put_in(net, cells, adapted, followers, saved, tied)
+    record, untied = put_in(net, cells, adapted, followers, saved, tied, shared)
     for parameter in untied.values():
         parameter.requires_grad = trainable == "adapter" or parameter.requires_grad
     for place, delta in adapted.items():
         _fill(delta, values.layers[place], state.layers[place])
+    for name, value in values.shared.items():
+        if name in record.shared:
+            put(record.shared[name], Tensor(value).astype(record.shared[name].dtype))
     _fill_saved(record, values, state, {name: (place, untied.get(place, item))
                                         for name, (place, item) in trained.items()}, unchanged)
     record.config, record.carried, record.component = state.config, state.carried, state.component
@@ -162,42 +165,49 @@ def _other_base(state: AdapterState, cells: Mapping[str, nn.Cell], path: str, st
     return []
 
 
-def _adapted(state: AdapterState, cells: Mapping[str, nn.Cell], problems: list[str]) -> dict[str, Delta]:
-    """Return the delta that each layer of the file goes to, new where the net's is plain; add every problem found."""
+def _adapted(state: AdapterState, cells: Mapping[str, nn.Cell], problems: list[str]
+             ) -> tuple[dict[str, Delta], dict[str, Parameter]]:
+    """Return the delta that each layer of the file goes to, new where the net's is plain, and what new ones share.
+
+    Adds every problem found.
+    """
     unknown = [name for name in [*state.method.split("+"), *filter(None, (layer.method for layer in
                                                                           state.layers.values()))]
                if name not in METHODS]
     if unknown:
         problems.append(f"the file is of method {unknown[0]!r}, which is none of {', '.join(METHODS)}.")
-        return {}
-    adapted: dict[str, Delta] = {}
+        return {}, {}
     place_of: dict[int, str] = {}
     present = deltas_in(cells)
+    configs: dict[str, DeltaConfig] = {}
     for path, layer in state.layers.items():
         if path not in cells:
             problems.append(f"unexpected: the net has no layer {path!r}.{did_you_mean(path, cells)}")
             continue
-        cell = cells[path]
-        if id(cell) in place_of:
-            problems.append(f"unexpected: {path} and {place_of[id(cell)]} are one layer in the net, two in the file.")
-        place_of[id(cell)] = path
+        if id(cells[path]) in place_of:
+            problems.append(f"unexpected: {path} and {place_of[id(cells[path])]} are one layer in the net, two in the "
+                            f"file.")
+        place_of[id(cells[path])] = path
         try:
-            delta = _delta_for(METHODS[layer.method or state.method], path, cells, present.get(path), layer, problems)
+            kind = METHODS[layer.method or state.method]
+            config = _config_for(kind, path, cells, present.get(path), layer, problems)
         except (TypeError, ValueError) as error:
             problems.append(f"{path}: {error}")
             continue
-        if delta is not None:
-            adapted[path] = delta
-            problems.extend(_mismatches(path, delta, layer))
+        if config is not None:
+            configs[path] = config
+    adapted, shared = _with_shared(configs, state, cells, present, problems)
+    for path, delta in adapted.items():
+        problems.extend(_mismatches(path, delta, state.layers[path]))
     methods = {layer.method or state.method for layer in state.layers.values()}
     problems.extend(f"missing: the net's adapted layer {path} is not in the file." for path, delta in present.items()
                     if delta.method in methods and id(cells[path]) not in place_of)
-    return adapted
+    return adapted, shared
 
 
-def _delta_for(kind: type[DeltaConfig], path: str, cells: Mapping[str, nn.Cell], present: Delta | None,
-               layer: LayerState, problems: list[str]) -> Delta | None:
-    """Return the delta that a layer of a file goes to: the one that the net has there, or a new one.
+def _config_for(kind: type[DeltaConfig], path: str, cells: Mapping[str, nn.Cell], present: Delta | None,
+                layer: LayerState, problems: list[str]) -> DeltaConfig | None:
+    """Return the settings that a file has for a layer.
 
     None, and a problem, where the file's tensors have not the shapes that its settings say.
     """
@@ -205,8 +215,7 @@ def _delta_for(kind: type[DeltaConfig], path: str, cells: Mapping[str, nn.Cell],
         if present.method != kind.pet_type:
             raise ValueError(f"the file is of method {kind.pet_type!r}, the layer in the net is of "
                              f"{present.method!r:.100}.")
-        kind(**(layer.settings or {}))
-        return present
+        return kind(**(layer.settings or {}))
     if layer.settings is None:
         raise ValueError("the layer is plain and the file does not say rank and alpha or whatever its method needs: "
                          "adapt the net first, with the values it was trained with.")
@@ -214,7 +223,27 @@ def _delta_for(kind: type[DeltaConfig], path: str, cells: Mapping[str, nn.Cell],
     # Before any memory is taken for what the settings say.
     wrong = shape_problems(path, layer, {} if refusal_at(config, path, cells) else config.shapes(cells[path]))
     problems += wrong
-    return None if wrong else adapt(config, path, cells)
+    return None if wrong else config
+
+
+def _with_shared(configs: Mapping[str, DeltaConfig], state: AdapterState, cells: Mapping[str, nn.Cell],
+                 present: Mapping[str, Delta], problems: list[str]) -> tuple[dict[str, Delta], dict[str, Parameter]]:
+    """Return the deltas of a file's layers, and what those that are new share."""
+    new = {path: (cells[path], config) for path, config in configs.items() if path not in present}
+    shared: dict[str, Parameter] = {}
+    adapted: dict[str, Delta] = {}
+    try:
+        for kind in {type(config) for _, config in new.values()}:
+            shared.update(kind.share({path: pair for path, pair in new.items() if type(pair[1]) is kind}, state.shared))
+    except (TypeError, ValueError) as error:
+        problems.append(str(error))
+        return {}, {}
+    for path, config in configs.items():
+        try:
+            adapted[path] = present[path] if path in present else adapt(config.holding(shared), path, cells)
+        except (TypeError, ValueError) as error:
+            problems.append(f"{path}: {error}")
+    return adapted, shared
 
 
 def _factor_type(kind: type[DeltaConfig], cell: nn.Cell, layer: LayerState) -> dict[str, mstype.Type]:

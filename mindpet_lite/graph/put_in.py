@@ -72,7 +72,8 @@ def start_problems(net: nn.Cell, new: Mapping[str, Delta]) -> list[str]:
 
 
 def put_in(net: nn.Cell, cells: Mapping[str, nn.Cell], adapted: Mapping[str, Delta], followers: Mapping[nn.Cell, Delta],
-           saved: Iterable[Parameter], ties: Ties) -> tuple[Adapter, dict[str, Parameter]]:
+           saved: Iterable[Parameter], ties: Ties, shared: Mapping[str, Parameter]
+           ) -> tuple[Adapter, dict[str, Parameter]]:
     """Put the deltas of an adapter into a net, in place; all that can be wrong is known to be right.
 
     A net has biases that BitFit trains, or another adapter: with both, the biases belong to the other adapter.
@@ -84,6 +85,7 @@ def put_in(net: nn.Cell, cells: Mapping[str, nn.Cell], adapted: Mapping[str, Del
         followers: what takes the place of other layers that the new deltas change, see `followers_of`.
         saved: the base Parameters that belong to the adapter. Their values now are kept as the base's.
         ties: the tied weights of which it saves one place alone.
+        shared: the Parameters that its new layers share.
 
     Returns:
         The record of the adapter, and the Parameters that tied weights got, by path.
@@ -100,6 +102,7 @@ def put_in(net: nn.Cell, cells: Mapping[str, nn.Cell], adapted: Mapping[str, Del
         if delta.method != method:
             record.saved += delta.adapter.saved
             select(cells[path], None)
+    record.shared = {**record.shared, **shared}
     new = [delta for delta in adapted.values() if delta not in present.values()]
     for delta in new:
         for parameter, value in delta.base_values().items():

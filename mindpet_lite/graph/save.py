@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from mindspore import nn
 
+from mindpet_lite.delta import METHODS
 from mindpet_lite.delta.base import Delta
 from mindpet_lite.delta.values import to_numpy
 from mindpet_lite.formats.adapters import to_files, write_files
@@ -64,7 +65,7 @@ def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft
         state.config[FIELD] = {place: value for place in state.layers if not found[place].base_values()
                                and (value := layer_hash(cells[place], found[place]))}
     try:
-        files = to_files(part(state, component, format), format, Path(path))
+        files = to_files(part(state, component, format), format, Path(path), METHODS)
     except ValueError as error:
         raise ValueError(f"The adapter was not written to {path}:\n  {first_of(error)}") from error
     write_files(files)
@@ -86,7 +87,8 @@ def adapter_state(net: nn.Cell) -> AdapterState:
     config = next((record.config for record in records if record.config), {})
     carried = next((record.carried for record in records if record.carried), {})
     component = next((record.component for record in records if record.component), "")
-    return AdapterState("+".join(methods), layers, _trained(net, found), dict(config), dict(carried), component)
+    shared = {name: to_numpy(item) for record in records for name, item in record.shared.items()}
+    return AdapterState("+".join(methods), layers, _trained(net, found), dict(config), dict(carried), component, shared)
 
 
 def _trained(net: nn.Cell, found: Mapping[str, Delta]) -> dict[str, np.ndarray]:

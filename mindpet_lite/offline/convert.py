@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mindpet_lite.arguments import warn_user
-from mindpet_lite.formats.adapters import Adapter, read_adapter, to_files, write_files
+from mindpet_lite.formats.adapters import LORA, Adapter, Methods, read_adapter, to_files, write_files
 from mindpet_lite.formats.component import part
 from mindpet_lite.formats.files import as_float
 from mindpet_lite.formats.placed import placed
@@ -35,7 +35,7 @@ class Converted:
 
 
 def convert(source: Path, target: Path, to: str, kind: str | None = None, table: Table | None = None,
-            base: Path | None = None, methods: Iterable[str] = ("lora",), component: str | None = None) -> Converted:
+            base: Path | None = None, methods: Methods = LORA, component: str | None = None) -> Converted:
     """Write an adapter in another format, with its tensors bit for bit and all its settings, or not at all.
 
     The new files are read again before they take their place.
@@ -47,7 +47,7 @@ def convert(source: Path, target: Path, to: str, kind: str | None = None, table:
         kind: the format of `source`; None to detect it.
         table: new names of layers: by the old ones, or pairs of a regular expression and its replacement.
         base: the base whose names the layers get; a name that `table` gives is one of the base then.
-        methods: names of the methods, see `adapters.read_adapter`.
+        methods: by name, see `adapters.read_adapter`.
         component: of a diffusion pipeline: its part of an adapter of several; else that which the adapter is of.
 
     Raises:
@@ -61,7 +61,7 @@ def convert(source: Path, target: Path, to: str, kind: str | None = None, table:
     if broken:
         raise ValueError(f"The adapter in {source} is damaged:\n  {listed(broken)}")
     try:
-        files = to_files(state, to, target)
+        files = to_files(state, to, target, methods)
     except ValueError as error:
         raise ValueError(f"The adapter in {source} cannot be written as {to}:\n  {first_of(error)}") from error
     _refuse_source(source, found.files, files)
@@ -110,7 +110,7 @@ def _changed_values(path: str, one: Mapping[str, np.ndarray], other: Mapping[str
 
 
 def _read(source: Path, kind: str | None, table: Table | None, base: Path | None,
-          methods: Iterable[str], component: str | None, to: str) -> tuple[Adapter, AdapterState]:
+          methods: Methods, component: str | None, to: str) -> tuple[Adapter, AdapterState]:
     """Return the adapter as it is, and the wanted part of it with its new names."""
     if base is not None:
         with open_base(base) as tensors:

@@ -5,14 +5,14 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mindpet_lite.formats import kohya
-from mindpet_lite.formats.adapters import Adapter, read_adapter
+from mindpet_lite.formats.adapters import LORA, Adapter, Methods, read_adapter
 from mindpet_lite.formats.base_hash import FIELD
 from mindpet_lite.formats.files import as_float, open_tensors, type_name
 from mindpet_lite.formats.lora import EMBEDDING_A, EMBEDDING_B, A, B
@@ -24,7 +24,7 @@ _SIZES = ("B", "kB", "MB", "GB")
 _SHOWN = ("lora_rank", "lora_alpha", "token_indices")
 
 
-def inspect(path: Path, kind: str | None = None, methods: Iterable[str] = ("lora",)) -> dict[str, Any]:
+def inspect(path: Path, kind: str | None = None, methods: Methods = LORA) -> dict[str, Any]:
     """Return what an adapter is, as plain data that JSON can hold.
 
     The norm of a layer is the Frobenius norm of its update s · B A, without computing it:
@@ -35,7 +35,7 @@ def inspect(path: Path, kind: str | None = None, methods: Iterable[str] = ("lora
     Args:
         path: a file or a directory.
         kind: its format; None to detect it.
-        methods: names of the methods, see `adapters.read_adapter`.
+        methods: by name, see `adapters.read_adapter`.
 
     Raises:
         OSError: there is nothing to read.
@@ -82,7 +82,7 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _read(path: Path, kind: str | None, methods: Iterable[str]) -> Adapter:
+def _read(path: Path, kind: str | None, methods: Methods) -> Adapter:
     try:
         return read_adapter(path, kind, methods)
     except ValueError:

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from mindspore import mint, nn
 
 from mindpet_lite.arguments import check_alpha, check_int, did_you_mean
-from mindpet_lite.delta.base import Delta, DeltaConfig, end_expression, type_refusal
-from mindpet_lite.delta.dense import dense_refusal, override_refusal, rewritten_refusal
+from mindpet_lite.delta.base import Delta, DeltaConfig, end_expression
+from mindpet_lite.delta.hosts import Host, host_of, host_refusal
 from mindpet_lite.delta.lora.conv import (
     LoRAConv1d,
     LoRAConv2d,
@@ -20,16 +20,16 @@ from mindpet_lite.delta.lora.conv import (
 )
 from mindpet_lite.delta.lora.dense import LoRADense
 from mindpet_lite.delta.lora.embedding import LoRAEmbedding, LoRAMintEmbedding
-from mindpet_lite.delta.lora.layer import LoRALayer
 from mindpet_lite.delta.lora.linear import LoRALinear
 from mindpet_lite.delta.lora.low_rank import LowRank
 from mindpet_lite.delta.lora.settings import LoraSettings
 from mindpet_lite.delta.lora.tokens import TokenTable, token_table
 
-_LAYERS: tuple[type[LoRALayer], ...] = (LoRALinear, LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRAMintConv1d,
-                                        LoRAMintConv2d, LoRAMintConv3d, LoRAMintEmbedding)
-# The LoRA layer of each kind of plain layer.
-KINDS: dict[type[nn.Cell], Any] = {nn.Dense: LoRADense, **{layer.plain_type: layer for layer in _LAYERS}}
+# The layers that are built by hand too, by the kind of host.
+LAYERS: dict[type[Host] | None, type[LowRank]] = {
+    layer.__bases__[-1]: layer
+    for layer in (LoRADense, LoRALinear, LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRAMintConv1d,
+                  LoRAMintConv2d, LoRAMintConv3d, LoRAMintEmbedding)}
 
 BIASES = ("none", "all", "lora_only")
 
@@ -128,15 +128,7 @@ class LoraConfig(DeltaConfig, LoraSettings):
     @classmethod
     def refusal(cls, cell: nn.Cell) -> str | None:
         """Return why `cell` cannot carry LoRA, or None."""
-        kind, plain = type(cell).__name__, _plain_type(cell)
-        if plain is nn.Dense or isinstance(cell, Delta):
-            return dense_refusal(cell, "LoRA")
-        if plain is None:
-            return rewritten_refusal(cell) or (f"LoRA adapts nn.Dense, not {kind}; besides Dense it knows "
-                                               f"{', '.join(layer.plain_name for layer in _LAYERS)}.")
-        layer = KINDS[plain]
-        return (override_refusal(cell, plain, layer.plain_name, "LoRA")
-                or type_refusal(getattr(cell, layer.base_names[0]), "LoRA"))
+        return host_refusal(cell, "LoRA")
 
     def adapt(self, cell: nn.Cell) -> LowRank | TokenTable:
         """Return the LoRA cell on the Parameter objects of `cell`."""
@@ -157,8 +149,8 @@ class LoraConfig(DeltaConfig, LoraSettings):
         return {"mindpet_delta_lora_tokens": (len(self.token_indices), getattr(cell, kind.base_names[0]).shape[1])}
 
     @staticmethod
-    def _kind_for(cell: nn.Cell) -> Any:
-        return next(layer for plain, layer in KINDS.items() if isinstance(cell, plain))
+    def _kind_for(cell: nn.Cell) -> type[LowRank]:
+        return LAYERS[host_of(cell)]
 
     @classmethod
     def is_linear(cls, cell: nn.Cell) -> bool:
@@ -183,6 +175,3 @@ def _check_tokens(name: str, tokens: object) -> None:
         raise TypeError(f"{name} must be a list of token numbers, or such lists by the name of an embedding, but got "
                         f"{tokens!r:.100}.")
 
-
-def _plain_type(cell: nn.Cell) -> type[nn.Cell] | None:
-    return next((plain for plain in KINDS if isinstance(cell, plain)), None)

@@ -6,15 +6,17 @@ from typing import Any
 import mindspore
 from mindspore import Tensor, nn, ops
 
-from mindpet_lite.delta.dense import AdaptedDense, dense_refusal
+from mindpet_lite.delta.dense import check_dense, dense_refusal
 from mindpet_lite.delta.dropout import delta_dropout
+from mindpet_lite.delta.hosts import require_float
+from mindpet_lite.delta.hosts.dense import DenseHost
 from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, LowRank
 from mindpet_lite.delta.lora.settings import NEWER, LoraSettings
 from mindpet_lite.delta.lora.start import RESIDUAL
-from mindpet_lite.delta.parts import as_type, check_strategies, from_rows, set_strategies, to_rows
+from mindpet_lite.delta.parts import check_strategies, set_strategies
 
 
-class LoRADense(AdaptedDense, LowRank):
+class LoRADense(LowRank, DenseHost):
     r"""A Dense layer with a trainable low-rank update beside its frozen weight.
 
     .. math:: y = act(x W^T + b + \frac{\alpha}{r} drop(x) A^T B^T)
@@ -77,7 +79,8 @@ class LoRADense(AdaptedDense, LowRank):
                              "get_pet_model(). By hand, lora_a_init and lora_b_init say how A and B start.")
         settings = LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init, param_init_type,
                                 compute_dtype, **newer)
-        super().__init__(in_channels, out_channels, **dense_kwargs)
+        super().__init__(**check_dense({"in_channels": in_channels, "out_channels": out_channels, **dense_kwargs}))
+        require_float(self.weight, type(self))
         self._add_delta(settings)
 
     @classmethod
@@ -107,63 +110,22 @@ class LoRADense(AdaptedDense, LowRank):
         return layer
 
     @classmethod
-    def _on(cls, dense: nn.Dense, settings: LoraSettings) -> LoRADense:
-        layer = super()._on(dense, settings)
-        layer._require_scale()
-        strategy = getattr(dense.matmul, "in_strategy", None)
+    def _on(cls, plain: nn.Cell, settings: LoraSettings) -> LoRADense:
+        layer = super()._on(plain, settings)
+        strategy = getattr(plain.matmul, "in_strategy", None)
         return layer.shard(strategy) if strategy else layer
 
-    @classmethod
-    def factor_shapes(cls, layer: nn.Cell, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of A and B."""
-        return (rank, layer.in_channels), (layer.out_channels, rank)
-
-    def _add_delta(self, config: LoraSettings) -> None:
-        self.compute_dtype = config.compute_dtype
-        self.lora_a_matmul, self.lora_b_matmul = ops.MatMul(transpose_b=True), ops.MatMul(transpose_b=True)
+    def add_low_rank_operators(self, rank: int) -> None:
+        """Make operators of the layer's own, which `shard` can split."""
+        super().add_low_rank_operators(rank)
         self.mul, self.add = ops.Mul(), ops.Add()
-        self._add_factors(config, self.weight, min(self.in_channels, self.out_channels))
-        self._add_dropout()
 
-    def construct(self, x: Tensor) -> Tensor:
-        """Apply the layer to `x` (*, in_channels); return (*, out_channels)."""
-        # What is decided here is decided for each layer as a graph is compiled; functions, flags and properties cost
-        # the compiler far less than conditions on shapes and types.
-        shape, output_type, dtype = x.shape, self._output_type(x), self._compute_type()
-        x = self._entered(x, dtype)
-        rows = to_rows(x, shape)
-        if self.in_graph:
-            # Not the same rows: so both gradients of x are added to those of its other uses (as in q, k and v) by one
-            # kernel.
-            y = self._with_update(rows, to_rows(x, shape), dtype)
-        else:
-            y = self._with_update(rows, rows, dtype)
-        if self.activation_flag:
-            y = as_type(self.activation(y), dtype)
-        return as_type(from_rows(y, shape, self.out_channels), output_type, dtype)
+    def scaled(self, low: Tensor, scaling: Tensor) -> Tensor:
+        """Return the low-rank activations times the scaling."""
+        return self.mul(low, scaling)
 
-    def _with_update(self, rows: Tensor, x: Tensor, dtype: mindspore.dtype) -> Tensor:
-        """Return the output before the activation, the update added to what the weight makes of the rows.
-
-        Args:
-            rows: what the weight sees.
-            x: the same, for the update.
-            dtype: of the computation.
-        """
-        linear = self.matmul(rows, as_type(self.weight, dtype))
-        y = self._with_bias(linear, dtype)
-        if self.has_dropout:
-            x = self.lora_dropout(x)
-        low = self.lora_a_matmul(x, as_type(self.mindpet_delta_lora_a, dtype))
-        # On the [tokens, rank] side: rank is far below out_channels.
-        low = self.mul(low, as_type(self.scaling, dtype))
-        update = self.lora_b_matmul(low, as_type(self.mindpet_delta_lora_b, dtype))
-        if self.has_lora_bias:
-            update = update + self._scaled_bias(dtype)
-        if self.use_dora:
-            # As PEFT: what dropout takes from A's input, the rescaling of W does not see either.
-            linear = self.matmul(x, as_type(self.weight, dtype)) if self.has_dropout else linear
-            update = self._dora(linear, update, dtype)
+    def added(self, y: Tensor, update: Tensor) -> Tensor:
+        """Return the sum of the layer's own output and the update."""
         return self.add(y, update)
 
     def shard(self, strategy_org_dense_matmul: tuple | None = None, strategy_org_bias_add: tuple | None = None,
@@ -210,7 +172,3 @@ class LoRADense(AdaptedDense, LowRank):
             ("strategy_lora_mul", self.mul, strategy_lora_mul), ("strategy_lora_add", self.add, strategy_lora_add),
             ("strategy_activation", self.activation, strategy_activation)])
         return self
-
-    def extend_repr(self) -> str:
-        """Show the low-rank settings beside those of nn.Dense."""
-        return super().extend_repr() + f", lora_rank={self.lora_rank}, lora_alpha={self.lora_alpha}"

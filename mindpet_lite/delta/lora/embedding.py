@@ -4,20 +4,15 @@ from __future__ import annotations
 from typing import Any
 
 import mindspore
-from mindspore import Tensor, nn, ops
-from mindspore.common.initializer import Normal
 
 from mindpet_lite.arguments import check_number
-from mindpet_lite.delta.dense import require_float
-from mindpet_lite.delta.lora.layer import LoRALayer
+from mindpet_lite.delta.hosts import require_float
+from mindpet_lite.delta.hosts.embedding import EmbeddingHost, MintEmbeddingHost
+from mindpet_lite.delta.lora.low_rank import UNIT_NORMAL, LowRank
 from mindpet_lite.delta.lora.settings import LoraSettings
-from mindpet_lite.delta.lora.typed import TypedEmbedding, TypedMintEmbedding
-from mindpet_lite.delta.parts import as_type
-
-UNIT_NORMAL = Normal(1.0)
 
 
-class LoRATable(LoRALayer):
+class LoRATable(LowRank):
     r"""A table of vectors with a trainable low-rank update beside it: what both kinds of embedding share.
 
     .. math:: y_i = T_i + \frac{\alpha}{r} (B A)^T_i
@@ -59,10 +54,6 @@ class LoRATable(LoRALayer):
         ValueError: as :class:`LoRADense` and the plain layer; lora_dropout is not 0.
     """
 
-    delta_names = ("mindpet_delta_lora_embedding_a", "mindpet_delta_lora_embedding_b")
-    a_start, b_start = "zeros", UNIT_NORMAL
-    out_axis = 1
-
     def __init__(self, vocab_size: int, embedding_size: int, lora_rank: int, lora_alpha: float,
                  lora_dropout: float = 0.0, lora_a_init: Any = "zeros", lora_b_init: Any = UNIT_NORMAL,
                  param_init_type: mindspore.dtype = mindspore.float32,
@@ -77,79 +68,15 @@ class LoRATable(LoRALayer):
         require_float(self.weight, type(self))
         self._add_delta(settings)
 
-    @classmethod
-    def factor_shapes(cls, layer: nn.Cell, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of A and B."""
-        ids, size = getattr(layer, cls.base_names[0]).shape
-        return (rank, ids), (size, rank)
 
-    def _add_delta(self, config: LoraSettings) -> None:
-        ids, size = self.weight.shape
-        if config.lora_bias:
-            raise ValueError("LoRA on an embedding has no bias: leave lora_bias out, or the layer, with "
-                             "exclude_modules.")
-        self.compute_dtype = config.compute_dtype
-        self._add_factors(config, self.weight, min(ids, size))
-        self.lora_padding = None if self.padding_idx is None else self.padding_idx % ids
-        self.lora_a_gather = ops.Gather()
-        self.lora_b_matmul = ops.MatMul(transpose_a=True, transpose_b=True)
-
-    def _columns(self, ids: Tensor) -> Tensor:
-        """Return A's columns for `ids` (n,): (lora_rank, n)."""
-        return self.lora_a_gather(self.mindpet_delta_lora_embedding_a, ids, 1)
-
-    def construct(self, ids: Tensor) -> Tensor:
-        """Look up `ids` (*); return (*, embedding_size)."""
-        dtype, flat = self._compute_type(), ops.reshape(ids, (-1,))
-        low = self._columns(flat)
-        if self.lora_padding is not None:
-            low = ops.where(ops.not_equal(flat, self.lora_padding), low, ops.stop_gradient(low))
-        low = self._scaled(as_type(low, dtype), dtype)
-        rows = as_type(self._rows(flat), dtype)
-        update = self.lora_b_matmul(low, as_type(self.mindpet_delta_lora_embedding_b, dtype))
-        if self.use_dora:
-            update = self._dora(rows, update, dtype)
-        y = rows + update
-        return as_type(ops.reshape(y, (*ids.shape, y.shape[1])), self._output_type(ids))
-
-    def _oriented(self, product: Any) -> Any:
-        return product.T
-
-    def cost(self) -> str:
-        """Say nothing: only the rows that are looked up are cast."""
-        return ""
-
-    def settings(self) -> dict[str, Any]:
-        """Return lora_rank and lora_alpha, and what is used of use_rslora and use_dora."""
-        return {name: value for name, value in super().settings().items() if name != "lora_dropout"}
-
-
-class LoRAEmbedding(LoRATable, TypedEmbedding):
+class LoRAEmbedding(LoRATable, EmbeddingHost):
     """LoRA on `nn.Embedding`; see :class:`LoRATable`. `embedding_table` is (vocab_size, embedding_size)."""
 
-    def _add_delta(self, config: LoraSettings) -> None:
-        super()._add_delta(config)
-        self.lora_a_matmul = ops.MatMul(transpose_b=True)
 
-    def _columns(self, ids: Tensor) -> Tensor:
-        a = self.mindpet_delta_lora_embedding_a
-        if self.use_one_hot:
-            return self.lora_a_matmul(a, self._one_hot(ids, a.dtype))
-        return self.lora_a_gather(a, ids, 1)
-
-
-class LoRAMintEmbedding(LoRATable, TypedMintEmbedding):
+class LoRAMintEmbedding(LoRATable, MintEmbeddingHost):
     """LoRA on `mint.nn.Embedding`; see :class:`LoRATable`. `weight` is (num_embeddings, embedding_dim).
 
     Raises:
         ValueError: the layer has `max_norm`, which rewrites its rows whenever they are looked up, or
             `scale_grad_by_freq`, which A's gradient would not follow.
     """
-
-    def _add_delta(self, config: LoraSettings) -> None:
-        for name, reason in (("max_norm", "rewrites the rows of the table whenever they are looked up, frozen or not"),
-                             ("scale_grad_by_freq", "scales the table's gradient, which A's would not follow")):
-            if getattr(self, name):
-                raise ValueError(f"LoRA does not adapt an embedding with {name}={getattr(self, name)!r}, which "
-                                 f"{reason}: leave it out with exclude_modules.")
-        super()._add_delta(config)

@@ -4,17 +4,14 @@ from __future__ import annotations
 from typing import Any
 
 import mindspore
-from mindspore import Tensor, nn
 
-from mindpet_lite.delta.dense import require_float
-from mindpet_lite.delta.lora.layer import LoRALayer
-from mindpet_lite.delta.lora.low_rank import HE_UNIFORM
+from mindpet_lite.delta.hosts import require_float
+from mindpet_lite.delta.hosts.linear import LinearHost
+from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, LowRank
 from mindpet_lite.delta.lora.settings import LoraSettings
-from mindpet_lite.delta.lora.typed import TypedLinear
-from mindpet_lite.delta.parts import as_type
 
 
-class LoRALinear(LoRALayer, TypedLinear):
+class LoRALinear(LowRank, LinearHost):
     r"""LoRA on `mint.nn.Linear`: :class:`LoRADense` without an activation, on the operator of that layer.
 
     .. math:: y = x W^T + b + \frac{\alpha}{r} drop(x) A^T B^T
@@ -43,28 +40,3 @@ class LoRALinear(LoRALayer, TypedLinear):
         super().__init__(in_features, out_features, **linear_kwargs)
         require_float(self.weight, type(self))
         self._add_delta(settings)
-
-    @classmethod
-    def factor_shapes(cls, layer: nn.Cell, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of A and B."""
-        return (rank, layer.in_features), (layer.out_features, rank)
-
-    def _add_delta(self, config: LoraSettings) -> None:
-        self.compute_dtype = config.compute_dtype
-        self._add_factors(config, self.weight, min(self.in_features, self.out_features))
-        self._add_dropout()
-
-    def construct(self, x: Tensor) -> Tensor:
-        """Apply the layer to `x` (*, in_features); return (*, out_features)."""
-        output_type, dtype = self._output_type(x), self._compute_type()
-        x = self._entered(x, dtype)
-        y = self._base(x, dtype)
-        if self.has_dropout:
-            x = self.lora_dropout(x)
-        low = self._scaled(self.dense(x, as_type(self.mindpet_delta_lora_a, dtype)), dtype)
-        update = self.dense(low, as_type(self.mindpet_delta_lora_b, dtype))
-        if self.has_lora_bias:
-            update = update + self._scaled_bias(dtype)
-        if self.use_dora:
-            update = self._dora(self._linear(x, dtype), update, dtype)
-        return as_type(y + update, output_type)

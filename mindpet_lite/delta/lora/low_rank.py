@@ -3,25 +3,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import mindspore
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
-from mindspore.common.initializer import HeUniform
+from mindspore.common.initializer import HeUniform, Normal
 
 from mindpet_lite.arguments import warn_user
-from mindpet_lite.delta.base import Delta, float64, overflow
+from mindpet_lite.delta.adapted import Adapted
+from mindpet_lite.delta.base import float64, overflow
 from mindpet_lite.delta.dropout import delta_dropout
 from mindpet_lite.delta.lora.settings import LoraSettings, OwnStart, scale_of
 from mindpet_lite.delta.lora.start import RESIDUAL, factors
-from mindpet_lite.delta.parts import as_type, initial, put
-from mindpet_lite.delta.values import set_value, setting_parameter
+from mindpet_lite.delta.parts import as_type, initial, prefix_of, put
+from mindpet_lite.delta.values import set_value
+
+Self = TypeVar("Self", bound="LowRank")
 
 HE_UNIFORM = HeUniform(negative_slope=math.sqrt(5))
+UNIT_NORMAL = Normal(1.0)
 
 
-class LowRank(Delta):
+class LowRank(Adapted):
     r"""The LoRA half of an adapted layer: factors A and B, what is optional beside them, and what steers them.
 
     The update of a weight W is s · B A with s = alpha / rank, or alpha / √rank with `use_rslora`
@@ -38,15 +42,8 @@ class LowRank(Delta):
     """
 
     method: ClassVar[str] = "lora"
-    delta_names: tuple[str, ...] = ("mindpet_delta_lora_a", "mindpet_delta_lora_b")
     setting_names: tuple[str, ...] = ("scaling",)
-    # How A and B start unless the settings say otherwise.
-    a_start: ClassVar[Any] = HE_UNIFORM
-    b_start: ClassVar[Any] = "zeros"
-    # The weight's axis that counts outputs.
-    out_axis: ClassVar[int] = 0
 
-    weight: Parameter
     lora_rank: int
     lora_alpha: float
     dropout_rate: float
@@ -56,8 +53,8 @@ class LowRank(Delta):
     use_rslora: bool
     use_dora: bool
     has_lora_bias: bool
+    factor_paths: tuple[str, str]
     over_outputs: tuple[int, ...]
-    bias: Parameter
     scaling: Parameter
     strength_factor: Parameter
     init_lora_weights: bool | str
@@ -65,25 +62,40 @@ class LowRank(Delta):
     mindpet_delta_lora_magnitude: Parameter
 
     @classmethod
-    def factor_shapes(cls, layer: nn.Cell, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of A and B of this rank for a plain or adapted layer."""
-        raise NotImplementedError
+    def factor_names(cls) -> tuple[str, str]:
+        """Return the names of A and B, which are others on a table of vectors: PEFT's lora_embedding_A and B."""
+        between = "embedding_" if cls.takes_ids else ""
+        return f"mindpet_delta_lora_{between}a", f"mindpet_delta_lora_{between}b"
 
     @classmethod
     def delta_shapes(cls, layer: nn.Cell, config: LoraSettings) -> dict[str, tuple[int, ...]]:
         """Return the shape of each Parameter that these settings add to a plain layer; nothing is made."""
-        a_shape, b_shape = cls.factor_shapes(layer, config.lora_rank)
-        return {**dict(zip(cls.delta_names, (a_shape, b_shape))),
-                **({"mindpet_delta_lora_b_bias": b_shape[:1]} if config.lora_bias else {}),
-                **({"mindpet_delta_lora_magnitude": cls.magnitude_shape(b_shape[0])} if config.use_dora else {})}
+        a, b = cls.factor_names()
+        outputs = cls.outputs(layer)
+        return {a: cls.narrow_shape(layer, config.lora_rank), b: cls.widen_shape(layer, config.lora_rank),
+                **({"mindpet_delta_lora_b_bias": (outputs,)} if config.lora_bias else {}),
+                **({"mindpet_delta_lora_magnitude": cls.across_output(outputs)} if config.use_dora else {})}
 
-    def _add_factors(self, config: LoraSettings, weight: Parameter, most: int) -> None:
-        """Make the Parameters; `most` is the rank that the update can have."""
-        a_shape, b_shape = self.factor_shapes(self, config.lora_rank)
-        values = {name: initial(field, own if isinstance(given, OwnStart) else given, shape, config.param_init_type)
-                  for name, field, given, own, shape in (
-                      (self.delta_names[0], "lora_a_init", config.lora_a_init, self.a_start, a_shape),
-                      (self.delta_names[1], "lora_b_init", config.lora_b_init, self.b_start, b_shape))}
+    @classmethod
+    def across_output(cls, outputs: int) -> tuple[int, ...]:
+        """Return the shape of a number for each output beside the layer's output."""
+        return cls.across(outputs)
+
+    def _add_delta(self, config: LoraSettings) -> None:
+        """Make the Parameters and the operators."""
+        self.check()
+        self._check_settings(config)
+        self.compute_dtype = config.compute_dtype
+        self.add_low_rank_operators(config.lora_rank)
+        a_name, b_name = self.factor_names()
+        # A table starts the other way round: through an A of the size 1/√ids B would learn slowly.
+        a_start, b_start = ("zeros", UNIT_NORMAL) if self.takes_ids else (HE_UNIFORM, "zeros")
+        shapes = self.delta_shapes(self, config)
+        values = {name: initial(field, own if isinstance(given, OwnStart) else given, shapes[name],
+                                config.param_init_type)
+                  for name, field, given, own in ((a_name, "lora_a_init", config.lora_a_init, a_start),
+                                                  (b_name, "lora_b_init", config.lora_b_init, b_start))}
+        most = min(self.outputs(self), math.prod(shapes[a_name][1:]))
         if config.lora_rank > most:
             warn_user(f"lora_rank {config.lora_rank} is above the highest rank of the layer's weight = {most}: the "
                       f"update cannot use it.")
@@ -92,32 +104,77 @@ class LowRank(Delta):
         self.use_rslora, self.use_dora, self.has_lora_bias = config.use_rslora, config.use_dora, config.lora_bias
         self.init_lora_weights = config.init_lora_weights
         if config.init_lora_weights is not True:
-            values = dict(zip(values, self._other_start(config, weight, a_shape, b_shape)))
-        outputs = weight.shape[self.out_axis]
+            values = dict(zip(values, self._other_start(config, shapes[a_name], shapes[b_name])))
         # A graph calls no method of a class.
-        self.over_outputs = self.magnitude_shape(outputs)
+        self.factor_paths = (a_name, b_name)
+        self.over_outputs = self.across_output(self.outputs(self))
+        if config.lora_bias:
+            values["mindpet_delta_lora_b_bias"] = initial("lora_bias", "zeros", (self.outputs(self),),
+                                                          config.param_init_type)
+        self.add_parameters(values, {"scaling": self._factor(),
+                                     **({"strength_factor": 1.0} if config.use_dora else {})})
+        self.output_names = self.delta_names[1:]
+        if config.use_dora:
+            self.mindpet_delta_lora_magnitude = Parameter(
+                self._magnitude(), name=prefix_of(self.weight.name) + "mindpet_delta_lora_magnitude")
+            self.delta_names += ("mindpet_delta_lora_magnitude",)
+        self.has_dropout = self.dropout_rate > 0 and not self.takes_ids
+        if self.has_dropout:
+            self.lora_dropout = delta_dropout(self.dropout_rate)
+        self._require_scale()
+
+    def _check_settings(self, config: LoraSettings) -> None:
+        """Check what the host asks of LoRA, and say why the layer cannot be merged where it cannot."""
+        groups = self.group_count(self)
+        if config.lora_bias and self.takes_ids:
+            raise ValueError("LoRA on an embedding has no bias: leave lora_bias out, or the layer, with "
+                             "exclude_modules.")
+        if config.lora_rank % groups:
+            raise ValueError(f"lora_rank must be divisible by the {groups} groups of the convolution, between which "
+                             f"its channels are shared out, but got {config.lora_rank}: take a multiple of {groups}, "
+                             f"or leave the layer out with exclude_modules.")
         if config.lora_bias and getattr(self, "bias", None) is None:
             self.unmergeable = ("B has a bias (lora_bias), and the layer has none that could absorb it; use the net "
                                 "unmerged.")
-        if config.lora_bias:
-            values["mindpet_delta_lora_b_bias"] = initial("lora_bias", "zeros", (outputs,), config.param_init_type)
-        # The delta's names go beside the weight's.
-        head, _, last = weight.name.rpartition(".")
-        prefix = f"{head}." if head and last in ("weight", "embedding_table") else ""
-        made = tuple(values)
-        for name in made:
-            # A Parameter copies what anything else holds, a call by keywords included.
-            setattr(self, name, Parameter(values.pop(name), prefix + name))
-        steering = {"scaling": self._factor(), **({"strength_factor": 1.0} if config.use_dora else {})}
-        for name, number in steering.items():
-            setattr(self, name, setting_parameter(number, prefix + name))
-        self.delta_names, self.setting_names = made, tuple(steering)
-        self.output_names = self.delta_names[1:]
-        if config.use_dora:
-            self.mindpet_delta_lora_magnitude = Parameter(self._magnitude(),
-                                                          name=prefix + "mindpet_delta_lora_magnitude")
-            self.delta_names += ("mindpet_delta_lora_magnitude",)
-        self._require_scale()
+        if groups > 1:
+            self.unmergeable = (f"with {groups} groups the update makes each output depend on every input channel, "
+                                f"which a kernel of as many groups cannot hold; use the net unmerged.")
+
+    @classmethod
+    def _on(cls: type[Self], plain: nn.Cell, settings: LoraSettings) -> Self:
+        layer = super()._on(plain, settings)
+        layer._require_scale()
+        return layer
+
+    def adapted(self, h: Tensor, again: Tensor, dtype: mindspore.dtype) -> Tensor:
+        """Return the output before the activation, the update added to what the weight makes of the input."""
+        weight = self.own_weight(dtype)
+        if self.use_dora:
+            y, linear = self.affine_and_linear(h, weight, dtype)
+        else:
+            y = self.affine(h, weight, dtype)
+        if self.has_dropout:
+            again = self.lora_dropout(again)
+        low = self.narrow(again, getattr(self, self.factor_paths[0]), dtype)
+        # On the [tokens, rank] side: rank is far below the outputs.
+        low = self.scaled(low, as_type(self.scaling, dtype))
+        update = self.widen(low, getattr(self, self.factor_paths[1]), dtype)
+        if self.has_lora_bias:
+            update = update + self._scaled_bias(dtype)
+        if self.use_dora:
+            # As PEFT: what dropout takes from A's input, the rescaling of W does not see either.
+            if self.has_dropout:
+                linear = self.linear(again, weight, dtype)
+            update = self._dora(linear, update, dtype)
+        return self.added(y, update)
+
+    def scaled(self, low: Tensor, scaling: Tensor) -> Tensor:
+        """Return the low-rank activations times the scaling."""
+        return ops.mul(low, scaling)
+
+    def added(self, y: Tensor, update: Tensor) -> Tensor:
+        """Return the sum of the layer's own output and the update."""
+        return ops.add(y, update)
 
     def _magnitude(self) -> Tensor:
         """Return what DoRA's magnitude starts with, in the shape in which it multiplies the layer's output."""
@@ -144,21 +201,16 @@ class LowRank(Delta):
             # Not into its own memory, which is that of the loaded checkpoint.
             set_value(parameter, value)
 
-    def _add_dropout(self) -> None:
-        self.has_dropout = self.dropout_rate > 0
-        if self.has_dropout:
-            self.lora_dropout = delta_dropout(self.dropout_rate)
-
-    def _other_start(self, config: LoraSettings, weight: Parameter, a_shape: tuple[int, ...],
-                     b_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def _other_start(self, config: LoraSettings, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
+                     ) -> tuple[Tensor, Tensor]:
         """Return A and B as `init_lora_weights` says."""
         if config.init_lora_weights is False:
             return (initial("A", HE_UNIFORM, a_shape, config.param_init_type),
                     initial("B", HE_UNIFORM, b_shape, config.param_init_type))
-        if weight.ndim != 2 or self.out_axis:
+        if len(self.logical_shape(self)) != 2 or self.out_axis:
             raise ValueError(f"init_lora_weights {config.init_lora_weights!r} is for linear layers: leave this one "
                              f"out, or adapt it with another config.")
-        a, b = self._factors_of(weight)
+        a, b = self._factors_of(self.weight)
         if config.init_lora_weights in RESIDUAL:
             self.fixed = (f"its start ({config.init_lora_weights}) took a part out of the base's weight, so without "
                           f"the delta the layer is not its base.")
@@ -186,24 +238,15 @@ class LowRank(Delta):
             return overflow("the strength", strength, types)
         return overflow("strength times lora_alpha / lora_rank", strength * self._factor(), types)
 
-    def _compute_type(self) -> mindspore.dtype:
-        """Return the type that the layer computes in."""
-        raise NotImplementedError
-
     def _require_scale(self) -> None:
         """Raise ValueError where s is not finite in the type that the layer computes in."""
         reason = overflow("the scale", self._factor(), (self._compute_type(),))
         if reason:
             raise ValueError(f"lora_alpha {self.lora_alpha} is too large for lora_rank {self.lora_rank}: {reason}")
 
-    @classmethod
-    def magnitude_shape(cls, outputs: int) -> tuple[int, ...]:
-        """Return the shape in which a number for each output is multiplied with the layer's output."""
-        return (outputs,)
-
     def delta_norm(self) -> float:
         """Return ||s B A||, the root of the sum of squares, from the factors' products with themselves."""
-        a, b = (float64(getattr(self, name)) for name in self.delta_names[:2])
+        a, b = (float64(getattr(self, name)) for name in self.factor_paths)
         # B's columns are those of one group of a convolution.
         groups, rank = self.lora_rank // b.shape[1], b.shape[1]
         a, b = a.reshape(groups, rank, -1), b.reshape(groups, -1, rank)
@@ -243,7 +286,7 @@ class LowRank(Delta):
 
         Each output's weights are divided by the largest of them before they are squared, so that no square vanishes.
         """
-        a, b = (as_type(getattr(self, name), mindspore.float32) for name in self.delta_names[:2])
+        a, b = (as_type(getattr(self, name), mindspore.float32) for name in self.factor_paths)
         product = ops.matmul(ops.reshape(b, (-1, self.lora_rank)), ops.reshape(a, (self.lora_rank, -1)))
         weight = as_type(self.weight, mindspore.float32)
         whole = weight + ops.reshape(self._oriented(product), weight.shape) * self.scaling
@@ -254,11 +297,11 @@ class LowRank(Delta):
 
     def _oriented(self, product: Any) -> Any:
         """Return B A with its axes in the weight's order."""
-        return product
+        return product.T if self.out_axis else product
 
     def _update(self) -> np.ndarray:
         """Return B A in float32 and the weight's shape."""
-        a, b = (_numbers(getattr(self, name)) for name in self.delta_names[:2])
+        a, b = (_numbers(getattr(self, name)) for name in self.factor_paths)
         with np.errstate(over="ignore", invalid="ignore"):
             product = b.reshape(-1, self.lora_rank) @ a.reshape(self.lora_rank, -1)
         return self._oriented(product).reshape(self.weight.shape)
@@ -293,7 +336,8 @@ class LowRank(Delta):
     def settings(self) -> dict[str, Any]:
         """Return lora_rank, lora_alpha and lora_dropout, and what is used of use_rslora, use_dora and lora_bias."""
         used = {"use_rslora": self.use_rslora, "use_dora": self.use_dora, "lora_bias": self.has_lora_bias}
-        return {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha, "lora_dropout": self.dropout_rate,
+        return {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha,
+                **({} if self.takes_ids else {"lora_dropout": self.dropout_rate}),
                 **{name: True for name, is_used in used.items() if is_used},
                 **({"init_lora_weights": self.init_lora_weights} if self.init_lora_weights in RESIDUAL else {})}
 
@@ -306,6 +350,10 @@ class LowRank(Delta):
         """Take over lora_alpha and use_rslora: they are values; the rank is a shape."""
         self.lora_alpha, self.use_rslora = settings["lora_alpha"], settings.get("use_rslora", False)
         self.refresh()
+
+    def extend_repr(self) -> str:
+        """Show the low-rank settings beside those of the plain layer."""
+        return super().extend_repr() + f", lora_rank={self.lora_rank}, lora_alpha={self.lora_alpha}"
 
 
 def _numbers(value: Parameter) -> np.ndarray:

@@ -9,13 +9,15 @@ import numpy as np
 from mindspore import Parameter, Tensor, mint, nn, ops
 
 from mindpet_lite.delta.base import Delta
-from mindpet_lite.delta.dense import TypedDense, as_running, dense_on, override_refusal, take_types
-from mindpet_lite.delta.lora.typed import TypedEmbedding, TypedLayer, TypedLinear, TypedMintEmbedding
-from mindpet_lite.delta.parts import as_type, put
+from mindpet_lite.delta.hosts import Host, as_running, override_refusal, take_types
+from mindpet_lite.delta.hosts.dense import DenseHost
+from mindpet_lite.delta.hosts.embedding import EmbeddingHost, MintEmbeddingHost
+from mindpet_lite.delta.hosts.linear import LinearHost
+from mindpet_lite.delta.parts import as_type, prefix_of, put
 from mindpet_lite.delta.values import setting_parameter
 
 
-class TokenTable(TypedLayer, Delta):
+class TokenTable(Delta, Host):
     r"""An embedding of which some rows train: y_i = D_k where i is the k-th of the token numbers, else T_i.
 
     The table T (vocab_size, embedding_size) stays frozen; `mindpet_delta_lora_tokens` D (tokens, embedding_size)
@@ -53,8 +55,7 @@ class TokenTable(TypedLayer, Delta):
                              f"but got {list(tokens)}.")
         layer = cls.on(cls, plain)
         layer._require_still_rows(tokens)
-        head, _, last = table.name.rpartition(".")
-        prefix = f"{head}." if head and last in ("weight", "embedding_table") else ""
+        prefix = prefix_of(table.name)
         layer.token_indices = tuple(tokens)
         layer.mindpet_delta_lora_tokens = Parameter(layer._rows_of(table), name=prefix + "mindpet_delta_lora_tokens")
         layer.scaling = setting_parameter(1.0, prefix + "scaling")
@@ -81,7 +82,7 @@ class TokenTable(TypedLayer, Delta):
     def construct(self, ids: Tensor) -> Tensor:
         """Look up `ids` (*); return (*, embedding_size) of the type of the table, or what `to_float()` set."""
         dtype = self._compute_type()
-        y = self._base(ids, dtype)
+        y = ops.reshape(self.linear(self.arranged(ids), self.weight, dtype), (*ids.shape, -1))
         # Products with 0 and 1: exact, and without a shape that depends on the ids.
         which = as_type(ops.equal(ops.expand_dims(as_type(ids, mindspore.int32), -1), self.lora_token_ids), dtype)
         gate = as_type(self.scaling, dtype)
@@ -139,11 +140,11 @@ class TokenTable(TypedLayer, Delta):
         """Take over nothing: the token numbers are compared."""
 
 
-class TrainedTokens(TokenTable, TypedEmbedding):
+class TrainedTokens(TokenTable, EmbeddingHost):
     """`nn.Embedding` with rows that train; see :class:`TokenTable`."""
 
 
-class TrainedMintTokens(TokenTable, TypedMintEmbedding):
+class TrainedMintTokens(TokenTable, MintEmbeddingHost):
     """`mint.nn.Embedding` with rows that train; see :class:`TokenTable`."""
 
     def _require_still_rows(self, tokens: Sequence[int]) -> None:
@@ -195,22 +196,23 @@ class _TokenColumns(Delta):
         return as_running(self._plain[0], self)  # type: ignore[arg-type]
 
 
-class TokenDense(_TokenColumns, TypedDense):
+class TokenDense(_TokenColumns, DenseHost):
     """`nn.Dense` on the table of trained tokens; see :class:`_TokenColumns`."""
 
     @classmethod
     def after(cls, first: TokenTable, plain: nn.Dense) -> TokenDense:
         """Return the layer on the Parameter objects of `plain`, with the rows of the first."""
-        layer = dense_on(cls, plain)
+        layer = cls.on(cls, plain)
         layer._take(first, plain)
         take_types(layer, plain)
         return layer
 
-    def _affine(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
-        return super()._affine(x, dtype) + self._change(x, dtype)
+    def affine(self, h: Tensor, weight: Tensor, dtype: mindspore.dtype) -> Tensor:
+        """Return the plain layer's outputs and what the trained tokens add."""
+        return self.biased(self.matmul(h, weight), dtype) + self._change(h, dtype)
 
 
-class TokenLinear(_TokenColumns, TypedLinear):
+class TokenLinear(_TokenColumns, LinearHost):
     """`mint.nn.Linear` on the table of trained tokens; see :class:`_TokenColumns`."""
 
     @classmethod
@@ -221,8 +223,10 @@ class TokenLinear(_TokenColumns, TypedLinear):
         take_types(layer, plain)
         return layer
 
-    def _base(self, x: Tensor, dtype: mindspore.dtype) -> Tensor:
-        return super()._base(x, dtype) + self._change(x, dtype)
+    def affine(self, h: Tensor, weight: Tensor, dtype: mindspore.dtype) -> Tensor:
+        """Return the plain layer's outputs and what the trained tokens add."""
+        bias = as_type(self.bias, dtype) if self.has_bias else None
+        return self.dense(h, weight, bias) + self._change(h, dtype)
 
 
 TABLES: dict[type[nn.Cell], type[TokenTable]] = {nn.Embedding: TrainedTokens, mint.nn.Embedding: TrainedMintTokens}

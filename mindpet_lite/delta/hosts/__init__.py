@@ -1,0 +1,67 @@
+"""The kinds of frozen layers that methods sit on: one file a kind, and `HOSTS`, the only table of them."""
+from __future__ import annotations
+
+from mindspore import nn
+
+from mindpet_lite.delta.base import Delta
+from mindpet_lite.delta.hosts.base import (
+    Host,
+    TypedCell,
+    as_running,
+    keeps_types,
+    override_refusal,
+    require_float,
+    rewritten_refusal,
+    take_types,
+)
+from mindpet_lite.delta.hosts.conv import (
+    Conv1dHost,
+    Conv2dHost,
+    Conv3dHost,
+    MintConv1dHost,
+    MintConv2dHost,
+    MintConv3dHost,
+)
+from mindpet_lite.delta.hosts.dense import DenseHost
+from mindpet_lite.delta.hosts.embedding import EmbeddingHost, MintEmbeddingHost
+from mindpet_lite.delta.hosts.linear import LinearHost
+
+HOSTS: tuple[type[Host], ...] = (
+    DenseHost,
+    LinearHost,
+    Conv1dHost,
+    Conv2dHost,
+    Conv3dHost,
+    EmbeddingHost,
+    MintConv1dHost,
+    MintConv2dHost,
+    MintConv3dHost,
+    MintEmbeddingHost,
+)
+
+__all__ = ["HOSTS", "DenseHost", "Host", "TypedCell", "as_running", "host_of", "host_refusal", "keeps_types",
+           "override_refusal", "require_float", "rewritten_refusal", "take_types"]
+
+
+def host_of(cell: nn.Cell) -> type[Host] | None:
+    """Return the kind of host that a plain or adapted cell is, or None."""
+    return next((host for host in HOSTS if isinstance(cell, host.plain_type)), None)
+
+
+def host_refusal(cell: nn.Cell, method: str, fits: tuple[type[Host], ...] = HOSTS) -> str | None:
+    """Return why the method of this name cannot adapt `cell`, or None if it can.
+
+    Args:
+        cell: any cell.
+        method: its name in a sentence.
+        fits: the kinds of hosts that it goes with.
+    """
+    kind = type(cell).__name__
+    if isinstance(cell, Delta):
+        return f"a {kind} is adapted already{'.' if cell.unmergeable else '; merge() it first.'}"
+    host = host_of(cell)
+    if host is None or host not in fits:
+        first, *more = (item.plain_name for item in fits)
+        besides = f" besides {first.rpartition('.')[2]} it knows {', '.join(more)}." if more else ""
+        return rewritten_refusal(cell) or f"{method} adapts {first}, not {kind}{';' if more else '.'}{besides}"
+    return host.refusal(cell, method)

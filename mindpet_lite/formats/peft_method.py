@@ -1,0 +1,157 @@
+"""How PEFT's files hold the adapters of a method: a declaration for each, and one reader and writer for all."""
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mindpet_lite.formats.peft import homes_of_trained, is_carried, path_of_trained
+from mindpet_lite.formats.peft_config import by_pattern, pattern_for
+from mindpet_lite.formats.peft_keys import PREFIX, plain_keys
+from mindpet_lite.formats.state import AdapterState, LayerState
+from mindpet_lite.names.parameter_names import pytorch_name
+
+# What every config of PEFT has, with what it says where nothing is known.
+_COMMON: dict[str, Any] = {"auto_mapping": None, "base_model_name_or_path": None, "inference_mode": True,
+                           "revision": None, "task_type": None}
+_COPY = ".modules_to_save."
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftMethod:
+    """What PEFT's files hold of one method.
+
+    Args:
+        peft_type: PEFT's name of the method.
+        keys: PEFT's name of each tensor of a layer, by ours.
+        fields: the fields of PEFT's config that say how a layer computes, with PEFT's defaults; our config has fields
+            of the same names.
+        shared: PEFT's key of each tensor that all layers share, by our name.
+        patterns: by the name of a field the one that holds its value by pattern of path.
+        neutral: fields that cannot be honoured, with the values that mean "not used".
+        written: other fields of PEFT's config, as they are written of an adapter that is new.
+    """
+
+    peft_type: str
+    keys: Mapping[str, str]
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    patterns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    neutral: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    written: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def layer_settings(self, path: str, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings that a config of PEFT's gives the layer at `path`."""
+        found = {name: config.get(name, default) for name, default in self.fields.items()}
+        return {name: by_pattern(config.get(self.patterns.get(name, "")), path, value)
+                for name, value in found.items()}
+
+    def config_fields(self, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Return PEFT's fields for layers of these settings, by path: the most common value, others by pattern.
+
+        Raises:
+            ValueError: layers differ in what PEFT has one field for.
+        """
+        found: dict[str, Any] = dict(self.written)
+        for name, default in self.fields.items():
+            values = {path: item.get(name, default) for path, item in settings.items()}
+            common = Counter(map(repr, values.values())).most_common(1)[0][0] if values else repr(default)
+            found[name] = next((value for value in values.values() if repr(value) == common), default)
+            others = {path: value for path, value in values.items() if repr(value) != common}
+            if others and name not in self.patterns:
+                raise ValueError(f"PEFT has one {name} for all layers, but here it is {found[name]!r} and, for "
+                                 f"{next(iter(others))}, {next(iter(others.values()))!r}.")
+            if name in self.patterns:
+                found[self.patterns[name]] = {pattern_for(path, values): value for path, value in others.items()}
+        return found
+
+    def problems_of(self, config: Mapping[str, Any]) -> list[str]:
+        """Return, a sentence each, why an adapter with this config cannot be used."""
+        return [f"{name} = {config[name]!r:.100} is not supported." for name, unused in self.neutral.items()
+                if name in config and config[name] not in unused]
+
+
+def can_hold(state: AdapterState, method: PeftMethod) -> bool:
+    """Tell whether PEFT's files can hold an adapter: no biases train, and layers differ only in what has patterns."""
+    try:
+        method.config_fields({path: layer.settings or {} for path, layer in state.layers.items()})
+    except ValueError:
+        return False
+    return not homes_of_trained(state)[1]
+
+
+def encode(state: AdapterState, method: PeftMethod) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return PEFT's tensors by key and its config; the config that the adapter came with, where it still is true.
+
+    Raises:
+        ValueError: the settings of a layer are not known; or see `can_hold`.
+    """
+    unknown = [f"{path}: its settings are not known (the file it came from does not say them); load it into a net that "
+               f"was adapted as in training, and save that." for path, layer in state.layers.items()
+               if layer.settings is None]
+    if unknown:
+        raise ValueError("\n  ".join(unknown))
+    tensors = {f"{PREFIX}{path}.{method.keys[name]}": value
+               for path, layer in state.layers.items() for name, value in layer.tensors.items()}
+    tensors.update({method.shared[name]: value for name, value in state.shared.items()})
+    modules, _ = homes_of_trained(state)
+    for name, value in state.trained.items():
+        path, _, last = name.rpartition(".")
+        tensors[f"{PREFIX}{path}.{pytorch_name(last)}"] = value
+    tensors.update({key: tensors.get(key.replace(_COPY, "."), value) if _COPY in key else value
+                    for key, value in state.carried.items()})
+    if _still_true(state, tensors, method):
+        return tensors, dict(state.config)
+    fields = method.config_fields({path: layer.settings or {} for path, layer in state.layers.items()})
+    kept = {name: value for name, value in state.config.items() if name not in fields}
+    return tensors, {"peft_type": method.peft_type, **_COMMON, **kept, **fields,
+                     "target_modules": sorted(state.layers), "modules_to_save": sorted(modules) or None}
+
+
+def _still_true(state: AdapterState, tensors: Mapping[str, np.ndarray], method: PeftMethod) -> bool:
+    try:
+        found = decode(tensors, state.config, state.method, method)
+    except ValueError:
+        return False
+    return ({path: layer.settings for path, layer in found.layers.items()}
+            == {path: layer.settings for path, layer in state.layers.items()}
+            and set(found.trained) == {pytorch_name(name) for name in state.trained})
+
+
+def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], name: str, method: PeftMethod) -> AdapterState:
+    """Return the adapter of the method of this name that PEFT's tensors and config describe.
+
+    Raises:
+        ValueError: a field of the config cannot be honoured; a key is none of the method's. All problems stand in one
+            message.
+    """
+    problems = method.problems_of(config)
+    if config.get("peft_type") != method.peft_type:
+        problems.append(f"peft_type must be {method.peft_type!r}, but the config says {config.get('peft_type')!r:.60}.")
+    names = sorted(((key, own) for own, key in method.keys.items()), key=lambda item: -len(item[0]))
+    shared_names = {key: own for own, key in method.shared.items()}
+    layers: dict[str, dict[str, np.ndarray]] = {}
+    shared, trained, carried = {}, {}, {}
+    for key, value in plain_keys(tensors).items():
+        path, own = next(((key[len(PREFIX):-len(end) - 1], own) for end, own in names
+                          if key.startswith(PREFIX) and key.endswith("." + end)), (key, None))
+        if own is not None:
+            layers.setdefault(path, {})[own] = value
+        elif key in shared_names:
+            shared[shared_names[key]] = value
+        elif is_carried(key, config):
+            carried[key] = value
+        elif (place := path_of_trained(key, config)) is not None:
+            trained[place] = value
+        else:
+            problems.append(f"{key} is no tensor of {method.peft_type} (expected {PREFIX}<path>."
+                            f"{' or '.join(method.keys.values())}), and the config names it not in modules_to_save.")
+    if not layers and not trained and not shared and not problems:
+        problems.append("the file holds no tensor.")
+    if problems:
+        raise ValueError("\n  ".join(problems))
+    found = {path: LayerState(parts, method.layer_settings(path, config)) for path, parts in layers.items()}
+    return AdapterState(name, found, trained, dict(config), carried, shared=shared)

@@ -1,0 +1,65 @@
+"""A small plain layer of each kind of host, and the settings with which each method is put on it.
+
+A new host is a line in `LAYERS`, a new method a line in `SETTINGS`: `test_methods.py` runs every law on every pair.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, mint, nn
+from nets import inputs
+
+from mindpet_lite.delta.hosts.base import Host
+from mindpet_lite.delta.hosts.conv import (
+    Conv1dHost,
+    Conv2dHost,
+    Conv3dHost,
+    MintConv1dHost,
+    MintConv2dHost,
+    MintConv3dHost,
+)
+from mindpet_lite.delta.hosts.dense import DenseHost
+from mindpet_lite.delta.hosts.embedding import EmbeddingHost, MintEmbeddingHost
+from mindpet_lite.delta.hosts.linear import LinearHost
+
+IDS = Tensor(np.array([[0, 5, 2], [6, 1, 5]], np.int32))
+# By the kind of host: what makes the layer, and its input. Inputs and outputs are divisible by 4.
+LAYERS: dict[type[Host], tuple[Callable[[], nn.Cell], Tensor]] = {
+    DenseHost: (lambda: nn.Dense(8, 4, activation="tanh"), inputs(2, 3, 8)),
+    LinearHost: (lambda: mint.nn.Linear(8, 4), inputs(2, 3, 8)),
+    Conv1dHost: (lambda: nn.Conv1d(8, 4, 3, has_bias=True), inputs(2, 8, 5)),
+    Conv2dHost: (lambda: nn.Conv2d(8, 4, 3, stride=2, pad_mode="pad", padding=1, has_bias=True), inputs(2, 8, 5, 4)),
+    Conv3dHost: (lambda: nn.Conv3d(8, 4, 2, has_bias=True), inputs(1, 8, 3, 3, 2)),
+    EmbeddingHost: (lambda: nn.Embedding(8, 4), IDS),
+    MintEmbeddingHost: (lambda: mint.nn.Embedding(8, 4), IDS),
+}
+# CPU has no kernels for them; `test_lora_mint.py` runs them on stand-ins.
+WITHOUT_KERNELS = (MintConv1dHost, MintConv2dHost, MintConv3dHost)
+
+# By the method: what its config needs besides target_modules, one entry for each way of computing.
+SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
+    "ia3": ({}, {"feedforward_modules": ["0"]}),
+}
+
+
+class Net(nn.Cell):
+    """One layer below a net, so that it has a path and a place to be put into."""
+
+    def __init__(self, layer: nn.Cell) -> None:
+        super().__init__()
+        self.box = nn.SequentialCell(layer)
+
+    def construct(self, x):
+        """Return what the layer makes of `x`."""
+        return self.box(x)
+
+
+def plain_net(host: type[Host], seed: int = 0) -> Net:
+    """Return a net with a layer of the kind, of values that come from the seed and are large enough to tell apart."""
+    net, rng = Net(LAYERS[host][0]()), np.random.default_rng(seed)
+    for item in net.get_parameters():
+        item.set_data(Tensor(rng.standard_normal(item.shape).astype(np.float32)).astype(ms.float32))
+    return net

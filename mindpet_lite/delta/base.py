@@ -86,7 +86,7 @@ class Delta:
         for name in self.delta_names:
             part = getattr(self, name)
             if isinstance(part, nn.Cell):
-                found.update({f"{name}.{path}": item for path, item in part.parameters_andnames_of()})
+                found.update({f"{name}.{path}": item for path, item in part.parameters_and_names()})
             else:
                 found[name] = part
         return found

@@ -16,13 +16,17 @@ from mindpet_lite import __version__, tasks
 from mindpet_lite.estimate import as_dict, estimate
 from mindpet_lite.estimate import table as plan_table
 from mindpet_lite.estimate.plan import ITEMS, OPTIMIZERS
-from mindpet_lite.formats.adapters import TARGETS
+from mindpet_lite.formats.adapters import LORA, TARGETS, Methods
+from mindpet_lite.formats.combine import SIGNS, WAYS
 from mindpet_lite.formats.detect import FORMATS
+from mindpet_lite.formats.directory import CONFIG_FILE, read_config
+from mindpet_lite.formats.files import open_regular
 from mindpet_lite.formats.strict_json import parse_object
 from mindpet_lite.names.components import COMPONENTS
 from mindpet_lite.names.table import Table, check_table
 from mindpet_lite.offline import extract as extraction
 from mindpet_lite.offline import inspect as inspection
+from mindpet_lite.offline.combine import combine_files
 from mindpet_lite.offline.convert import convert
 from mindpet_lite.offline.merge import merge
 from mindpet_lite.pet_block import pet_block
@@ -133,10 +137,22 @@ def _inspect(path: Path, kind: str | None, as_json: bool) -> None:
     echo(json.dumps(report, indent=2, ensure_ascii=False) + "\n" if as_json else inspection.table(report))
 
 
+def _methods_of(adapter: Path) -> Methods:
+    """Return the methods that an adapter may be of: LoRA alone where its config says so, or it has none."""
+    config = adapter / CONFIG_FILE
+    if not config.is_file():
+        return LORA
+    with open_regular(config) as handle:
+        if read_config(handle, config).get("peft_type") == "LORA":
+            return LORA
+    from mindpet_lite.delta import METHODS  # loads MindSpore, for which LoRA's merge need not wait
+    return METHODS
+
+
 @mindpet_lite.command("merge", epilog="\b\nExample:\n  mindpet-lite merge --base llama/ --adapter adapter/ --out "
                                       "llama-merged/")
 @click.option("--base", required=True, type=_PATH, help="Directory or file: safetensors, shards, or .ckpt.")
-@click.option("--adapter", required=True, type=_PATH, help="A LoRA adapter of any format.")
+@click.option("--adapter", required=True, type=_PATH, help="An adapter of any format.")
 @click.option("--out", required=True, type=_PATH, help="New directory for the merged model.")
 @_FROM
 @_NAMES
@@ -147,10 +163,29 @@ def _merge(base: Path, adapter: Path, out: Path, kind: str | None, names: Path |
            strict_base: bool, quiet: bool) -> None:
     """Write a base with an adapter merged into its weights, file to file."""
     with _warnings_as_lines():
-        done = merge(base, adapter, out, kind, _table(names), strict_base, quiet, component)
+        done = merge(base, adapter, out, kind, _table(names), strict_base, quiet, component, _methods_of(adapter))
     for path in done.left_behind:
         sys.stderr.write(f"mindpet-lite: {path} was left behind: it is not merged.\n")
     echo(f"merged {len(done.changed)} of {done.tensors} tensors into {out}\n")
+
+
+@mindpet_lite.command("combine", epilog="\b\nExamples:\n"
+                                       "  mindpet-lite combine style/=0.7 subject/=0.5 --out both/\n"
+                                       "  mindpet-lite combine a/=1 b/=-0.5 --how ties --density 0.5 --out both/")
+@click.argument("parts", nargs=-1, required=True, metavar="ADAPTER=WEIGHT ...")
+@click.option("--out", required=True, type=_PATH, help="New directory for the result, as PEFT has it.")
+@click.option("--how", type=click.Choice(WAYS), default="svd", show_default=True, help="The way of combining.")
+@click.option("--rank", type=click.IntRange(min=1), help="Of the result, for svd; the adapters' highest without it.")
+@click.option("--density", type=float, help="The share of numbers that pruning leaves.")
+@click.option("--sign", type=click.Choice(SIGNS), default="total", show_default=True,
+              help="What makes a sign the stronger, for ties.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of dare's random numbers.")
+def _combine(parts: tuple[str, ...], out: Path, how: str, rank: int | None, density: float | None, sign: str,
+             seed: int) -> None:
+    """Write one LoRA adapter made of several, each with its weight."""
+    with _warnings_as_lines():
+        done = combine_files(parts, out, how, rank, density, sign, seed)
+    echo(f"combined {len(parts)} adapters into {out}: {len(done.layers)} layers\n")
 
 
 @mindpet_lite.command("convert", epilog="\b\nExamples:\n"

@@ -63,6 +63,7 @@ class Adapted(Delta, Host):
         # What is decided here is decided for each layer as a graph is compiled; functions, flags and properties cost
         # the compiler far less than conditions on shapes and types.
         shape, output_type, dtype = x.shape, self._output_type(x), self._compute_type()
+        self.check_input(shape)
         x = self._entered(x, dtype)
         h = self.arranged(x)
         if self.in_graph:
@@ -72,6 +73,9 @@ class Adapted(Delta, Host):
         else:
             y = self.adapted(h, h, dtype)
         return self.finish(y, shape, output_type, dtype)
+
+    def check_input(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError where the method cannot take an input of this shape."""
 
     def adapted(self, h: Tensor, again: Tensor, dtype: mindspore.dtype) -> Tensor:
         """Return the output before `finish`.
@@ -251,8 +255,14 @@ class Reweighed(Method):
 _CLASSES: dict[tuple[type, type], Any] = {}
 
 
-def adapted_class(method: type[Adapted], host: type[Host]) -> Any:
-    """Return the class of the method's layers on a kind of host."""
+def adapted_class(method: type[Adapted], host: type[Host] | None) -> Any:
+    """Return the class of the method's layers on a kind of host.
+
+    Raises:
+        TypeError: there is no host.
+    """
+    if host is None:
+        raise TypeError(f"{method.__name__} does not adapt a layer of a kind that is no host.")
     if (method, host) not in _CLASSES:
         name = method.__name__ + host.__name__.removesuffix("Host")
         _CLASSES[method, host] = type(name, (method, host), {

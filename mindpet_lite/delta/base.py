@@ -203,6 +203,8 @@ class DeltaConfig:
     peft: ClassVar[PeftMethod | None] = None
     # Without target_modules every layer that the method can adapt is meant.
     all_by_default: ClassVar[bool] = False
+    # Several adapters of the method can stand side by side on one layer, see `bank`.
+    holds_several: ClassVar[bool] = False
     # The method trains Parameters that the net has; `adapt` gives a delta that is no cell.
     adds_nothing: ClassVar[bool] = False
 
@@ -285,6 +287,19 @@ class DeltaConfig:
     def adapt(self, cell: nn.Cell) -> Delta:
         """Return the adapted cell built on the Parameter objects of `cell`, which stays as it is."""
         raise NotImplementedError(f"{type(self).__name__} adapts no layer.")
+
+    def adds_up(self) -> bool:
+        """Tell whether adapters with these settings add up with others of the method."""
+        return self.holds_several and not self.modules_to_save
+
+    @classmethod
+    def bank(cls, layer: nn.Cell, name: str) -> Any:
+        """Return a layer that can hold several adapters, in the place of a plain one or one with the adapter `name`.
+
+        Raises:
+            ValueError: adapters of the method, or with these settings, do not add up; they take turns.
+        """
+        raise ValueError(f"adapters of the method {cls.pet_type} do not add up.")
 
     def shapes(self, cell: nn.Cell) -> dict[str, tuple[int, ...]]:
         """Return the shapes of what these settings train on `cell`, by the names of `Delta.delta_parameters`.

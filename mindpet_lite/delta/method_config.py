@@ -87,10 +87,7 @@ class MethodConfig(DeltaConfig):
     @classmethod
     def class_for(cls, cell: nn.Cell) -> Any:
         """Return the class of the adapted layer for a plain one."""
-        host = host_of(cell)
-        if host is None:
-            raise TypeError(f"{cls.title} does not adapt a {type(cell).__name__}.")
-        return adapted_class(cls.layer, host)
+        return adapted_class(cls.layer, host_of(cell))
 
     def holding(self, shared: Mapping[str, Parameter]) -> MethodConfig:
         """Return the settings with what the layers share, for `adapt`."""

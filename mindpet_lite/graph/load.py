@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from mindpet_lite.arguments import did_you_mean, warn_user
 from mindpet_lite.delta import METHODS
 from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.delta.parts import put
+from mindpet_lite.formats.adapters import Adapter as Source
 from mindpet_lite.formats.adapters import read_adapter
 from mindpet_lite.formats.base_hash import differing
 from mindpet_lite.formats.component import part
@@ -39,51 +39,31 @@ from mindpet_lite.names.table import Table, check_table
 TRAINABLE = ("adapter", "keep")
 
 
-def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None = None,
-                 name_map: Table | None = None, strict_base: bool = False, trainable: str = "adapter",
-                 component: str | None = None) -> nn.Cell:
-    """Load an adapter into `net`, all of it or nothing, in place.
-
-    Layers that the file names and that are still plain are adapted first, with the file's settings. Where the net has
-    another alpha than the file, the file's is taken. Afterwards the adapter trains and the base is frozen, as after
-    :func:`mindpet_lite.get_pet_model`. New factors are float32; in a float16 layer those of a float16 file are float16.
-    All nets of the process compile again at their next call.
-
-    The layers of a file are those of the net with the same path; else with a path that is the same but for parts known
-    to mean nothing (``model``, ``base_model.model``, ``module``, ``network``...) and other names of a pipeline's
-    component; else the layer that another library calls so (Hugging Face's Llama and BERT, diffusers' U-Net, Stable
-    Diffusion's own names). Anything else is refused.
-
-    Args:
-        net: the base, adapted or not.
-        path: a directory or file, as `save_adapter`, PEFT, diffusers, kohya's scripts, MindPet or MindFormers wrote
-            it. MindPet's checkpoints hold no rank and alpha, so they fit a net that is adapted already.
-        format: "peft", "diffusers", "kohya", "mindpet" or "mindformers"; told by keys and files without it.
-        name_map: for layers that are called otherwise: ``{path in the file: path in the net}``, or pairs of a regular
-            expression and what to put in its place. An entry that renames nothing is an error.
-        strict_base: refuse an adapter that was trained on another base, instead of a warning.
-        trainable: "adapter", or "keep": Parameters that were trainable or frozen stay so, and new ones train.
-        component: of a diffusion pipeline: "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer",
-            "transformer_2" or "vae". Takes its part of a file of several, and says that the net is that component, or
-            has it.
-
-    Returns:
-        `net`.
-
-    Raises:
-        TypeError: `net` is no Cell.
-        FileNotFoundError: the directory or a file in it is missing.
-        ValueError: a file is damaged, or does not fit the net: missing, unexpected and misshapen keys stand in one
-            message. The net is unchanged.
-    """
-    cells = cells_by_path(net)
+def read_for(net: nn.Cell, path: Path, format: str | None, name_map: Table | None, trainable: str) -> Source:
+    """Return the adapter in a file, read for a net; see `load_adapter`."""
     check_table(name_map)
     if trainable not in TRAINABLE:
         raise ValueError(f"trainable must be one of {', '.join(map(repr, TRAINABLE))}, but got {trainable!r:.100}.")
-    source = read_adapter(Path(path), format, METHODS, list(without_inner(cells)))
+    return read_adapter(path, format, METHODS, list(without_inner(cells_by_path(net))))
+
+
+def install(net: nn.Cell, source: Source, path: str, name_map: Table | None = None, strict_base: bool = False,
+            trainable: str = "adapter", component: str | None = None) -> nn.Cell:
+    """Put an adapter that was read into a net, all of it or nothing; see `load_adapter`.
+
+    Args:
+        net: to change.
+        source: the adapter.
+        path: where it is from, for messages.
+        name_map: as `load_adapter` takes it.
+        strict_base: likewise.
+        trainable: likewise.
+        component: likewise.
+    """
+    cells = cells_by_path(net)
     problems: list[str] = []
-    state = _under_paths(part(source.state, component), source.kind, cells, name_map, component, problems)
-    values = in_float32(state, str(path))
+    state = under_paths(part(source.state, component), source.kind, cells, name_map, component, problems)
+    values = in_float32(state, path)
     adapted, shared = _adapted(values, cells, problems)
     new = {place: delta for place, delta in adapted.items() if delta is not cells[place]}
     problems += start_problems(net, new)
@@ -94,7 +74,7 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     followers = followers_of(new, cells, [*(cells[path] for path in adapted), *(cell for _, cell in tied.values())],
                              [] if alone else problems)
     if not problems:
-        problems += _other_base(state, cells, str(path), strict_base)
+        problems += _other_base(state, cells, path, strict_base)
     if source.kind == "peft":
         problems += unsaved_modules(state, [
             name.rpartition(".")[0] for _, owners in owners_of_parameters(net) for name, _ in owners])
@@ -117,7 +97,7 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     for parameter in untied.values():
         parameter.requires_grad = trainable == "adapter" or parameter.requires_grad
     for place, delta in adapted.items():
-        _fill(delta, values.layers[place], state.layers[place])
+        fill(delta, values.layers[place], state.layers[place])
     for name, value in values.shared.items():
         if name in record.shared:
             put(record.shared[name], Tensor(value).astype(record.shared[name].dtype))
@@ -127,7 +107,7 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     return net
 
 
-def _under_paths(state: AdapterState, kind: str, cells: Mapping[str, nn.Cell], name_map: Table | None,
+def under_paths(state: AdapterState, kind: str, cells: Mapping[str, nn.Cell], name_map: Table | None,
                  component: str | None, problems: list[str]) -> AdapterState:
     """Return the adapter under the net's paths; add to `problems` what has no place."""
     if kind == "mindpet":
@@ -198,7 +178,7 @@ def _adapted(state: AdapterState, cells: Mapping[str, nn.Cell], problems: list[s
             configs[path] = config
     adapted, shared = _with_shared(configs, state, cells, present, problems)
     for path, delta in adapted.items():
-        problems.extend(_mismatches(path, delta, state.layers[path]))
+        problems.extend(mismatches(path, delta, state.layers[path]))
     methods = {layer.method or state.method for layer in state.layers.values()}
     problems.extend(f"missing: the net's adapted layer {path} is not in the file." for path, delta in present.items()
                     if delta.method in methods and id(cells[path]) not in place_of)
@@ -254,7 +234,8 @@ def _factor_type(kind: type[DeltaConfig], cell: nn.Cell, layer: LayerState) -> d
     return {"param_init_type": mstype.float16} if half else {}
 
 
-def _mismatches(path: str, delta: Delta, layer: LayerState) -> list[str]:
+def mismatches(path: str, delta: Delta, layer: LayerState) -> list[str]:
+    """Return, a sentence each, how a layer of a file differs from the delta that it goes to."""
     own = delta.delta_parameters()
     problems = [] if layer.settings is None else [f"{path}: {text}" for text in delta.unlike(layer.settings)]
     problems += shape_problems(path, layer, {name: item.shape for name, item in own.items()})
@@ -277,7 +258,7 @@ def _missing_modules(state: AdapterState, found: Found, adapted: Mapping[str, De
             if item.other is not None and not item.is_untrained() and id(item.parameter) not in in_file]
 
 
-def _fill(delta: Delta, layer: LayerState, in_file: LayerState) -> None:
+def fill(delta: Delta, layer: LayerState, in_file: LayerState) -> None:
     """Give a delta the values and settings of a layer of a file, whose own types are those of `in_file`."""
     for name, parameter in delta.delta_parameters().items():
         put(parameter, Tensor(layer.tensors[name]).astype(parameter.dtype))

@@ -19,12 +19,13 @@ from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.values import in_type
 from mindpet_lite.graph.adapters import adapters_of, deltas, saved_of
 from mindpet_lite.graph.base_hash import layer_hash
+from mindpet_lite.graph.named import banks_of, check_names, named, state_of
 from mindpet_lite.graph.parameters import STATISTICS, net_parameters
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, require_cell
 
 
 def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft",
-                 component: str | None = None) -> Path:
+                 component: str | None = None, name: str | None = None) -> Path:
     """Write the deltas of `net` as an adapter, and what trains with them; the frozen base is not in it.
 
     What is written is written whole or not at all. The strength of :func:`mindpet_lite.set_lora_scale` is a state of
@@ -44,6 +45,7 @@ def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft
             "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "transformer_2" or "vae". Without
             it, the net is what the file said that it was loaded from; else the U-Net, unless the names of its layers
             are those of something else. Of a net whose paths say the component, the part to save, in any format.
+        name: of the adapter, on a net with several.
 
     Returns:
         The path.
@@ -56,7 +58,7 @@ def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft
     """
     if not os.fspath(path):
         raise ValueError("path must name a directory or a file to write, but got an empty string.")
-    state = adapter_state(require_cell(net))
+    state = _state(require_cell(net), name)
     if "" in state.layers:
         raise ValueError("The net itself is the adapted layer, so it has no path to be saved under: put it in a cell.")
     if not state.config:
@@ -70,6 +72,22 @@ def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft
         raise ValueError(f"The adapter was not written to {path}:\n  {first_of(error)}") from error
     write_files(files)
     return Path(path)
+
+
+def _state(net: nn.Cell, name: str | None) -> AdapterState:
+    """Return the net's adapter, or the one of this name.
+
+    Raises:
+        ValueError: the net has no such adapter, or several and no name is given.
+    """
+    known = named(net)
+    if name is None and len(known.names) > 1:
+        raise ValueError(f"the net has several adapters ({', '.join(known.names)}): say which by name.")
+    if name is not None:
+        check_names([name], known)
+    if name in known.turns:
+        return known.turns[str(name)]
+    return state_of(net, name or known.names[0]) if banks_of(net) and known.names else adapter_state(net)
 
 
 def adapter_state(net: nn.Cell) -> AdapterState:

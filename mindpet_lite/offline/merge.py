@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mindpet_lite.arguments import warn_user
-from mindpet_lite.formats.adapters import read_adapter
+from mindpet_lite.formats.adapters import LORA, Methods, read_adapter
 from mindpet_lite.formats.base_hash import differing
 from mindpet_lite.formats.component import part
 from mindpet_lite.formats.folder import new_directory, refuse_filled
@@ -47,12 +47,14 @@ class Merged:
 
 
 def merge(base: Path, adapter: Path, out: Path, kind: str | None = None, table: Table | None = None,
-          strict_base: bool = False, quiet: bool = False, component: str | None = None) -> Merged:
+          strict_base: bool = False, quiet: bool = False, component: str | None = None,
+          methods: Methods = LORA) -> Merged:
     """Write to `out` the base with the adapter's update in its weights.
 
     Each weight W becomes W + s · B A (with DoRA scaled), added in float32 and rounded once to the type that the base
-    has it in. The files, their order and their metadata stay as they are, and so does every other byte. `out` appears
-    when all of it is written and was read back; until then, and after any error, there is nothing.
+    has it in; an adapter of another method changes it by the method's own arithmetic. The files, their order and their
+    metadata stay as they are, and so does every other byte. `out` appears when all of it is written and was read back;
+    until then, and after any error, there is nothing.
 
     Args:
         base: a file (safetensors or MindSpore's ``.ckpt``), or a directory with one or more and what belongs to them.
@@ -63,6 +65,7 @@ def merge(base: Path, adapter: Path, out: Path, kind: str | None = None, table: 
         strict_base: refuse an adapter that was trained on another base, instead of a warning.
         quiet: show no progress.
         component: of a diffusion pipeline: its part of the adapter, for a base that is that component or has it.
+        methods: by name, those that the adapter may be of.
 
     Raises:
         OSError: a file is missing or cannot be read; `out` holds something, or the disk has too little space.
@@ -70,11 +73,11 @@ def merge(base: Path, adapter: Path, out: Path, kind: str | None = None, table: 
     """
     refuse_filled(out)
     with open_base(base) as tensors:
-        found = read_adapter(adapter, kind, paths=tensors.owners)
+        found = read_adapter(adapter, kind, methods, tensors.owners)
         try:
             state = settle_ties(placed_heads(part(found.state, component), tensors), tensors, table)
             state = placed(state, tensors.owners, table, component)
-            changes = plan(state, tensors)
+            changes = plan(state, tensors, methods)
             for text in found.remarks:
                 warn_user(f"{adapter}: {text}")
             _compare(state, tensors, strict_base)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mindpet_lite.formats.adapters import LORA, Methods
 from mindpet_lite.formats.files import as_float, type_name
 from mindpet_lite.formats.float8 import FLOAT8
 from mindpet_lite.formats.lora import B_BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, TOKENS, A, B, pair_problems
@@ -22,6 +23,7 @@ from mindpet_lite.offline.initials import residual_of
 from mindpet_lite.offline.model_config import is_quantised
 from mindpet_lite.offline.numbers import FLOATS
 from mindpet_lite.offline.orientation import inputs_first
+from mindpet_lite.offline.remade import remade
 
 _KNOWN = {A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, B_BIAS, TOKENS}
 # What stands beside a quantised weight, or for it, below a layer.
@@ -30,19 +32,21 @@ _QUANTISED = ("qweight", "qzeros", "SCB", "weight_format", "weight_packed", *SCA
 _ADAPTED = re.compile(r"(.*\.)?(mindpet_delta_\w+|lora_scaling|lora_(embedding_)?[AB](\..+)?|base_layer\..+)")
 
 
-def plan(state: AdapterState, base: Base) -> dict[str, Change]:
+def plan(state: AdapterState, base: Base, methods: Methods = LORA) -> dict[str, Change]:
     """Return what the adapter makes of each tensor that it changes, by the base's names.
 
     Args:
         state: the adapter, under the base's names.
         base: the base it was trained on.
+        methods: by name, those that the adapter may be of.
 
     Raises:
         ValueError: the adapter does not fit the base or cannot be merged. All problems of a kind stand in one message.
     """
-    if state.method != "lora":
-        raise ValueError(f"only LoRA can be merged file to file, but the adapter is of method {state.method!r}: load "
-                         f"it into the net and use mindpet_lite.merge().")
+    method = getattr(methods.get(state.method), "layer", None)
+    if state.method != "lora" and method is None:
+        raise ValueError(f"an adapter of method {state.method!r} cannot be merged file to file: load it into the net "
+                         f"and use mindpet_lite.merge().")
     _check_plain(base)
     found: dict[str, list[Change]] = {}
     problems = eight_bit_problems(state) + unsaved_modules(state, base.owners)
@@ -56,13 +60,17 @@ def plan(state: AdapterState, base: Base) -> dict[str, Change]:
             problems.append(f"{name}: {error}")
     for path, layer in state.layers.items():
         try:
-            for name, change in _of_layer(path, layer, state, base).items():
+            own = _of_layer(path, layer, state, base) if method is None else remade(
+                layer, state.shared, _weight(path, base),
+                inputs_first(path, base.config, state.config.get("fan_in_fan_out")), method, base)
+            for name, change in own.items():
                 found.setdefault(name, []).append(change)
         except ValueError as error:
             problems.append(f"{path}: {error}")
     if problems:
         raise ValueError("\n  ".join(problems))
-    changes: dict[str, Change] = {name: own[0] if len(own) == 1 else Chain(tuple(own)) for name, own in found.items()}
+    changes: dict[str, Change] = {name: chain[0] if len(chain) == 1 else Chain(tuple(chain))
+                                  for name, chain in found.items()}
     for name in [name for name in changes if base.dtype(name) in FLOAT8]:
         change, scale = requantised(name, changes[name], base)
         changes[name] = change

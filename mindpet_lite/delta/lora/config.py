@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 from mindspore import mint, nn
 
 from mindpet_lite.arguments import check_alpha, check_int, did_you_mean
+from mindpet_lite.delta.adapted import adapted_class
 from mindpet_lite.delta.base import Delta, DeltaConfig, end_expression
 from mindpet_lite.delta.hosts import Host, host_of, host_refusal
+from mindpet_lite.delta.lora.bank import LoRABank
 from mindpet_lite.delta.lora.conv import (
     LoRAConv1d,
     LoRAConv2d,
@@ -23,6 +25,7 @@ from mindpet_lite.delta.lora.embedding import LoRAEmbedding, LoRAMintEmbedding
 from mindpet_lite.delta.lora.linear import LoRALinear
 from mindpet_lite.delta.lora.low_rank import LowRank
 from mindpet_lite.delta.lora.settings import LoraSettings
+from mindpet_lite.delta.lora.start import RESIDUAL
 from mindpet_lite.delta.lora.tokens import TokenTable, token_table
 
 # The layers that are built by hand too, by the kind of host.
@@ -58,6 +61,7 @@ class LoraConfig(DeltaConfig, LoraSettings):
     """
 
     pet_type: ClassVar[str] = "lora"
+    holds_several: ClassVar[bool] = True
 
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -151,6 +155,18 @@ class LoraConfig(DeltaConfig, LoraSettings):
     @staticmethod
     def _kind_for(cell: nn.Cell) -> type[LowRank]:
         return LAYERS[host_of(cell)]
+
+    def adds_up(self) -> bool:
+        """Tell whether adapters with these settings add up with others: no DoRA, no base parameters of their own."""
+        alone = (self.use_dora, self.lora_bias, self.bias != "none", self.trainable_token_indices, self.token_indices,
+                 self.init_lora_weights in RESIDUAL)
+        return super().adds_up() and not any(alone)
+
+    @classmethod
+    def bank(cls, layer: nn.Cell, name: str) -> LoRABank:
+        """Return a layer for several adapters in the place of this one; see `DeltaConfig.bank`."""
+        kind = adapted_class(LoRABank, host_of(layer))
+        return kind.of(layer, name) if isinstance(layer, Delta) else kind.empty(layer)
 
     @classmethod
     def is_linear(cls, cell: nn.Cell) -> bool:

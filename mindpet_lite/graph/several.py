@@ -1,0 +1,287 @@
+"""Several adapters on one net, by name: values switch between them while compiled graphs run."""
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mindspore import nn
+
+from mindpet_lite.config import as_config
+from mindpet_lite.delta import METHODS
+from mindpet_lite.delta.base import Delta, DeltaConfig
+from mindpet_lite.formats.combine import combine
+from mindpet_lite.formats.problems import listed
+from mindpet_lite.graph.adapters import Adapter, record_of
+from mindpet_lite.graph.inject import get_pet_model
+from mindpet_lite.graph.load_named import put_state
+from mindpet_lite.graph.match import targets
+from mindpet_lite.graph.named import (
+    banks_of,
+    check_names,
+    check_new,
+    keep,
+    make_banks,
+    named,
+    plain_cells,
+    put_beside,
+    set_weights,
+    state_of,
+)
+from mindpet_lite.graph.strength import set_lora_scale
+from mindpet_lite.graph.tree import replace
+from mindpet_lite.graph.turns import adds_up, make_way, take_turn
+
+
+def add_adapter(net: nn.Cell, name: str, config: DeltaConfig | Mapping[str, Any]) -> nn.Cell:
+    """Put a new adapter beside those that the net has, in place.
+
+    It counts from :func:`set_adapter` on, which also lets it train; the first adapter of a net counts at once. Layers
+    that other adapters lack are adapted; where this one lacks a layer it is the base there. Adapters of LoRA stand side
+    by side; those that do not add up (DoRA, other methods, modules_to_save) take turns: the new one waits for its own.
+    All nets of the process compile again at their next call.
+
+    Args:
+        net: a net with or without adapters.
+        name: of letters, digits, ``_`` and ``-``.
+        config: of the adapter.
+
+    Returns:
+        `net`.
+
+    Raises:
+        TypeError, ValueError: the name is taken or none, or the config does not fit the net. The net is unchanged.
+    """
+    config, known = as_config(config), named(net)
+    check_new(name, known)
+    if not known.names:
+        get_pet_model(net, config)
+        known = named(net)
+        known.records, known.active, known.live = {name: known.records.popitem()[1]}, {name: 1.0}, name
+        keep(net, known)
+        return net
+    if known.turns or not adds_up(net, config):
+        make_way(net, known, name, lambda: get_pet_model(net, config))
+        return net
+    cells = plain_cells(net)
+    chosen, problems = targets(cells, config)
+    new: dict[str, Delta] = {}
+    for path in chosen:
+        try:
+            new[path] = config.for_layer(path).adapt(cells[path])
+        except (TypeError, ValueError) as error:
+            problems.append(f"{path}: {error}")
+    if problems:
+        raise ValueError(f"The adapter {name!r} does not fit the net, which is unchanged:\n  {listed(problems)}")
+    put_beside(net, known, name, new, record_of(new.values()))
+    for path, bank in banks_of(net).items():
+        for parameter in bank.parameters_of(name).values() if path in new else ():
+            parameter.requires_grad = False
+    return net
+
+
+def set_adapter(net: nn.Cell, names: str | Mapping[str, float]) -> None:
+    """Let one adapter count, or several with their weights, and no other, from the next call on; nothing compiles anew.
+
+    Given one name, and where adapters of the net train, that one trains from now on and no other: make the optimizer
+    afterwards. Adapters that do not add up change places, by values where they have the same layers and settings;
+    otherwise the net's graphs compile again.
+
+    Args:
+        net: a net with adapters.
+        names: a name, or weights by name; an empty mapping is the base.
+
+    Raises:
+        TypeError: a weight is no number.
+        ValueError: a name is none of the net's; a weight is not finite; several are named that do not add up. Nothing
+            is changed.
+    """
+    known, banks = named(net), banks_of(net)
+    weights = {names: 1.0} if isinstance(names, str) else dict(names)
+    check_names(weights, known)
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise TypeError(f"the weight of adapter {name!r} must be a number, but got {weight!r:.60}.")
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of adapter {name!r} must be finite, but got {weight}.")
+    known.active = _without_banks(net, known.live, weights) if not banks else {
+        name: float(weight) for name, weight in weights.items()}
+    trains = any(item.requires_grad for bank in banks.values() for item in bank.delta_parameters().values())
+    for bank in banks.values():
+        bank.set_weights(weights)
+        if isinstance(names, str) and trains:
+            bank.train_with(names)
+    keep(net, known)
+
+
+def _without_banks(net: nn.Cell, live: str, weights: Mapping[str, float]) -> dict[str, float]:
+    """Give the net its adapter's weight, having changed places where another is asked for."""
+    if len(weights) > 1:
+        raise ValueError(f"The adapters of this net do not add up, so only one of {', '.join(weights)} can count at a "
+                         f"time.")
+    for name in weights:
+        if name != live:
+            take_turn(net, named(net), name)
+    set_lora_scale(net, float(next(iter(weights.values()), 0.0)))
+    return {name: float(weight) for name, weight in weights.items()}
+
+
+def active_adapters(net: nn.Cell) -> dict[str, float]:
+    """Return the weights of the adapters that count, by name; empty where the net is its base."""
+    return dict(named(net).active)
+
+
+def delete_adapter(net: nn.Cell, name: str) -> None:
+    """Take an adapter out of a net; in the running graph where it stands in reserved room.
+
+    Raises:
+        ValueError: the net has no such adapter; or it is the only one, for which there are merge() and a fresh net.
+            Nothing is changed.
+    """
+    known, banks = named(net), banks_of(net)
+    check_names([name], known)
+    if name in known.turns:
+        known.turns.pop(name)
+        return
+    if not banks:
+        raise ValueError(f"{name!r} is the adapter in the net: set_adapter() another first; if it is the only one, "
+                         f"merge() it or build the net without it. (reserve_adapters() makes room in which adapters "
+                         f"come and go.)")
+    in_room = all(bank.slots[name].names is None for bank in banks.values() if name in bank.slots)
+    for bank in banks.values():
+        if name in bank.slots:
+            bank.remove(name)
+    known.records.pop(name)
+    known.active.pop(name, None)
+    if not in_room:
+        # Another structure: the graphs that hold the adapter's Parameters go.
+        replace(net, {})
+    set_weights(net, known)
+
+
+@contextlib.contextmanager
+def adapters_for_samples(net: nn.Cell, names: Sequence[str | None]) -> Iterator[nn.Cell]:
+    """Inside the block each sample of a batch has an adapter of its own; afterwards all is as before.
+
+    Compiles for a new number of samples; not where `reserve_adapters` was given that number.
+
+    Args:
+        net: a net with adapters, whose adapted layers get inputs whose first axis counts the samples.
+        names: for each sample a name, or None for the base.
+
+    Raises:
+        ValueError: a name is none of the net's; or its adapters do not add up. Nothing is changed. In the block: a
+            layer's input has another number of samples.
+    """
+    known = named(net)
+    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+        raise ValueError(f"names must be a list with a name, or None, for each sample, but got {names!r:.60}.")
+    check_names([name for name in names if name is not None], known)
+    if known.turns:
+        raise ValueError("The adapters of this net do not add up (DoRA, and methods other than LoRA), so samples of "
+                         "one batch cannot have different ones: call the net once for each adapter.")
+    banks, swaps = make_banks(net, known)
+    keep(net, known)
+    before = {path: len(bank.samples) for path, bank in banks.items()}
+    _count_samples(net, banks, {path: len(names) for path in banks}, swaps)
+    for bank in banks.values():
+        bank.set_samples(names)
+    try:
+        yield net
+    finally:
+        _count_samples(net, banks, before, {})
+        for bank in banks.values():
+            bank.set_weights(known.active)
+
+
+def _count_samples(net: nn.Cell, banks: Mapping[str, Any], counts: Mapping[str, int],
+                   swaps: dict[nn.Cell, nn.Cell]) -> None:
+    """Let the banks of a net have a row of `scaling` for each sample; new ones take their places."""
+    changed = [path for path, bank in banks.items() if len(bank.samples) != counts[path]]
+    for path in changed:
+        banks[path].reserve(banks[path].room, counts[path])
+    if changed or swaps:
+        replace(net, swaps)
+
+
+def reserve_adapters(net: nn.Cell, rank: int, samples: int = 0, target_modules: Any = None) -> nn.Cell:
+    """Keep room for adapters of LoRA, so that they are loaded, replaced and deleted in the running graph, by values.
+
+    The base is frozen. All nets of the process compile again at their next call, and then not any more for what fits
+    the room.
+
+    Args:
+        net: a net with or without adapters.
+        rank: how many ranks the adapters in a layer's room may have together.
+        samples: how many samples a batch has, where they are to have different adapters without a compile.
+        target_modules: layers that get room besides those that are adapted, as a config spells them.
+
+    Returns:
+        `net`.
+
+    Raises:
+        ValueError: a number is none; the layers do not exist or cannot be adapted; the room would be smaller than what
+            stands in it. The net is unchanged.
+    """
+    for field, value, least in (("rank", rank, 1), ("samples", samples, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{field} must be an int of at least {least}, but got {value!r:.60}.")
+    known = named(net)
+    method = known.method or next(name for name, kind in METHODS.items() if kind.holds_several)
+    chosen: dict[str, nn.Cell] = {}
+    if target_modules is not None:
+        chosen, problems = targets(plain_cells(net), METHODS[method](target_modules=target_modules))
+        if problems:
+            raise ValueError(f"The net is unchanged:\n  {listed(problems)}")
+    banks, swaps = make_banks(net, known, chosen, method)
+    if not banks:
+        raise ValueError("The net has no adapted layer: name in target_modules which layers are to have room.")
+    problems = [f"{path}: {reason}" for path, bank in banks.items() if (reason := bank.room_problem(rank))]
+    if problems:
+        raise ValueError(f"A room of rank {rank} does not fit. The net is unchanged:\n  {listed(problems)}")
+    if not known.names:
+        # As after get_pet_model: the base is frozen.
+        for parameter in net.get_parameters():
+            parameter.requires_grad = False
+    for bank in banks.values():
+        bank.reserve(rank, samples)
+        bank.adapter = bank.adapter or Adapter()
+    known.method = method
+    keep(net, known)
+    replace(net, swaps)
+    set_weights(net, known)
+    return net
+
+
+def combine_adapters(net: nn.Cell, name: str, names: Sequence[str], weights: Sequence[float], how: str = "svd",
+                     rank: int | None = None, density: float | None = None, majority_sign: str = "total",
+                     seed: int = 0) -> nn.Cell:
+    """Put a new adapter beside those of a net that is a combination of some of them; they stay as they are.
+
+    Args:
+        net: a net with adapters of LoRA.
+        name: of the new one, which is frozen and counts from :func:`set_adapter` on.
+        names: of those to combine.
+        weights: a number for each.
+        how: "cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", or one of the last four with
+            "_svd" behind it: see `mindpet_lite.formats.combine.combine`.
+        rank: of the result, for svd; the highest of the adapters' without it.
+        density: the share of numbers that pruning leaves, in (0, 1].
+        majority_sign: "total" or "frequency", for ties.
+        seed: of dare's random numbers.
+
+    Returns:
+        `net`.
+
+    Raises:
+        ValueError: a name is none of the net's, or the new one is taken; or the adapters cannot be combined so. The net
+            is unchanged.
+    """
+    known = named(net)
+    check_new(name, known)
+    check_names(names, known)
+    if known.turns or not banks_of(net):
+        raise ValueError("The net has no two adapters side by side that could be combined.")
+    state = combine({one: state_of(net, one) for one in names}, weights, how, rank, density, majority_sign, seed)
+    return put_state(net, state, f"the combination {name!r}", name, known)

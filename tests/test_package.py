@@ -117,7 +117,7 @@ def test_arrows_point_one_way():
             shared = {"mindpet_lite.arguments", "mindpet_lite.names.expressions", *(
                 f"mindpet_lite.delta.{item}" for item in (
                 "base", "parts", "values", "activation", "dense", "dropout", "bottleneck", "mixed_precision", "source",
-                "prefix_dense", "adapted", "method_config", "hosts")),
+                "prefix_dense", "adapted", "method_config", "hosts", "tokens")),
                 # How PEFT's files hold a method, and the numbers of its generator: numpy alone.
                 "mindpet_lite.formats.peft_method", "mindpet_lite.formats.torch_random"}
             folder = "mindpet_lite." + ".".join(name.parts[:2]) + "."

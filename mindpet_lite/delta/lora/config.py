@@ -26,7 +26,7 @@ from mindpet_lite.delta.lora.linear import LoRALinear
 from mindpet_lite.delta.lora.low_rank import LowRank
 from mindpet_lite.delta.lora.settings import LoraSettings
 from mindpet_lite.delta.lora.start import RESIDUAL
-from mindpet_lite.delta.lora.tokens import TokenTable, token_table
+from mindpet_lite.delta.tokens import RowsOf, TokenTable, are_tokens, rows_shape, table_for, token_table
 
 # The layers that are built by hand too, by the kind of host.
 LAYERS: dict[type[Host] | None, type[LowRank]] = {
@@ -35,6 +35,7 @@ LAYERS: dict[type[Host] | None, type[LowRank]] = {
                   LoRAMintConv2d, LoRAMintConv3d, LoRAMintEmbedding)}
 
 BIASES = ("none", "all", "lora_only")
+_ROWS = RowsOf("lora", "mindpet_delta_lora_tokens", "trainable_token_indices")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,9 @@ class LoraConfig(DeltaConfig, LoraSettings):
         for name in ("trainable_token_indices", "token_indices"):
             tokens = getattr(self, name)
             for item in tokens.values() if isinstance(tokens, Mapping) else [tokens]:
-                _check_tokens(name, item)
+                if item is not None and not are_tokens(item):
+                    raise TypeError(f"{name} must be a list of token numbers, or such lists by the name of an "
+                                    f"embedding, but got {item!r:.100}.")
 
     def for_layer(self, path: str) -> LoraConfig:
         """Return the settings for the layer at `path`: the rank and alpha of the first pattern that fits its end."""
@@ -137,20 +140,14 @@ class LoraConfig(DeltaConfig, LoraSettings):
     def adapt(self, cell: nn.Cell) -> LowRank | TokenTable:
         """Return the LoRA cell on the Parameter objects of `cell`."""
         if self.token_indices is not None:
-            kind = token_table(cell)
-            if kind is None:
-                raise TypeError(f"tokens can only be trained of an embedding, not of a {type(cell).__name__}.")
-            return kind.on_rows(cell, self.token_indices)
+            return table_for(cell).on_rows(cell, self.token_indices, _ROWS)
         return self._kind_for(cell)._on(cell, self)
 
     def shapes(self, cell: nn.Cell) -> dict[str, tuple[int, ...]]:
         """Return the shapes of what these settings train on `cell`."""
         if self.token_indices is None:
             return self._kind_for(cell).delta_shapes(cell, self)
-        kind = token_table(cell)
-        if kind is None:
-            return {}
-        return {"mindpet_delta_lora_tokens": (len(self.token_indices), getattr(cell, kind.base_names[0]).shape[1])}
+        return {_ROWS.parameter: rows_shape(cell, self.token_indices)}
 
     @staticmethod
     def _kind_for(cell: nn.Cell) -> type[LowRank]:
@@ -182,12 +179,3 @@ def _mapping(name: str, value: object) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a mapping from patterns of paths to numbers, but got {value!r:.100}.")
     return value
-
-
-def _check_tokens(name: str, tokens: object) -> None:
-    good = tokens is None or isinstance(tokens, (list, tuple)) and tokens and all(
-        isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in tokens)
-    if not good:
-        raise TypeError(f"{name} must be a list of token numbers, or such lists by the name of an embedding, but got "
-                        f"{tokens!r:.100}.")
-

@@ -26,6 +26,7 @@ from mindpet_lite.delta.prefix import PrefixDense, PrefixLayer, PrefixTuningConf
 from mindpet_lite.delta.prefix_dense import prefix_mask, prepend_prefix
 from mindpet_lite.delta.ptuning2 import PrefixEmbedding, PrefixEncoder, Ptuning2Config, Ptuning2Dense
 from mindpet_lite.delta.r_drop import RDropLoss, rdrop_repeat
+from mindpet_lite.delta.trainable_tokens import TrainableTokensConfig
 
 METHODS: dict[str, type[DeltaConfig]] = {kind.pet_type: kind for kind in (
     LoraConfig,
@@ -35,6 +36,7 @@ METHODS: dict[str, type[DeltaConfig]] = {kind.pet_type: kind for kind in (
     BitFitConfig,
     Ptuning2Config,
     IA3Config,
+    TrainableTokensConfig,
 )}
 
 # The layers that are built by hand, MindPet's functions, and the config of each method.

@@ -35,12 +35,16 @@ def settings_problems(state: AdapterState) -> list[str]:
         elif "+" in method:
             problems.append(f"{path} is of method {method!r:.60}, but a layer has one method.")
         elif method != "lora":
-            problems += [f"{path}: {name} must be a number, a text, true, false or null, but the file says "
-                         f"{value!r:.60}." for name, value in (layer.settings or {}).items()
-                         if not isinstance(value, (bool, int, float, str, type(None)))]
+            problems += [f"{path}: {name} must be a number, a text, true, false, null or a list of numbers, but the "
+                         f"file says {value!r:.60}." for name, value in (layer.settings or {}).items()
+                         if not isinstance(value, (bool, int, float, str, type(None))) and not _are_numbers(value)]
         else:
             problems += _token_problems(path, layer) if TOKENS in layer.tensors else _lora_problems(path, layer)
     return problems
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) in (int, float) for item in value)
 
 
 def _lora_problems(path: str, layer: LayerState) -> list[str]:

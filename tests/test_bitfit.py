@@ -112,6 +112,23 @@ def test_merging_makes_it_plain_and_unmerging_gives_it_back():
     assert {item.name: item.asnumpy().tobytes() for item in net.get_parameters()} == values
 
 
+def test_switched_off_it_is_the_base_and_the_file_is_the_adapters_all_the_same(mode):
+    net = Attention().set_train(False)
+    base = net(inputs(5, 6)).asnumpy()
+    trained(mp.get_pet_model(net, BitFitConfig()))
+    full = net(inputs(5, 6)).asnumpy()
+    mp.save_adapter(net, "out")
+    with mp.adapters_disabled(net):
+        assert np.array_equal(net(inputs(5, 6)).asnumpy(), base)
+        mp.save_adapter(net, "inside")
+        with pytest.raises(ValueError, match="leave the block"):
+            mp.merge(net)
+    assert np.array_equal(net(inputs(5, 6)).asnumpy(), full)
+    assert Path("inside/adapter_model.safetensors").read_bytes() == Path("out/adapter_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="to_k: what trains are the layer's own Parameters"):
+        mp.set_lora_scale(net, 0.5)
+
+
 def test_what_trains_with_the_biases_is_saved_with_them():
     net = Attention()
     with pytest.raises(ValueError, match="no adapted layer"):

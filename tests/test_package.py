@@ -114,10 +114,11 @@ def test_arrows_point_one_way():
                                         "mindpet_lite.offline")) for item in own), name
         elif room == "delta" and path != ROOT / "delta" / "__init__.py":
             # The shared rooms, and in a method of several files its own folder: never another method.
-            shared = {"mindpet_lite.arguments", "mindpet_lite.names.expressions", *(
+            shared = {"mindpet_lite.arguments", "mindpet_lite.names.expressions",
+                      "mindpet_lite.names.parameter_names", *(
                 f"mindpet_lite.delta.{item}" for item in (
                 "base", "parts", "values", "activation", "dense", "dropout", "bottleneck", "mixed_precision", "source",
-                "prefix_dense", "adapted", "method_config", "hosts", "tokens")),
+                "prefix_dense", "adapted", "method_config", "hosts", "selection", "tokens")),
                 # How PEFT's files hold a method, and the numbers of its generator: numpy alone.
                 "mindpet_lite.formats.peft_method", "mindpet_lite.formats.torch_random"}
             folder = "mindpet_lite." + ".".join(name.parts[:2]) + "."

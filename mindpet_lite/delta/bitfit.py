@@ -12,37 +12,21 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, nn
 
 from mindpet_lite.delta.base import Delta, DeltaConfig, type_refusal
+from mindpet_lite.delta.selection import Selection
 
 
-class TrainedBias(Delta):
-    """The biases that a layer has and BitFit trains; the layer itself stays as it is."""
+class TrainedBias(Selection):
+    """The biases that a layer has and BitFit trains."""
 
     method: ClassVar[str] = "bitfit"
-    fixed = "the trained biases are the layer's own, so there is no delta to scale or to switch off."
 
-    def __init__(self, cell: nn.Cell) -> None:
-        self.cell = cell
-        self.delta_names = tuple(_biases(cell))
-
-    @property
-    def base_layer(self) -> nn.Cell:
-        """The layer that the biases are in."""
-        return self.cell
-
-    def delta_parameters(self) -> dict[str, Parameter]:
+    @classmethod
+    def chosen(cls, cell: nn.Cell) -> dict[str, Parameter]:
         """Return the layer's biases by attribute name."""
-        return _biases(self.cell)
-
-    def merged_value(self) -> dict[Parameter, Tensor]:
-        """Return nothing: the trained values stand in the layer already."""
-        return {}
-
-    def plain_cell(self) -> nn.Cell:
-        """Return the layer: with its biases frozen again it is plain."""
-        return self.cell
+        return _biases(cell)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,8 @@ class Adapter:
         untied: the paths of tied weights of which it saves one place alone, with the path of the other: each has a
             Parameter of its own now.
         shared: the Parameters that its layers share and that its file holds, by name.
-        weight: of one of its layers, by which it is known whether the base is another now.
+        weight: of one of its layers, by which it is known whether the base is another now; where they hold nothing but
+            what trains, as norms do, another Parameter of the net.
         base: the hash of that weight when the base's values of `saved` were taken.
         base_load: by what that weight was loaded last.
         replaced_base: the hash before another base was loaded, and by what that was.
@@ -68,12 +69,19 @@ class Adapter:
             if item.other is not None:
                 item.other, item.loaded = copy_of(item.parameter), False
 
-    def watch(self, found: Iterable[Delta]) -> None:
+    def watch(self, found: Iterable[Delta], others: Iterable[Parameter] = ()) -> None:
         """Hear of values that checkpoints give the base and the deltas, while base Parameters belong to the adapter.
 
         Args:
             found: the deltas of the adapter.
+            others: the Parameters of the net, where the adapter is new in it.
         """
+        found = list(found)
+        if self.weight is None and self.saved and not any(True for _ in self._weights(found)):
+            own = {id(item.parameter) for item in self.saved}
+            frozen = [item for item in others if id(item) not in own and not item.requires_grad]
+            self.weight = max(frozen, key=lambda item: item.size, default=None)
+            self.base = self.base_now()
         for parameter, around in self._watched(found):
             watch(parameter, around)
 
@@ -92,13 +100,21 @@ class Adapter:
             for parameter in delta.delta_parameters().values():
                 if id(parameter) not in saved:
                     yield parameter, self._delta_is_loaded
-        weights = [weight for delta in found if (weight := base_weight(delta.base_layer, delta)) is not None]
+        weights = list(self._weights(found))
         if self.weight is None and weights:
             self.weight = weights[0]
             self.base = self.base_now()
-        for weight in weights:
+        for weight in weights or ([] if self.weight is None else [self.weight]):
             if id(weight) not in saved:
                 yield weight, self._base_is_loaded
+
+    @staticmethod
+    def _weights(found: Iterable[Delta]) -> Iterator[Parameter]:
+        """Yield the base weights of the layers of some deltas."""
+        for delta in found:
+            weight = base_weight(delta.base_layer, delta)
+            if weight is not None:
+                yield weight
 
     @contextlib.contextmanager
     def _saved_is_loaded(self, data: Tensor, load: Load) -> Iterator[None]:

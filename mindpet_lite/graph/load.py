@@ -96,14 +96,17 @@ def install(net: nn.Cell, source: Source, path: str, name_map: Table | None = No
     record, untied = put_in(net, cells, adapted, followers, saved, tied, shared)
     for parameter in untied.values():
         parameter.requires_grad = trainable == "adapter" or parameter.requires_grad
+    of_base = {id(item.parameter): item for item in record.saved}
     for place, delta in adapted.items():
-        fill(delta, values.layers[place], state.layers[place])
+        fill(delta, values.layers[place], state.layers[place], of_base)
     for name, value in values.shared.items():
         if name in record.shared:
             put(record.shared[name], Tensor(value).astype(record.shared[name].dtype))
     _fill_saved(record, values, state, {name: (place, untied.get(place, item))
                                         for name, (place, item) in trained.items()}, unchanged)
-    record.config, record.carried, record.component = state.config, state.carried, state.component
+    if not adapted or any(delta.adapter is record for delta in adapted.values()):
+        # Else what it trains belongs to another adapter of the net now, which has a config of its own.
+        record.config, record.carried, record.component = state.config, state.carried, state.component
     return net
 
 
@@ -258,10 +261,21 @@ def _missing_modules(state: AdapterState, found: Found, adapted: Mapping[str, De
             if item.other is not None and not item.is_untrained() and id(item.parameter) not in in_file]
 
 
-def fill(delta: Delta, layer: LayerState, in_file: LayerState) -> None:
-    """Give a delta the values and settings of a layer of a file, whose own types are those of `in_file`."""
+def fill(delta: Delta, layer: LayerState, in_file: LayerState, saved: Mapping[int, SavedParameter]) -> None:
+    """Give a delta the values and settings of a layer of a file, whose own types are those of `in_file`.
+
+    Args:
+        delta: to fill.
+        layer: as the net takes it.
+        in_file: as the file has it.
+        saved: by their ids the base Parameters of the adapter, of which the delta may train some.
+    """
     for name, parameter in delta.delta_parameters().items():
-        put(parameter, Tensor(layer.tensors[name]).astype(parameter.dtype))
+        value = Tensor(layer.tensors[name]).astype(parameter.dtype)
+        if id(parameter) in saved:
+            saved[id(parameter)].set_trained(value)
+        else:
+            put(parameter, value)
     delta.file_types = {name: value.dtype for name, value in in_file.tensors.items()}
     if layer.settings is not None:
         delta.adopt_settings(layer.settings)

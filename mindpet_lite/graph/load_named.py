@@ -126,7 +126,7 @@ def put_state(net: nn.Cell, state: AdapterState, path: str, name: str, known: Na
     if write_beside(net, known, name, values, record):
         return net
     for place, delta in new.items():
-        fill(delta, values.layers[place], state.layers[place])
+        fill(delta, values.layers[place], state.layers[place], {})
     put_beside(net, known, name, new, record)
     for place, bank in banks_of(net).items():
         for parameter in bank.parameters_of(name).values() if place in new else ():

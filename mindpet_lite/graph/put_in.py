@@ -126,5 +126,6 @@ def put_in(net: nn.Cell, cells: Mapping[str, nn.Cell], adapted: Mapping[str, Del
         delta.watch_start()
         if delta.start is not None:
             delta.start.note()
-    record.watch(delta for delta in deltas_in(cells_by_path(net)).values() if delta.adapter is record)
+    record.watch([delta for delta in deltas_in(cells_by_path(net)).values() if delta.adapter is record],
+                 (parameter for parameter, _ in paths_of_parameters(net)))
     return record, untied

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from mindspore import nn
+from mindspore import Parameter, nn
 
 from mindpet_lite.delta import METHODS
 from mindpet_lite.delta.base import Delta
@@ -97,8 +97,13 @@ def adapter_state(net: nn.Cell) -> AdapterState:
         ValueError: the net has no adapted layer.
     """
     found = deltas(net)
-    methods = sorted({delta.method for delta in found.values()})
-    layers = {path: LayerState({name: _as_in_file(to_numpy(parameter), delta.file_types.get(name))
+    methods, saved = sorted({delta.method for delta in found.values()}), saved_of(found.values())
+
+    def trained(parameter: Parameter) -> np.ndarray:
+        # Of an adapter that is switched off the base's value may be in place.
+        return to_numpy(saved[id(parameter)].trained() if id(parameter) in saved else parameter)
+
+    layers = {path: LayerState({name: _as_in_file(trained(parameter), delta.file_types.get(name))
                                 for name, parameter in delta.delta_parameters().items()},
                                delta.settings(), delta.method) for path, delta in found.items()}
     records = adapters_of(found.values())

@@ -12,7 +12,7 @@ from mindspore import nn
 from mindpet_lite.arguments import check_number
 from mindpet_lite.delta.base import Delta
 from mindpet_lite.formats.problems import listed
-from mindpet_lite.graph.adapters import deltas, saved_of
+from mindpet_lite.graph.adapters import deltas, deltas_in, saved_of
 from mindpet_lite.graph.tree import cells_by_path
 
 
@@ -57,17 +57,18 @@ def set_lora_scale(net: nn.Cell, scale: float) -> None:
 def adapters_disabled(net: nn.Cell) -> Iterator[nn.Cell]:
     """Inside the block `net` gives its base's output exactly; afterwards its adapters work as before.
 
-    Base parameters that belong to the adapter (modules_to_save, biases) have their base's values inside the block, if
-    :func:`mindpet_lite.get_pet_model` or :func:`mindpet_lite.load_adapter` put the adapter in. Nothing compiles anew.
-    Blocks may be nested.
+    Base parameters that belong to the adapter (modules_to_save, biases and norms that train) have their base's values
+    inside the block, if :func:`mindpet_lite.get_pet_model` or :func:`mindpet_lite.load_adapter` put the adapter in.
+    Nothing compiles anew. Blocks may be nested.
 
     Raises:
         TypeError: `net` is no Cell.
-        ValueError: the net has no adapted layer, one of a method without a strength, or a delta holds NaN or
+        ValueError: the net has no adapted layer, one of a method that cannot be switched off, or a delta holds NaN or
             infinite values.
     """
     found = deltas(net)
-    _require_steerable(found)
+    # What is no cell trains base Parameters: it has no strength, but is switched with them.
+    _require_steerable({path: delta for path, delta in found.items() if isinstance(delta, nn.Cell)})
     _require_finite(found)
     changed = [cell for cell in found.values() if cell.enabled]
     _switch(changed, False)
@@ -79,7 +80,7 @@ def adapters_disabled(net: nn.Cell) -> Iterator[nn.Cell]:
 
 def adapters_are_disabled(net: nn.Cell) -> bool:
     """Tell whether `net` holds an adapted cell inside an :func:`adapters_disabled` block."""
-    return any(isinstance(cell, Delta) and not cell.enabled for cell in cells_by_path(net).values())
+    return any(not delta.enabled for delta in deltas_in(cells_by_path(net)).values())
 
 
 def _switch(cells: list[Delta], enabled: bool) -> None:

@@ -3,6 +3,7 @@ from mindpet_lite.delta.adapter import AdapterConfig, AdapterDense, AdapterLayer
 from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.delta.bitfit import BitFitConfig
 from mindpet_lite.delta.ia3 import IA3Config
+from mindpet_lite.delta.ln_tuning import LNTuningConfig
 from mindpet_lite.delta.lora import (
     LoraConfig,
     LoRAConv1d,
@@ -36,6 +37,7 @@ METHODS: dict[str, type[DeltaConfig]] = {kind.pet_type: kind for kind in (
     BitFitConfig,
     Ptuning2Config,
     IA3Config,
+    LNTuningConfig,
     TrainableTokensConfig,
 )}
 

@@ -263,6 +263,11 @@ class DeltaConfig:
         raise NotImplementedError(f"{cls.__name__} adapts no layer.")
 
     @classmethod
+    def is_meant(cls, cell: nn.Cell) -> bool:
+        """Tell whether `cell` is meant where there are no target_modules and `all_by_default` says that all are."""
+        return cls.refusal(cell) is None
+
+    @classmethod
     def refusal_in(cls, path: str, cells: Mapping[str, nn.Cell]) -> str | None:
         """Return why the layer at `path` cannot be adapted in a net of these cells, or None if it can."""
         return None

@@ -131,7 +131,7 @@ def _selected_by(kind: type[DeltaConfig], cells: Mapping[str, nn.Cell]) -> dict[
     """Return what a method that adds nothing can train in a net, by the first path of each layer."""
     first = {id(cell): path for path, cell in reversed(without_inner(cells).items())}
     return {path: kind().adapt(cells[path]) for path in cells if first.get(id(cells[path])) == path
-            and kind.refusal(cells[path]) is None}
+            and kind.is_meant(cells[path])}
 
 
 def freeze_from_config(model: nn.Cell, config_path: str | os.PathLike[str]) -> TrainableReport:

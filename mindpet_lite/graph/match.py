@@ -40,7 +40,7 @@ def targets(cells: Mapping[str, nn.Cell], config: DeltaConfig) -> tuple[dict[str
     # What trains whole is not adapted besides.
     excluded |= {id(cell) for path, cell in cells.items() for entry in config.modules_to_save or ()
                  if f".{entry}." in f".{path}."}
-    hits = [path for path, cell in cells.items() if config.refusal(cell) is None] if wanted is None else \
+    hits = [path for path, cell in cells.items() if config.is_meant(cell)] if wanted is None else \
         _hits("target_modules", wanted, cells, config, problems)
     chosen: dict[str, nn.Cell] = {}
     seen: set[int] = set()

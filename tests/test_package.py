@@ -118,7 +118,7 @@ def test_arrows_point_one_way():
                       "mindpet_lite.names.parameter_names", *(
                 f"mindpet_lite.delta.{item}" for item in (
                 "base", "parts", "values", "activation", "dense", "dropout", "bottleneck", "mixed_precision", "source",
-                "prefix_dense", "adapted", "method_config", "hosts", "selection", "tokens")),
+                "prefix_dense", "adapted", "method_config", "hosts", "selection", "tokens", "rotation")),
                 # How PEFT's files hold a method, and the numbers of its generator: numpy alone.
                 "mindpet_lite.formats.peft_method", "mindpet_lite.formats.torch_random"}
             folder = "mindpet_lite." + ".".join(name.parts[:2]) + "."

@@ -23,6 +23,7 @@ from mindpet_lite.delta.low_rank_adapter import (
     LowRankAdapterLayer,
     LowRankLinear,
 )
+from mindpet_lite.delta.oft import OFTConfig
 from mindpet_lite.delta.prefix import PrefixDense, PrefixLayer, PrefixTuningConfig
 from mindpet_lite.delta.prefix_dense import prefix_mask, prepend_prefix
 from mindpet_lite.delta.ptuning2 import PrefixEmbedding, PrefixEncoder, Ptuning2Config, Ptuning2Dense
@@ -39,6 +40,7 @@ METHODS: dict[str, type[DeltaConfig]] = {kind.pet_type: kind for kind in (
     IA3Config,
     LNTuningConfig,
     TrainableTokensConfig,
+    OFTConfig,
 )}
 
 # The layers that are built by hand, MindPet's functions, and the config of each method.

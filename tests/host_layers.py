@@ -43,6 +43,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "ia3": ({}, {"feedforward_modules": ["0"]}),
     "oft": ({"oft_block_size": 4}, {"r": 2, "oft_block_size": 0, "use_cayley_neumann": False},
             {"oft_block_size": 2, "block_share": True, "coft": True, "eps": 100.0, "use_cayley_neumann": False}),
+    "boft": ({"boft_block_size": 4}, {"boft_block_size": 2, "boft_n_butterfly_factor": 3}),
 }
 
 

@@ -168,6 +168,15 @@ class Method(Adapted):
         """
         raise NotImplementedError
 
+    @classmethod
+    def merged_at(cls, base: Numbers, tensors: Numbers, settings: Mapping[str, Any], strength: float
+                  ) -> dict[str, np.ndarray]:
+        """Return the same at a strength: so much of the way from the base to `merged`."""
+        new = cls.merged(base, tensors, settings)
+        if strength == 1.0:
+            return new
+        return {name: base[name] + np.float32(strength) * (value - base[name]) for name, value in new.items()}
+
     def merged_value(self) -> dict[Parameter, Tensor]:
         """Return what `merged` says, at the strength of the running net."""
         if self.unmergeable:
@@ -177,9 +186,7 @@ class Method(Adapted):
         strength = self.strength if self.enabled else 0.0
         # What is not finite is for the caller to refuse, by name.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            new = self.merged(base, {**tensors, **self.shared_numbers()}, self.settings())
-            if strength != 1.0:
-                new = {name: base[name] + np.float32(strength) * (value - base[name]) for name, value in new.items()}
+            new = self.merged_at(base, {**tensors, **self.shared_numbers()}, self.settings(), strength)
         found = {self.weight: self.as_weight(new["weight"])} if "weight" in new else {}
         if "bias" in new:
             found[self.bias] = Tensor(new["bias"].astype(np.float32)).astype(self.bias.dtype)

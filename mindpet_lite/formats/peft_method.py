@@ -49,6 +49,10 @@ class PeftMethod:
         return {name: by_pattern(config.get(self.patterns.get(name, "")), path, value)
                 for name, value in found.items()}
 
+    def settings_held(self, settings: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Return the settings of a layer as its tensors (by our names) show them, where a config can be wrong."""
+        return settings
+
     def config_fields(self, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Return PEFT's fields for layers of these settings, by path: the most common value, others by pattern.
 
@@ -153,5 +157,6 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], name: s
         problems.append("the file holds no tensor.")
     if problems:
         raise ValueError("\n  ".join(problems))
-    found = {path: LayerState(parts, method.layer_settings(path, config)) for path, parts in layers.items()}
+    found = {path: LayerState(parts, method.settings_held(method.layer_settings(path, config), parts))
+             for path, parts in layers.items()}
     return AdapterState(name, found, trained, dict(config), carried, shared=shared)

@@ -89,7 +89,7 @@ def read_adapter(path: Path, kind: str | None = None, methods: Methods = LORA,
     try:
         _check_sizes(tensors)
         state = _decode(found, tensors, file.metadata, config, methods, paths)
-        problems = [*_type_problems(state), *settings_problems(state), *kept_problems(state.config)]
+        problems = [*_type_problems(state), *settings_problems(state), *kept_problems(state.config, state.method)]
         if problems:
             raise ValueError("\n  ".join(problems))
     except ValueError as error:
@@ -159,11 +159,12 @@ def _decode(kind: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str,
             methods: Methods, paths: Iterable[str] | None) -> AdapterState:
     declared = {kind.peft.peft_type: (name, kind.peft) for name, kind in methods.items()
                 if kind is not None and kind.peft is not None}
-    if kind == "peft" and config is not None and config.get("peft_type") in declared:
-        return peft_method.decode(tensors, config, *declared[config["peft_type"]])
-    if kind == "peft" and config is not None and config.get("peft_type") != "LORA" and declared:
-        raise ValueError(f"peft_type must be one of {', '.join(['LORA', *declared])}, but the config says "
-                         f"{config.get('peft_type')!r:.100}.")
+    if kind == "peft" and config is not None and config.get("peft_type") != "LORA":
+        found = declared.get(str(config.get("peft_type")))
+        if found is None:
+            raise ValueError(f"peft_type must be one of {', '.join(['LORA', *declared])}, but the config says "
+                             f"{config.get('peft_type')!r:.100}.")
+        return peft_method.decode(tensors, config, *found)
     if kind in ("peft", "mlx"):
         state = (peft if kind == "peft" else mlx).decode(tensors, config or {})
         warn_of_contrary(metadata, {path: layer.settings["lora_alpha"] for path, layer in state.layers.items()

@@ -107,10 +107,11 @@ def unhit_patterns(config: Mapping[str, Any], paths: Collection[str]) -> list[tu
                     if block is not None and block not in numbers]
 
 
-def kept_problems(config: Mapping[str, Any]) -> list[str]:
+def kept_problems(config: Mapping[str, Any], method: str) -> list[str]:
     """Return why the fields that an adapter of any format came with, and is written with again, cannot be PEFT's."""
     # Another method's config has no fields of LoRA's; it was read by the method's own declaration.
-    return problems_of(config) if config.get("peft_type") == "LORA" else _list_problems(config)
+    is_others = method != "lora" and isinstance(config.get("peft_type"), str) and config["peft_type"] != "LORA"
+    return problems_of(config) if "peft_type" in config and not is_others else _list_problems(config)
 
 
 def _list_problems(config: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from safetensors.numpy import load_file
 
+from mindpet_lite import prompt_mask
+
 
 class RMSNorm(nn.Cell):
     def __init__(self, width: int) -> None:
@@ -105,6 +107,36 @@ class Llama(nn.Cell):
         return self.lm_head(self.model(ids))
 
 
+class LongBody(Body):
+    """The one whose positions and masks follow the length of the hidden states, up to 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        angles = np.outer(np.arange(32), 10000.0 ** (-np.arange(0, 16, 2) / 16))
+        angles = np.concatenate([angles, angles], -1)
+        self.cos, self.sin = Tensor(np.cos(angles), ms.float32), Tensor(np.sin(angles), ms.float32)
+        self.mask = Tensor(np.triu(np.full((32, 32), -1e30), 1), ms.float32)
+
+    def construct(self, ids):
+        x = self.embed_tokens(ids)
+        length = x.shape[1]
+        hidden = ops.cast(ops.equal(ids, 0), ms.float32)
+        if length > ids.shape[1]:
+            hidden = prompt_mask(hidden, length - ids.shape[1], visible=0)
+        mask = self.mask[:length, :length] - ops.expand_dims(ops.expand_dims(hidden, 1), 1) * 1e30
+        for layer in self.layers:
+            x = layer(x, self.cos[:length], self.sin[:length], mask)
+        return self.norm(x)
+
+
+class LongLlama(Llama):
+    """The one for up to 32 tokens, virtual ones among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = LongBody()
+
+
 class ConvNet(nn.Cell):
     """The small convolution net of the fixtures."""
 
@@ -133,9 +165,9 @@ class ConvNetGrouped(ConvNet):
 MODELS = {"llama_tiny": Llama, "conv_tiny": ConvNet, "conv_grouped": ConvNetGrouped}
 
 
-def base_model(shared: Path, family: str) -> nn.Cell:
-    """Return the fixtures' base model with its weights."""
-    net = MODELS[family]()
+def base_model(shared: Path, family: str, kind: type[nn.Cell] | None = None) -> nn.Cell:
+    """Return the fixtures' base model with its weights, of another class where `kind` says so."""
+    net = (kind or MODELS[family])()
     stored = load_file(shared / "fixtures" / "peft" / family / "base" / "model.safetensors")
     for path, parameter in net.parameters_and_names():
         parameter.set_data(Tensor(stored.pop(path.replace("embedding_table", "weight"))))

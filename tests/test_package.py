@@ -17,7 +17,7 @@ METHOD_NAMES = {"LoRADense", "LoraConfig", "LoRAConv1d", "LoRAConv2d", "LoRAConv
                 "BitFitConfig", "AdapterConfig", "AdapterDense", "AdapterLayer",
                 "LowRankAdapterConfig", "LowRankAdapterDense", "LowRankAdapterLayer", "PrefixDense", "PrefixEncoder",
                 "PrefixLayer", "PrefixTuningConfig", "Ptuning2Config", "Ptuning2Dense", "prefix_mask",
-                "prepend_prefix"}
+                "prepend_prefix", "PromptTuningConfig", "prompt_mask"}
 TRAIN_NAMES = {"BatchSampler", "DeltaEMA", "GradientAccumulation", "HealthCallback", "Interrupts", "TrainingState",
                "clip_global_norm", "init_data_parallel", "lora_plus_groups"}
 PUBLIC = METHOD_NAMES | TRAIN_NAMES | {
@@ -118,7 +118,7 @@ def test_arrows_point_one_way():
                       "mindpet_lite.names.parameter_names", *(
                 f"mindpet_lite.delta.{item}" for item in (
                 "base", "parts", "values", "activation", "dense", "dropout", "bottleneck", "mixed_precision", "source",
-                "prefix_dense", "adapted", "method_config", "hosts", "selection", "tokens", "rotation")),
+                "prefix_dense", "adapted", "method_config", "hosts", "selection", "tokens", "rotation", "virtual_tokens")),
                 # How PEFT's files hold a method, and the numbers of its generator: numpy alone.
                 "mindpet_lite.formats.peft_method", "mindpet_lite.formats.torch_random"}
             folder = "mindpet_lite." + ".".join(name.parts[:2]) + "."

@@ -27,9 +27,11 @@ from mindpet_lite.delta.low_rank_adapter import (
 from mindpet_lite.delta.oft import OFTConfig
 from mindpet_lite.delta.prefix import PrefixDense, PrefixLayer, PrefixTuningConfig
 from mindpet_lite.delta.prefix_dense import prefix_mask, prepend_prefix
+from mindpet_lite.delta.prompt_tuning import PromptTuningConfig
 from mindpet_lite.delta.ptuning2 import PrefixEmbedding, PrefixEncoder, Ptuning2Config, Ptuning2Dense
 from mindpet_lite.delta.r_drop import RDropLoss, rdrop_repeat
 from mindpet_lite.delta.trainable_tokens import TrainableTokensConfig
+from mindpet_lite.delta.virtual_tokens import prompt_mask
 
 METHODS: dict[str, type[DeltaConfig]] = {kind.pet_type: kind for kind in (
     LoraConfig,
@@ -43,6 +45,7 @@ METHODS: dict[str, type[DeltaConfig]] = {kind.pet_type: kind for kind in (
     TrainableTokensConfig,
     OFTConfig,
     BOFTConfig,
+    PromptTuningConfig,
 )}
 
 # The layers that are built by hand, MindPet's functions, and the config of each method.
@@ -50,5 +53,5 @@ __all__ = ["METHODS", "AdapterDense", "AdapterLayer", "Delta", "DeltaConfig", "L
            "LoRADense", "LoRAEmbedding", "LoRALinear", "LoRAMintConv1d", "LoRAMintConv2d", "LoRAMintConv3d",
            "LoRAMintEmbedding", "LowRankAdapterDense", "LowRankAdapterLayer", "LowRankLinear", "PrefixDense",
            "PrefixEncoder", "PrefixEmbedding", "PrefixLayer", "Ptuning2Dense", "RDropLoss", "prefix_mask",
-           "prepend_prefix", "rdrop_repeat"]
+           "prepend_prefix", "prompt_mask", "rdrop_repeat"]
 __all__ += [kind.__name__ for kind in METHODS.values()]

@@ -236,6 +236,20 @@ class DeltaConfig:
         """Tell whether a base Parameter of this attribute name trains together with the deltas."""
         return False
 
+    @classmethod
+    def default_paths(cls, cells: Mapping[str, nn.Cell]) -> list[str]:
+        """Return the paths of the layers that are meant where `target_modules` names none.
+
+        Args:
+            cells: of the net, by path.
+
+        Raises:
+            ValueError: the method needs `target_modules`, or the net does not tell.
+        """
+        if not cls.all_by_default:
+            raise ValueError("target_modules is missing: give a regular expression, a list of names or 'all-linear'.")
+        return [path for path, cell in cells.items() if cls.is_meant(cell)]
+
     def more_targets(self, cells: Mapping[str, nn.Cell]) -> dict[str, nn.Cell]:
         """Return the layers that are adapted besides those that `target_modules` names; raise ValueError for none."""
         return {}

@@ -95,7 +95,7 @@ def read_adapter(path: Path, kind: str | None = None, methods: Methods = LORA,
     except ValueError as error:
         raise ValueError(f"The adapter in {path} cannot be used:\n  {first_of(error)}") from error
     return Adapter(state, found, tuple(filter(None, (config_file, tensor_file))),
-                   tuple(remarks(config or {}, state)) if found == "peft" and state.method == "lora" else ())
+                   _remarks(state, config or {}, methods) if found == "peft" else ())
 
 
 def to_files(state: AdapterState, kind: str, path: Path, methods: Methods = LORA) -> dict[Path, bytes]:
@@ -138,6 +138,13 @@ def _as_peft(state: AdapterState, methods: Methods) -> tuple[dict[str, np.ndarra
     if method is not None and peft_method.can_hold(state, method):
         return peft_method.encode(state, method)
     return (peft if peft.can_hold(state) else native).encode(state)
+
+
+def _remarks(state: AdapterState, config: Mapping[str, Any], methods: Methods) -> tuple[str, ...]:
+    if state.method == "lora":
+        return tuple(remarks(config, state))
+    method = getattr(methods.get(state.method), "peft", None)
+    return (method.remark,) if method is not None and method.remark else ()
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:

@@ -33,6 +33,9 @@ class PeftMethod:
         patterns: by the name of a field the one that holds its value by pattern of path.
         neutral: fields that cannot be honoured, with the values that mean "not used".
         written: other fields of PEFT's config, as they are written of an adapter that is new.
+        home: for a method whose files hold one layer and do not say which, their keys being at the top: the name that
+            the layer goes by until the net tells its path. Empty where keys have paths.
+        remark: what a user must know of every file of the method.
     """
 
     peft_type: str
@@ -42,6 +45,25 @@ class PeftMethod:
     patterns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     neutral: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     written: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    home: str = ""
+    remark: str = ""
+
+    def key_of(self, path: str, name: str) -> str:
+        """Return PEFT's key of a layer's tensor of our name."""
+        return self.keys[name] if self.home else f"{PREFIX}{path}.{self.keys[name]}"
+
+    def place_of(self, key: str) -> tuple[str, str] | None:
+        """Return the path of the layer that has a key of PEFT's, and our name of the tensor; None for another key."""
+        for name, end in sorted(self.keys.items(), key=lambda item: -len(item[1])):
+            if self.home and key == end:
+                return self.home, name
+            if not self.home and key.startswith(PREFIX) and key.endswith(f".{end}"):
+                return key[len(PREFIX):-len(end) - 1], name
+        return None
+
+    def in_file(self, layer: LayerState) -> Mapping[str, np.ndarray]:
+        """Return the tensors that PEFT's file has of a layer, by our names."""
+        return layer.tensors
 
     def layer_settings(self, path: str, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings that a config of PEFT's gives the layer at `path`."""
@@ -79,12 +101,15 @@ class PeftMethod:
 
 
 def can_hold(state: AdapterState, method: PeftMethod) -> bool:
-    """Tell whether PEFT's files can hold an adapter: no biases train, and layers differ only in what has patterns."""
+    """Tell whether PEFT's files can hold an adapter.
+
+    No biases train, and layers differ only in what has patterns; where the file does not name the layer there is one.
+    """
     try:
         method.config_fields({path: layer.settings or {} for path, layer in state.layers.items()})
     except ValueError:
         return False
-    return not homes_of_trained(state)[1]
+    return not homes_of_trained(state)[1] and not (method.home and len(state.layers) > 1)
 
 
 def encode(state: AdapterState, method: PeftMethod) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -98,8 +123,8 @@ def encode(state: AdapterState, method: PeftMethod) -> tuple[dict[str, np.ndarra
                if layer.settings is None]
     if unknown:
         raise ValueError("\n  ".join(unknown))
-    tensors = {f"{PREFIX}{path}.{method.keys[name]}": value
-               for path, layer in state.layers.items() for name, value in layer.tensors.items()}
+    tensors = {method.key_of(path, name): value
+               for path, layer in state.layers.items() for name, value in method.in_file(layer).items()}
     tensors.update({method.shared[name]: value for name, value in state.shared.items()})
     modules, _ = homes_of_trained(state)
     for name, value in state.trained.items():
@@ -111,8 +136,9 @@ def encode(state: AdapterState, method: PeftMethod) -> tuple[dict[str, np.ndarra
         return tensors, dict(state.config)
     fields = method.config_fields({path: layer.settings or {} for path, layer in state.layers.items()})
     kept = {name: value for name, value in state.config.items() if name not in fields}
-    return tensors, {"peft_type": method.peft_type, **_COMMON, **kept, **fields,
-                     "target_modules": sorted(state.layers), "modules_to_save": sorted(modules) or None}
+    targets = {} if method.home else {"target_modules": sorted(state.layers)}
+    return tensors, {"peft_type": method.peft_type, **_COMMON, **kept, **fields, **targets,
+                     "modules_to_save": sorted(modules) or None}
 
 
 def _still_true(state: AdapterState, tensors: Mapping[str, np.ndarray], method: PeftMethod) -> bool:
@@ -121,7 +147,7 @@ def _still_true(state: AdapterState, tensors: Mapping[str, np.ndarray], method: 
     except ValueError:
         return False
     return ({path: layer.settings for path, layer in found.layers.items()}
-            == {path: layer.settings for path, layer in state.layers.items()}
+            == {method.home or path: layer.settings for path, layer in state.layers.items()}
             and set(found.trained) == {pytorch_name(name) for name in state.trained})
 
 
@@ -135,15 +161,13 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], name: s
     problems = method.problems_of(config)
     if config.get("peft_type") != method.peft_type:
         problems.append(f"peft_type must be {method.peft_type!r}, but the config says {config.get('peft_type')!r:.60}.")
-    names = sorted(((key, own) for own, key in method.keys.items()), key=lambda item: -len(item[0]))
     shared_names = {key: own for own, key in method.shared.items()}
     layers: dict[str, dict[str, np.ndarray]] = {}
     shared, trained, carried = {}, {}, {}
     for key, value in plain_keys(tensors).items():
-        path, own = next(((key[len(PREFIX):-len(end) - 1], own) for end, own in names
-                          if key.startswith(PREFIX) and key.endswith("." + end)), (key, None))
-        if own is not None:
-            layers.setdefault(path, {})[own] = value
+        layer = method.place_of(key)
+        if layer is not None:
+            layers.setdefault(layer[0], {})[layer[1]] = value
         elif key in shared_names:
             shared[shared_names[key]] = value
         elif is_carried(key, config):
@@ -151,7 +175,8 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], name: s
         elif (place := path_of_trained(key, config)) is not None:
             trained[place] = value
         else:
-            problems.append(f"{key} is no tensor of {method.peft_type} (expected {PREFIX}<path>."
+            above = "" if method.home else f"{PREFIX}<path>."
+            problems.append(f"{key} is no tensor of {method.peft_type} (expected {above}"
                             f"{' or '.join(method.keys.values())}), and the config names it not in modules_to_save.")
     if not layers and not trained and not shared and not problems:
         problems.append("the file holds no tensor.")

@@ -26,6 +26,7 @@ from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.values import in_float32
 from mindpet_lite.graph.adapters import Adapter, adapters_of, deltas_in
 from mindpet_lite.graph.base_hash import layer_hash
+from mindpet_lite.graph.home import with_path
 from mindpet_lite.graph.modules_to_save import Found, find_trained, of_the_base, ties, value_problems
 from mindpet_lite.graph.parameters import apply_trains, parameters_with, what_trains
 from mindpet_lite.graph.parents import refusal_at
@@ -62,7 +63,8 @@ def install(net: nn.Cell, source: Source, path: str, name_map: Table | None = No
     """
     cells = cells_by_path(net)
     problems: list[str] = []
-    state = under_paths(part(source.state, component), source.kind, cells, name_map, component, problems)
+    state = with_path(part(source.state, component), cells, name_map, problems)
+    state = under_paths(state, source.kind, cells, name_map, component, problems)
     values = in_float32(state, path)
     adapted, shared = _adapted(values, cells, problems)
     new = {place: delta for place, delta in adapted.items() if delta is not cells[place]}

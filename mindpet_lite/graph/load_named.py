@@ -14,6 +14,7 @@ from mindpet_lite.formats.problems import listed
 from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.formats.values import in_float32
 from mindpet_lite.graph.adapters import Adapter
+from mindpet_lite.graph.home import with_path
 from mindpet_lite.graph.load import fill, install, mismatches, read_for, under_paths
 from mindpet_lite.graph.named import Named, banks_of, check_new, keep, named, plain_cells, put_beside, write_beside
 from mindpet_lite.graph.turns import adds_up, make_way
@@ -77,7 +78,8 @@ def _beside(net: nn.Cell, source: Source, path: str, name_map: Table | None, com
             known: Named) -> nn.Cell:
     """Put an adapter that was read beside the others of a net."""
     cells, problems = plain_cells(net), list[str]()
-    state = under_paths(part(source.state, component), source.kind, cells, name_map, component, problems)
+    state = with_path(part(source.state, component), cells, name_map, problems)
+    state = under_paths(state, source.kind, cells, name_map, component, problems)
     values = in_float32(state, path)
     if not problems and (values.trained or known.turns):
         # PEFT writes base parameters along that no adapter changes one by one.

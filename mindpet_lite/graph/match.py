@@ -34,14 +34,15 @@ def targets(cells: Mapping[str, nn.Cell], config: DeltaConfig) -> tuple[dict[str
     problems: list[str] = []
     cells = without_inner(cells)
     wanted = config.target_modules
-    if wanted is None and not config.all_by_default:
-        return {}, ["target_modules is missing: give a regular expression, a list of names or 'all-linear'."]
+    try:
+        default = config.default_paths(cells) if wanted is None else []
+    except ValueError as error:
+        return {}, [str(error)]
     excluded = {id(cells[path]) for path in _hits("exclude_modules", config.exclude_modules, cells, config, problems)}
     # What trains whole is not adapted besides.
     excluded |= {id(cell) for path, cell in cells.items() for entry in config.modules_to_save or ()
                  if f".{entry}." in f".{path}."}
-    hits = [path for path, cell in cells.items() if config.is_meant(cell)] if wanted is None else \
-        _hits("target_modules", wanted, cells, config, problems)
+    hits = default or _hits("target_modules", wanted, cells, config, problems)
     chosen: dict[str, nn.Cell] = {}
     seen: set[int] = set()
     for path in hits:

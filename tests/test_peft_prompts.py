@@ -1,0 +1,69 @@
+"""PEFT's adapters of virtual tokens in our Llama: output, gradients and training, and back to its files."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+from conftest import SHARED
+from mindspore import Tensor
+from peft_models import LongLlama, base_model, close, inputs_of
+from safetensors.numpy import load_file
+from test_peft_numbers import AdamW
+
+import mindpet_lite as mp
+from mindpet_lite.graph.adapters import deltas
+
+ROOT = SHARED / "fixtures" / "peft" / "llama_tiny"
+pytestmark = pytest.mark.skipif(not ROOT.is_dir(), reason=f"the shared fixtures are not at {SHARED}")
+# What trained, by PEFT's name of its gradient, by ours.
+TRAINED = {"prompt_tuning": {"grad_param.prompt_encoder.default.embedding.weight":
+                             "mindpet_delta_prompt_tuning_prompt"}}
+every_folder = pytest.mark.parametrize("name", TRAINED)
+
+
+def llama():
+    return base_model(SHARED, "llama_tiny", LongLlama)
+
+
+def loaded(name):
+    """Return a net with PEFT's adapter, its delta, and PEFT's numbers."""
+    net, io = mp.load_adapter(llama(), ROOT / name), dict(np.load(ROOT / name / "io.npz"))
+    return net, deltas(net)["model.embed_tokens"], io
+
+
+@every_folder
+def test_output_gradients_and_training_are_pefts(name, mode):
+    net, delta, io = loaded(name)
+    x, wanted = inputs_of(io), Tensor(io["target.logits"])
+    parameters = {key: delta.delta_parameters()[own] for key, own in TRAINED[name].items()}
+    assert {id(item) for item in parameters.values()} == {id(item) for item in net.trainable_params()}
+
+    def loss_of(value):
+        y = net(value)
+        return ((y - wanted) ** 2).mean(), y
+
+    step = ms.value_and_grad(loss_of, None, list(parameters.values()), has_aux=True)
+    (found, y), gradients = step(x)
+    close(y.asnumpy(), io["output.logits"], 1e-5, "output")
+    close(found.asnumpy(), io["loss"], 1e-5, "loss")
+    for key, gradient in zip(parameters, gradients):
+        close(gradient.asnumpy(), io[key], 1e-4, key)
+    optimizer = AdamW(list(parameters.values()))
+    for expected in io["adamw_losses"]:
+        (loss, _), gradients = step(x)
+        close(loss.asnumpy(), np.float64(expected), 1e-4, "loss in training")
+        optimizer(gradients)
+
+
+@every_folder
+def test_files_come_back_as_peft_wrote_them(name):
+    net = loaded(name)[0]
+    mp.save_adapter(net, "adapter")
+    ours, theirs = (load_file(place / "adapter_model.safetensors") for place in (Path("adapter"), ROOT / name))
+    assert {key: (value.dtype, value.shape, value.tobytes()) for key, value in ours.items()} == {
+        key: (value.dtype, value.shape, value.tobytes()) for key, value in theirs.items()}
+    assert json.loads(Path("adapter/adapter_config.json").read_text()) == json.loads(
+        (ROOT / name / "adapter_config.json").read_text())

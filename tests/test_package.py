@@ -17,7 +17,8 @@ METHOD_NAMES = {"LoRADense", "LoraConfig", "LoRAConv1d", "LoRAConv2d", "LoRAConv
                 "BitFitConfig", "AdapterConfig", "AdapterDense", "AdapterLayer",
                 "LowRankAdapterConfig", "LowRankAdapterDense", "LowRankAdapterLayer", "PrefixDense", "PrefixEncoder",
                 "PrefixLayer", "PrefixTuningConfig", "Ptuning2Config", "Ptuning2Dense", "prefix_mask",
-                "prepend_prefix", "PromptTuningConfig", "prompt_mask"}
+                "prepend_prefix", "PromptTuningConfig", "PromptEncoderConfig", "MultitaskPromptTuningConfig",
+                "prompt_mask"}
 TRAIN_NAMES = {"BatchSampler", "DeltaEMA", "GradientAccumulation", "HealthCallback", "Interrupts", "TrainingState",
                "clip_global_norm", "init_data_parallel", "lora_plus_groups"}
 PUBLIC = METHOD_NAMES | TRAIN_NAMES | {

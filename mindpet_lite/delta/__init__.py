@@ -24,7 +24,9 @@ from mindpet_lite.delta.low_rank_adapter import (
     LowRankAdapterLayer,
     LowRankLinear,
 )
+from mindpet_lite.delta.multitask_prompt_tuning import MultitaskPromptTuningConfig
 from mindpet_lite.delta.oft import OFTConfig
+from mindpet_lite.delta.p_tuning import PromptEncoderConfig
 from mindpet_lite.delta.prefix import PrefixDense, PrefixLayer, PrefixTuningConfig
 from mindpet_lite.delta.prefix_dense import prefix_mask, prepend_prefix
 from mindpet_lite.delta.prompt_tuning import PromptTuningConfig
@@ -46,6 +48,8 @@ METHODS: dict[str, type[DeltaConfig]] = {kind.pet_type: kind for kind in (
     OFTConfig,
     BOFTConfig,
     PromptTuningConfig,
+    PromptEncoderConfig,
+    MultitaskPromptTuningConfig,
 )}
 
 # The layers that are built by hand, MindPet's functions, and the config of each method.

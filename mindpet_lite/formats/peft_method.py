@@ -61,9 +61,9 @@ class PeftMethod:
                 return key[len(PREFIX):-len(end) - 1], name
         return None
 
-    def in_file(self, layer: LayerState) -> Mapping[str, np.ndarray]:
-        """Return the tensors that PEFT's file has of a layer, by our names."""
-        return layer.tensors
+    def in_file(self, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Return what PEFT's file has of a layer with these tensors, by our names."""
+        return tensors
 
     def layer_settings(self, path: str, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings that a config of PEFT's gives the layer at `path`."""
@@ -124,7 +124,7 @@ def encode(state: AdapterState, method: PeftMethod) -> tuple[dict[str, np.ndarra
     if unknown:
         raise ValueError("\n  ".join(unknown))
     tensors = {method.key_of(path, name): value
-               for path, layer in state.layers.items() for name, value in method.in_file(layer).items()}
+               for path, layer in state.layers.items() for name, value in method.in_file(layer.tensors).items()}
     tensors.update({method.shared[name]: value for name, value in state.shared.items()})
     modules, _ = homes_of_trained(state)
     for name, value in state.trained.items():

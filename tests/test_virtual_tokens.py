@@ -26,7 +26,7 @@ COUNT = 3
 
 
 def adapted(name, index=0, host=EmbeddingHost, **more):
-    config = METHODS[name](num_virtual_tokens=COUNT, **{**SETTINGS[name][index], **more})
+    config = METHODS[name](**{"num_virtual_tokens": COUNT, **SETTINGS[name][index], **more})
     return mp.get_pet_model(plain_net(host), config)
 
 
@@ -267,6 +267,40 @@ def test_rows_of_tokens_are_taken_again_from_a_base_that_is_loaded_later():
     new = np.random.default_rng(9).standard_normal((8, 4)).astype(np.float32)
     ms.load_param_into_net(net, {"box.0.embedding_table": ms.Parameter(Tensor(new), name="box.0.embedding_table")})
     assert np.array_equal(delta_of(net).mindpet_delta_prompt_tuning_prompt.asnumpy(), new[[2, 2, 2]])
+
+
+def test_a_target_task_starts_from_source_tasks(tmp_path):
+    source = adapted("multitask_prompt_tuning")
+    randomise(source)
+    shared, cols, rows = (item.asnumpy() for item in delta_of(source).delta_parameters().values())
+    mp.save_adapter(source, tmp_path / "source")
+    path = str(tmp_path / "source" / "adapter_model.safetensors")
+
+    def started(**settings):
+        settings = {"num_ranks": 2, "num_tasks": 1, "prompt_tuning_init_state_dict_path": path, **settings}
+        return [item.asnumpy() for item in delta_of(adapted("multitask_prompt_tuning", 0, **settings)
+                                                    ).delta_parameters().values()]
+
+    for start, wanted in (({"prompt_tuning_init": "EXACT_SOURCE_TASK", "prompt_tuning_init_task": 2},
+                           [shared, cols[2:], rows[2:]]),
+                          ({"prompt_tuning_init": "AVERAGE_SOURCE_TASKS"},
+                           [shared, cols.mean(0, keepdims=True), rows.mean(0, keepdims=True)]),
+                          ({"prompt_tuning_init": "ONLY_SOURCE_SHARED", "num_tasks": 5}, [shared])):
+        for value, own in zip(wanted, started(**start)):
+            assert np.array_equal(value, own)
+    for wrong, message in (({"prompt_tuning_init": "AVERAGE_SOURCE_TASKS", "num_tasks": 3}, "num_tasks=1"),
+                           ({"prompt_tuning_init": "ONLY_SOURCE_SHARED", "num_virtual_tokens": 4}, "num_virtual_tok"),
+                           ({"prompt_tuning_init": "EXACT_SOURCE_TASK", "prompt_tuning_init_task": 3}, "tasks 0 to 2"),
+                           ({"prompt_tuning_init": "RANDOM"}, "go together"),
+                           ({"prompt_tuning_init": "ONLY_SOURCE_SHARED", "prompt_tuning_init_task": 1}, "is for")):
+        with pytest.raises(ValueError, match=message):
+            started(**wrong)
+    mp.save_adapter(adapted("prompt_tuning"), tmp_path / "other")
+    with pytest.raises(ValueError, match="lacks prefix_task_cols"):
+        started(prompt_tuning_init="ONLY_SOURCE_SHARED",
+                prompt_tuning_init_state_dict_path=str(tmp_path / "other" / "adapter_model.safetensors"))
+    with pytest.raises(FileNotFoundError):
+        started(prompt_tuning_init="ONLY_SOURCE_SHARED", prompt_tuning_init_state_dict_path="nowhere.safetensors")
 
 
 def test_wrong_settings_of_the_encoder():

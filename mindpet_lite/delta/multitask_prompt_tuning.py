@@ -1,15 +1,17 @@
 """Multitask Prompt Tuning Enables Parameter-Efficient Transfer Learning.
 
-Wang et al., 2023, https://arxiv.org/abs/2303.02861, section 3.1 (prompt decomposition):
+Wang et al., 2023, https://arxiv.org/abs/2303.02861, "prompt decomposition":
 
     [P_k; E[x]],    P_k = P ∘ (C_k R_k)        for a sequence of task k
 
-P is shared by all tasks; C_k and R_k are of low rank, 1 in the paper.
+P is shared by all tasks; C_k and R_k are of low rank, 1 in the paper. What source tasks trained is where a target task
+starts from ("target adaptation").
 """
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import mindspore
@@ -21,11 +23,14 @@ from mindpet_lite.delta.adapted import Method
 from mindpet_lite.delta.parts import as_type, prefix_of, put
 from mindpet_lite.delta.values import setting_parameter
 from mindpet_lite.delta.virtual_tokens import KEY, StartedTokensConfig, VirtualTokens, peft_method
+from mindpet_lite.formats.files import as_float, open_tensors
 from mindpet_lite.formats.peft_method import PeftMethod
 
 _ROWS = "mindpet_delta_multitask_prompt_tuning_prompt"
 _TASK_COLS, _TASK_ROWS = ("mindpet_delta_multitask_prompt_tuning_task_cols",
                           "mindpet_delta_multitask_prompt_tuning_task_rows")
+_KEYS = {_ROWS: KEY, _TASK_COLS: "prefix_task_cols", _TASK_ROWS: "prefix_task_rows"}
+_EXACT, _AVERAGE, _SHARED = _SOURCES = ("EXACT_SOURCE_TASK", "AVERAGE_SOURCE_TASKS", "ONLY_SOURCE_SHARED")
 # What PEFT's config says of the start besides; a file holds the tensors, whatever they started as.
 _WRITTEN = {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_name_or_path": None,
             "tokenizer_kwargs": None, "prompt_tuning_init_state_dict_path": None, "prompt_tuning_init_task": 0}
@@ -54,10 +59,21 @@ class MultitaskPromptTuning(VirtualTokens):
                 _TASK_ROWS: (config.num_tasks, config.num_ranks, width)}
 
     def starts(self, config: Any) -> dict[str, np.ndarray]:
-        """Return P by `prompt_tuning_init`, C and R from a normal distribution of deviation 0.02, as PEFT."""
+        """Return P by `prompt_tuning_init`, C and R from a normal distribution of deviation 0.02, as PEFT.
+
+        What a file of source tasks has takes their place.
+        """
         shapes = self.shapes(self, config)
-        return {_ROWS: self.first_rows(config),
-                **{name: 0.02 * np.random.standard_normal(shapes[name]) for name in (_TASK_COLS, _TASK_ROWS)}}
+        values = {name: 0.02 * np.random.standard_normal(shapes[name]) for name in (_TASK_COLS, _TASK_ROWS)}
+        if config.prompt_tuning_init not in _SOURCES:
+            return {_ROWS: self.first_rows(config), **values}
+        values.update(_of_source(config))
+        for name, value in values.items():
+            if value.shape != shapes[name]:
+                raise ValueError(f"{config.prompt_tuning_init} gives {_KEYS[name]} of shape {value.shape}, but these "
+                                 f"settings have {shapes[name]}: use the num_virtual_tokens and num_ranks of the source"
+                                 f"{'' if config.prompt_tuning_init == _SHARED else ', and num_tasks=1'}.")
+        return values
 
     def add_parameters(self, trained: Mapping[str, Tensor], steering: Mapping[str, float]) -> None:
         """Make Parameters of what trains, and the one of the tasks."""
@@ -132,6 +148,31 @@ class MultitaskPromptTuning(VirtualTokens):
         return ops.concat((prompts, rows), 1)
 
 
+def _of_source(config: Any) -> dict[str, np.ndarray]:
+    """Return what `prompt_tuning_init` takes from the file of the source tasks, in PEFT's shapes.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no such file, or has no such task.
+    """
+    path, start = Path(config.prompt_tuning_init_state_dict_path), config.prompt_tuning_init
+    with open_tensors(path) as file:
+        missing = [key for key in _KEYS.values() if key not in file.keys()]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}: give the adapter_model.safetensors of an adapter of "
+                             f"multitask prompt tuning.")
+        source = {name: as_float(file.read(key)).astype(np.float32) for name, key in _KEYS.items()}
+    shared, factors = {_ROWS: source.pop(_ROWS)}, source
+    if start == _SHARED:
+        return shared
+    if start == _AVERAGE:
+        return {**shared, **{name: value.mean(0, keepdims=True) for name, value in factors.items()}}
+    task, tasks = config.prompt_tuning_init_task, len(factors[_TASK_COLS])
+    if task >= tasks:
+        raise ValueError(f"prompt_tuning_init_task is {task}, but {path} has the tasks 0 to {tasks - 1}.")
+    return {**shared, **{name: value[task:task + 1] for name, value in factors.items()}}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultitaskPromptTuningConfig(StartedTokensConfig):
     """Settings of multitask prompt tuning; the names are PEFT's. See `StartedTokensConfig` for the others.
@@ -139,6 +180,15 @@ class MultitaskPromptTuningConfig(StartedTokensConfig):
     Args:
         num_tasks: how many tasks there are.
         num_ranks: the rank of a task's own factors.
+        prompt_tuning_init: besides what `StartedTokensConfig` has, a start from an adapter of source tasks:
+            "ONLY_SOURCE_SHARED" (P), and for one task P with the factors of a source task ("EXACT_SOURCE_TASK") or the
+            mean of all ("AVERAGE_SOURCE_TASKS").
+        prompt_tuning_init_state_dict_path: the `adapter_model.safetensors` of the source tasks, for those.
+        prompt_tuning_init_task: the source task, for "EXACT_SOURCE_TASK".
+
+    Raises:
+        TypeError: a number or the path is none.
+        ValueError: a number is too small; a field does not go with prompt_tuning_init.
 
     Example:
         >>> import mindspore as ms
@@ -154,16 +204,26 @@ class MultitaskPromptTuningConfig(StartedTokensConfig):
     pet_type: ClassVar[str] = "multitask_prompt_tuning"
     layer: ClassVar[type[Method]] = MultitaskPromptTuning
     title: ClassVar[str] = "Multitask prompt tuning"
-    peft: ClassVar[PeftMethod] = peft_method(
-        PeftMethod, "MULTITASK_PROMPT_TUNING",
-        {_ROWS: KEY, _TASK_COLS: "prefix_task_cols", _TASK_ROWS: "prefix_task_rows"},
-        {"num_tasks": 1, "num_ranks": 1}, _WRITTEN)
+    peft: ClassVar[PeftMethod] = peft_method(PeftMethod, "MULTITASK_PROMPT_TUNING", _KEYS,
+                                             {"num_tasks": 1, "num_ranks": 1}, _WRITTEN)
+    inits: ClassVar[tuple[str, ...]] = (*StartedTokensConfig.inits, *_SOURCES)
 
     num_tasks: int = 1
     num_ranks: int = 1
+    prompt_tuning_init_state_dict_path: str | None = None
+    prompt_tuning_init_task: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("num_tasks", "num_ranks"):
             check_int(name, getattr(self, name))
             object.__setattr__(self, name, int(getattr(self, name)))
+        check_int("prompt_tuning_init_task", self.prompt_tuning_init_task, 0)
+        path, start = self.prompt_tuning_init_state_dict_path, self.prompt_tuning_init
+        if path is not None and not isinstance(path, str):
+            raise TypeError(f"prompt_tuning_init_state_dict_path must be a path as text, but got {path!r:.100}.")
+        if (start in _SOURCES) != bool(path):
+            raise ValueError(f"prompt_tuning_init_state_dict_path and a prompt_tuning_init of {', '.join(_SOURCES)} go "
+                             f"together, but got {path!r:.100} and {start!r}.")
+        if self.prompt_tuning_init_task and start != _EXACT:
+            raise ValueError(f"prompt_tuning_init_task is for prompt_tuning_init={_EXACT!r}, but that is {start!r}.")

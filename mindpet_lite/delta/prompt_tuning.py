@@ -4,7 +4,7 @@ Lester et al., 2021, https://arxiv.org/abs/2104.08691, section 2:
 
     [P; E[x]]        trained rows P before the rows of the tokens x
 
-P starts at random, as rows of the vocabulary, or as those of a text (section 3.2).
+P starts at random, as rows of the vocabulary, or as those of a text (section 2.1).
 """
 from __future__ import annotations
 

@@ -22,7 +22,6 @@ from mindpet_lite.names.parameter_names import is_embedding
 KEY = "prompt_embeddings"
 # What only says what the base is like. PEFT fills in what a file does not say.
 _OF_BASE = ("token_dim", "num_attention_heads", "num_layers")
-STARTS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
 
 
 def prompt_mask(attention_mask: Tensor, num_virtual_tokens: int, visible: float, hidden: float | None = None) -> Tensor:
@@ -213,13 +212,15 @@ class StartedTokensConfig(VirtualTokensConfig):
         init_token_ids: ids of a text's tokens, repeated or cut to num_virtual_tokens; for "TEXT" alone.
     """
 
+    inits: ClassVar[tuple[str, ...]] = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
+
     prompt_tuning_init: str = "RANDOM"
     init_token_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prompt_tuning_init not in STARTS:
-            raise ValueError(f"prompt_tuning_init must be one of {', '.join(STARTS)}, but got "
+        if self.prompt_tuning_init not in self.inits:
+            raise ValueError(f"prompt_tuning_init must be one of {', '.join(self.inits)}, but got "
                              f"{self.prompt_tuning_init!r:.100}.")
         if self.init_token_ids is not None:
             ids = tuple(self.init_token_ids)

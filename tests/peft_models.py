@@ -8,7 +8,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from safetensors.numpy import load_file
 
-from mindpet_lite import prompt_mask
+from mindpet_lite import PrefixLayer, prefix_mask, prepend_prefix, prompt_mask
 
 
 class RMSNorm(nn.Cell):
@@ -137,6 +137,53 @@ class LongLlama(Llama):
         self.model = LongBody()
 
 
+class PrefixAttention(Attention):
+    """One that reads keys and values of its own before those of the tokens, behind the positions."""
+
+    def __init__(self, rows: int, heads: int = 4, groups: int = 2, size: int = 16) -> None:
+        super().__init__(64, heads, groups, size)
+        self.prefix = PrefixLayer(rows, 1, groups, groups * size, 1, dropout_rate=0, prefix_projection=False)
+
+    def construct(self, x, cos, sin, mask):
+        batch, length, _ = x.shape
+        q, k = self.split(self.q_proj(x), self.heads), self.split(self.k_proj(x), self.groups)
+        half = self.size // 2
+        q = q * cos + ops.concat((-q[..., half:], q[..., :half]), -1) * sin
+        k = k * cos + ops.concat((-k[..., half:], k[..., :half]), -1) * sin
+        prefix_key, prefix_value = self.prefix()
+        k = prepend_prefix(prefix_key, k.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+        v = prepend_prefix(prefix_value, self.v_proj(x))
+        k, v = (ops.repeat_interleave(self.split(item, self.groups), self.heads // self.groups, 1) for item in (k, v))
+        weights = ops.softmax(ops.matmul(q, k.transpose(0, 1, 3, 2)) * self.size ** -0.5 + mask, -1)
+        return self.o_proj(ops.matmul(weights, v).transpose(0, 2, 1, 3).reshape(batch, length, -1))
+
+
+class PrefixBody(LongBody):
+    """The one for attentions with a prefix: positions count from its number of rows on."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        for layer in self.layers:
+            layer.self_attn = PrefixAttention(rows)
+
+    def construct(self, ids):
+        x, length, rows = self.embed_tokens(ids), ids.shape[1], self.rows
+        hidden = ops.expand_dims(ops.expand_dims(ops.cast(ops.equal(ids, 0), ms.float32), 1), 1)
+        mask = prefix_mask(self.mask[:length, :length] - hidden * 1e30, rows, visible=0)
+        for layer in self.layers:
+            x = layer(x, self.cos[rows:rows + length], self.sin[rows:rows + length], mask)
+        return self.norm(x)
+
+
+class PrefixLlama(Llama):
+    """The one with 4 keys and values of its own in each attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = PrefixBody(4)
+
+
 class ConvNet(nn.Cell):
     """The small convolution net of the fixtures."""
 
@@ -170,6 +217,8 @@ def base_model(shared: Path, family: str, kind: type[nn.Cell] | None = None) -> 
     net = (kind or MODELS[family])()
     stored = load_file(shared / "fixtures" / "peft" / family / "base" / "model.safetensors")
     for path, parameter in net.parameters_and_names():
+        if "prefix" in path:
+            continue
         parameter.set_data(Tensor(stored.pop(path.replace("embedding_table", "weight"))))
     assert not stored
     return net.set_train(False)

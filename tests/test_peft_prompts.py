@@ -8,8 +8,8 @@ import mindspore as ms
 import numpy as np
 import pytest
 from conftest import SHARED
-from mindspore import Tensor
-from peft_models import LongLlama, base_model, close, inputs_of
+from mindspore import Tensor, ops
+from peft_models import Llama, LongLlama, PrefixLlama, base_model, close, inputs_of
 from safetensors.numpy import load_file
 from test_peft_numbers import AdamW
 
@@ -101,3 +101,60 @@ def test_files_come_back_as_peft_wrote_them(name):
         key: (value.dtype, value.shape, value.tobytes()) for key, value in theirs.items()}
     assert json.loads(Path("adapter/adapter_config.json").read_text()) == json.loads(
         (ROOT / name / "adapter_config.json").read_text())
+
+
+# Keys and values
+
+PREFIXES = pytest.mark.parametrize("name", ["prefix_tuning", "prefix_tuning_projection"])
+
+
+def prefixed(name):
+    """Return a net whose attentions have PEFT's prefixes."""
+    with pytest.warns(UserWarning, match="not the MLP"):
+        return mp.load_adapter(base_model(SHARED, "llama_tiny", PrefixLlama), ROOT / name)
+
+
+@PREFIXES
+def test_prefixes_are_pefts(name, mode):
+    net, io = prefixed(name), dict(np.load(ROOT / name / "io.npz"))
+    target = Tensor(np.load(ROOT / "base" / "io.npz")["target.logits"])
+    parameters = [item for delta in deltas(net).values() for item in delta.delta_parameters().values()]
+    assert {id(item) for item in parameters} == {id(item) for item in net.trainable_params()}
+
+    def loss_of(value):
+        y = net(value)
+        return ((y - target) ** 2).mean(), y
+
+    step, x = ms.value_and_grad(loss_of, None, parameters, has_aux=True), inputs_of(io)
+    (found, y), gradients = step(x)
+    close(y.asnumpy(), io["output.logits"], 1e-5, "output")
+    close(found.asnumpy(), io["loss"], 1e-5, "loss")
+    slope = ops.concat(gradients, 1).asnumpy()
+    prefix = "grad_param.prompt_encoder.default."
+    if "projection" in name:
+        close(slope.sum(0), io[f"{prefix}transform.2.bias"], 1e-4, "bias")
+        return
+    close(slope, io[f"{prefix}embedding.weight"], 1e-4, "rows")
+    optimizer = AdamW(parameters)
+    for expected in io["adamw_losses"]:
+        (loss, _), gradients = step(x)
+        close(loss.asnumpy(), np.float64(expected), 1e-4, "loss in training")
+        optimizer(gradients)
+
+
+@PREFIXES
+def test_files_of_prefixes_come_back_as_peft_wrote_them(name):
+    mp.save_adapter(prefixed(name), "adapter")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        ours, theirs = (place / file for place in (Path("adapter"), ROOT / name))
+        assert ours.suffix != ".json" or json.loads(ours.read_text()) == json.loads(theirs.read_text())
+        assert ours.suffix == ".json" or load_file(ours)["prompt_embeddings"].tobytes() == load_file(
+            theirs)["prompt_embeddings"].tobytes()
+
+
+def test_prefixes_in_a_net_without_a_place_for_them():
+    net = base_model(SHARED, "llama_tiny", Llama)
+    before = {path: item.asnumpy().tobytes() for path, item in net.parameters_and_names()}
+    with pytest.raises(ValueError, match="2 layers without names, but the net has 0 for them. PEFT's prefixes"):
+        mp.load_adapter(net, ROOT / "prefix_tuning")
+    assert {path: item.asnumpy().tobytes() for path, item in net.parameters_and_names()} == before

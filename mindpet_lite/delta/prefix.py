@@ -32,7 +32,9 @@ from mindpet_lite.delta.prefix_dense import (
     folded_parameter,
     place_names,
 )
+from mindpet_lite.delta.prefix_file import KEY_ROWS, PREFIX_FILE, VALUE_ROWS
 from mindpet_lite.delta.values import setting_parameter
+from mindpet_lite.formats.peft_method import PeftMethod
 
 WTE, TRANS = "mindpet_delta_prefixtuning_wte", "mindpet_delta_prefixtuning_control_trans"
 TABLE = f"{WTE}.embedding_table"
@@ -103,9 +105,6 @@ class Prefixes(PrefixDelta):
         """Return prefix_token_num, embed_dim, mid_dim, dropout_rate and prefix_projection."""
         return {"prefix_token_num": self.prefix_token_num, "embed_dim": self.embed_dim, "mid_dim": self.mid_dim,
                 "dropout_rate": self.dropout_rate, "prefix_projection": self.prefix_projection}
-
-
-_KEY, _VALUE = "mindpet_delta_prefixtuning_key", "mindpet_delta_prefixtuning_value"
 
 
 class _Evaluated(property):
@@ -203,7 +202,7 @@ class PrefixLayer(Prefixes, nn.Cell):
         self.batch_size, self.num_heads, self.hidden_dim = batch_size, num_heads, hidden_dim
         self.input_tokens = setting_parameter(Tensor(np.arange(settings.prefix_token_num), mindspore.int32),
                                               "mindpet_delta_prefixtuning_input_tokens")
-        self._add_prefixes(settings, 2 * hidden_dim, (_KEY, _VALUE))
+        self._add_prefixes(settings, 2 * hidden_dim, (KEY_ROWS, VALUE_ROWS))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -242,7 +241,7 @@ class PrefixLayer(Prefixes, nn.Cell):
         return {"input_tokens": np.arange(self.prefix_token_num)}
 
     def _drop_projection(self) -> None:
-        self._replace_projection(dict(zip((_KEY, _VALUE), self._evaluate())))
+        self._replace_projection(dict(zip((KEY_ROWS, VALUE_ROWS), self._evaluate())))
 
 
 _ROWS = "mindpet_delta_prefixtuning_prefix"
@@ -333,6 +332,7 @@ class PrefixTuningConfig(DeltaConfig, PrefixSettings):
 
     pet_type: ClassVar[str] = "prefixtuning"
     other_names: ClassVar[tuple[str, ...]] = ("prefix",)
+    peft: ClassVar[PeftMethod | None] = PREFIX_FILE
 
     def __post_init__(self) -> None:
         DeltaConfig.__post_init__(self)

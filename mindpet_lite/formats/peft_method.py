@@ -33,8 +33,9 @@ class PeftMethod:
         patterns: by the name of a field the one that holds its value by pattern of path.
         neutral: fields that cannot be honoured, with the values that mean "not used".
         written: other fields of PEFT's config, as they are written of an adapter that is new.
-        home: for a method whose files hold one layer and do not say which, their keys being at the top: the name that
-            the layer goes by until the net tells its path. Empty where keys have paths.
+        home: for a method whose files do not say which layer they hold, their keys being at the top: the name that the
+            layer goes by until the net tells its path. Empty where keys have paths.
+        needs: what a net must have before such a file fits, where no layer of it can be adapted for that.
         remark: what a user must know of every file of the method.
     """
 
@@ -46,6 +47,7 @@ class PeftMethod:
     neutral: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     written: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     home: str = ""
+    needs: str = ""
     remark: str = ""
 
     def key_of(self, path: str, name: str) -> str:
@@ -64,6 +66,20 @@ class PeftMethod:
     def in_file(self, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Return what PEFT's file has of a layer with these tensors, by our names."""
         return tensors
+
+    def holds(self, state: AdapterState) -> bool:
+        """Tell whether PEFT's files can hold the layers of an adapter; where they name no layer there is one."""
+        return not self.home or len(state.layers) == 1
+
+    def tensors_of(self, layers: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Return PEFT's tensors by key for the layers' tensors by path and our name."""
+        return {self.key_of(path, name): value for path, tensors in layers.items()
+                for name, value in self.in_file(tensors).items()}
+
+    def layers_of(self, layers: Mapping[str, Mapping[str, np.ndarray]], config: Mapping[str, Any]
+                  ) -> Mapping[str, Mapping[str, np.ndarray]]:
+        """Return the layers that PEFT's tensors, by path and our name, are of."""
+        return layers
 
     def layer_settings(self, path: str, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings that a config of PEFT's gives the layer at `path`."""
@@ -103,13 +119,15 @@ class PeftMethod:
 def can_hold(state: AdapterState, method: PeftMethod) -> bool:
     """Tell whether PEFT's files can hold an adapter.
 
-    No biases train, and layers differ only in what has patterns; where the file does not name the layer there is one.
+    No biases train, layers differ only in what has patterns, and the method's files can hold them all (`holds`).
     """
+    if not method.holds(state):
+        return False
     try:
         method.config_fields({path: layer.settings or {} for path, layer in state.layers.items()})
     except ValueError:
         return False
-    return not homes_of_trained(state)[1] and not (method.home and len(state.layers) > 1)
+    return not homes_of_trained(state)[1]
 
 
 def encode(state: AdapterState, method: PeftMethod) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -123,8 +141,7 @@ def encode(state: AdapterState, method: PeftMethod) -> tuple[dict[str, np.ndarra
                if layer.settings is None]
     if unknown:
         raise ValueError("\n  ".join(unknown))
-    tensors = {method.key_of(path, name): value
-               for path, layer in state.layers.items() for name, value in method.in_file(layer.tensors).items()}
+    tensors = method.tensors_of({path: layer.tensors for path, layer in state.layers.items()})
     tensors.update({method.shared[name]: value for name, value in state.shared.items()})
     modules, _ = homes_of_trained(state)
     for name, value in state.trained.items():
@@ -146,8 +163,12 @@ def _still_true(state: AdapterState, tensors: Mapping[str, np.ndarray], method: 
         found = decode(tensors, state.config, state.method, method)
     except ValueError:
         return False
-    return ({path: layer.settings for path, layer in found.layers.items()}
-            == {method.home or path: layer.settings for path, layer in state.layers.items()}
+    settings = [layer.settings or {} for layer in found.layers.values()]
+    own = [layer.settings or {} for layer in state.layers.values()]
+    # Where a file does not name its layers, what it says of them is true.
+    same = len(settings) == len(own) and all(said.items() <= item.items() for said, item in zip(settings, own)) \
+        if method.home else dict(zip(found.layers, settings)) == dict(zip(state.layers, own))
+    return (same
             and set(found.trained) == {pytorch_name(name) for name in state.trained})
 
 
@@ -182,6 +203,6 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], name: s
         problems.append("the file holds no tensor.")
     if problems:
         raise ValueError("\n  ".join(problems))
-    found = {path: LayerState(parts, method.settings_held(method.layer_settings(path, config), parts))
-             for path, parts in layers.items()}
+    found = {path: LayerState(dict(parts), method.settings_held(method.layer_settings(path, config), parts))
+             for path, parts in method.layers_of(layers, config).items()}
     return AdapterState(name, found, trained, dict(config), carried, shared=shared)

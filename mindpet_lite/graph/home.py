@@ -16,21 +16,28 @@ from mindpet_lite.names.table import Table, renamed
 
 def with_path(state: AdapterState, cells: Mapping[str, nn.Cell], name_map: Table | None, problems: list[str]
               ) -> AdapterState:
-    """Return the adapter with a path for a layer that its file does not name (`PeftMethod.home`).
+    """Return the adapter with paths for the layers that its file does not name (`PeftMethod.home`).
 
-    It is the one that has such a delta in the net already, else the one that our own files name beside their hashes,
-    else the one that an injection without `target_modules` would adapt. The user's table comes first.
+    They are those that have such deltas in the net already, else those that our own files name beside their hashes,
+    else those that an injection without `target_modules` would adapt. The user's table comes first.
     """
     kind = METHODS.get(state.method)
-    home = kind.peft.home if kind is not None and kind.peft is not None else ""
-    if kind is None or home not in state.layers or home in cells or home in renamed([home], name_map)[0]:
+    if kind is None or kind.peft is None:
+        return state
+    home = kind.peft.home
+    names = [path for path in state.layers if home and f"{path}.".startswith(f"{home}.")]
+    if not names or cells.keys() & names or renamed(names, name_map)[0]:
         return state
     there = [path for path, delta in deltas_in(cells).items() if delta.method == state.method]
     hashes = state.config.get(FIELD)
     saved = [path for path in (hashes if isinstance(hashes, Mapping) else ()) if path in cells]
     try:
-        found = there or saved or kind.default_paths(without_inner(cells))
+        found = there or saved or ([] if kind.peft.needs else kind.default_paths(without_inner(cells)))
     except ValueError as error:
-        problems.append(f"{error} Or say which with name_map={{{home!r}: path}}, as the file names no layer.")
+        problems.append(f"{error} Or say which with name_map={{{names[0]!r}: path}}, as the file names no layer.")
         return dataclasses.replace(state, layers={})
-    return dataclasses.replace(state, layers={found[0]: state.layers[home]})
+    if len(found) < len(names) or len(names) > 1 and len(found) > len(names):
+        problems.append(f"the file holds {len(names)} layers without names, but the net has {len(found)} for them."
+                        f"{kind.peft.needs and ' '}{kind.peft.needs}")
+        return dataclasses.replace(state, layers={})
+    return dataclasses.replace(state, layers=dict(zip(found, (state.layers[name] for name in names))))

@@ -11,41 +11,37 @@ TABLE, LSTM, MLP = "mindpet_delta_p_tuning_embedding", "mindpet_delta_p_tuning_l
 
 
 class BothWays(nn.Cell):
-    """One layer of an LSTM in both directions: (n, inputs) to (n, 2 · size).
+    """One layer of an LSTM in both directions: (rows, inputs) to (rows, 2 · size).
 
     `weight_ih` (2, 4 · size, inputs), `weight_hh` (2, 4 · size, size), `bias_ih` and `bias_hh` (2, 4 · size): forward,
     then backward, each with the gates i, f, g, o. The operators are the common ones: MindSpore's LSTM computes in
     float16 on Ascend.
     """
 
-    def __init__(self, inputs: int, size: int, dtype: mindspore.dtype) -> None:
+    def __init__(self, rows: int, inputs: int, size: int, dtype: mindspore.dtype) -> None:
         super().__init__()
         self.size = size
         for name, shape in lstm_shapes(inputs, size).items():
             setattr(self, name, Parameter(Tensor(np.zeros(shape, np.float32), dtype), name=name))
+        # tanh(g) is 2 σ(2 g) - 1: one sigmoid for all gates. CPU's tanh is off by 1e-4, its sigmoid is exact.
+        self.doubled = Tensor(np.repeat(np.array([1, 1, 2, 1], np.float32), size).reshape(-1, 1), dtype)
         self.product = ops.BatchMatMul(transpose_b=True)
-        self.cut = ops.Split(axis=-1, output_num=4)
+        self.cut, self.cut_rows = ops.Split(axis=-1, output_num=4), ops.Split(axis=1, output_num=rows)
 
     def construct(self, x: Tensor) -> Tensor:
         """Return the hidden states of both directions."""
         both = ops.concat((ops.expand_dims(x, 0), ops.expand_dims(ops.flip(x, (0,)), 0)), 0)
-        both = self.product(both, self.weight_ih)
-        both = both + ops.expand_dims(self.bias_ih + self.bias_hh, 1)
+        weight, recurrent = self.weight_ih * self.doubled, self.weight_hh * self.doubled
+        bias = ops.expand_dims((self.bias_ih + self.bias_hh) * ops.reshape(self.doubled, (-1,)), 1)
         hidden = cell = ops.zeros((2, 1, self.size), x.dtype)
         states: tuple[Tensor, ...] = ()
-        for step in range(x.shape[0]):
-            gates = both[:, step:step + 1] + self.product(hidden, self.weight_hh)
-            enter, forget, value, leave = self.cut(gates)
-            cell = ops.sigmoid(forget) * cell + ops.sigmoid(enter) * _tanh(value)
-            hidden = ops.sigmoid(leave) * _tanh(cell)
+        for row in self.cut_rows(self.product(both, weight) + bias):
+            enter, forget, value, leave = self.cut(ops.sigmoid(row + self.product(hidden, recurrent)))
+            cell = forget * cell + enter * (2 * value - 1)
+            hidden = leave * (2 * ops.sigmoid(2 * cell) - 1)
             states += (hidden,)
         forward, backward = ops.concat(states, 1)
         return ops.concat((forward, ops.flip(backward, (0,))), -1)
-
-
-def _tanh(x: Tensor) -> Tensor:
-    # CPU's tanh is off by 1e-4, its sigmoid is exact.
-    return 2 * ops.sigmoid(2 * x) - 1
 
 
 def lstm_shapes(inputs: int, size: int) -> dict[str, tuple[int, ...]]:

@@ -101,8 +101,9 @@ class PTuning(VirtualTokens):
         setattr(self, TABLE, Parameter(trained[TABLE], name=TABLE))
         self.has_lstm = bool(_lstm_inputs(width, self.config))
         if self.has_lstm:
-            setattr(self, LSTM, nn.CellList([BothWays(inputs, self.config.encoder_hidden_size or width, dtype)
-                                              for inputs in _lstm_inputs(width, self.config)]))
+            setattr(self, LSTM, nn.CellList([
+                BothWays(self.config.num_virtual_tokens, inputs, self.config.encoder_hidden_size or width, dtype)
+                for inputs in _lstm_inputs(width, self.config)]))
         sizes = _mlp_sizes(width, self.config)
         parts: list[nn.Cell] = []
         for inputs, outputs in zip(sizes, sizes[1:]):

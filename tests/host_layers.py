@@ -40,6 +40,7 @@ WITHOUT_KERNELS = (MintConv1dHost, MintConv2dHost, MintConv3dHost, MintEmbedding
 
 # By the method: what its config needs besides target_modules, one entry for each way of computing.
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
+    "hira": ({"r": 2},),
     "ia3": ({}, {"feedforward_modules": ["0"]}),
     "oft": ({"oft_block_size": 4}, {"r": 2, "oft_block_size": 0, "use_cayley_neumann": False},
             {"oft_block_size": 2, "block_share": True, "coft": True, "eps": 100.0, "use_cayley_neumann": False}),

@@ -41,10 +41,18 @@ WITHOUT_KERNELS = (MintConv1dHost, MintConv2dHost, MintConv3dHost, MintEmbedding
 # By the method: what its config needs besides target_modules, one entry for each way of computing.
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "hira": ({"r": 2},),
+    "hra": ({"r": 4}, {"r": 3, "apply_GS": True}),
     "ia3": ({}, {"feedforward_modules": ["0"]}),
     "oft": ({"oft_block_size": 4}, {"r": 2, "oft_block_size": 0, "use_cayley_neumann": False},
             {"oft_block_size": 2, "block_share": True, "coft": True, "eps": 100.0, "use_cayley_neumann": False}),
     "boft": ({"boft_block_size": 4}, {"boft_block_size": 2, "boft_n_butterfly_factor": 3}),
+}
+# By the method and the entry: how far of its largest output a layer starts from its base, where the method has no start
+# that is exact; None where it has none at all.
+STARTS: dict[tuple[str, int], float | None] = {
+    ("hra", 0): 1e-6,
+    # An odd number of reflections, or orthogonal ones, are never none together.
+    ("hra", 1): None,
 }
 
 

@@ -4,6 +4,7 @@ from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.delta.bitfit import BitFitConfig
 from mindpet_lite.delta.boft import BOFTConfig
 from mindpet_lite.delta.hira import HiraConfig
+from mindpet_lite.delta.hra import HRAConfig
 from mindpet_lite.delta.ia3 import IA3Config
 from mindpet_lite.delta.ln_tuning import LNTuningConfig
 from mindpet_lite.delta.lora import (
@@ -52,6 +53,7 @@ METHODS: dict[str, type[DeltaConfig]] = {kind.pet_type: kind for kind in (
     PromptEncoderConfig,
     MultitaskPromptTuningConfig,
     HiraConfig,
+    HRAConfig,
 )}
 
 # The layers that are built by hand, MindPet's functions, and the config of each method.

@@ -24,6 +24,7 @@ from mindpet_lite.delta.hosts.conv import (
 from mindpet_lite.delta.hosts.dense import DenseHost
 from mindpet_lite.delta.hosts.embedding import EmbeddingHost, MintEmbeddingHost
 from mindpet_lite.delta.hosts.linear import LinearHost
+from mindpet_lite.delta.hosts.transposed import Conv1D, TransposedHost
 
 IDS = Tensor(np.array([[0, 5, 2], [6, 1, 5]], np.int32))
 # By the kind of host: what makes the layer, and its input. Inputs and outputs are divisible by 4.
@@ -34,6 +35,7 @@ LAYERS: dict[type[Host], tuple[Callable[[], nn.Cell], Tensor]] = {
     Conv2dHost: (lambda: nn.Conv2d(8, 4, 3, stride=2, pad_mode="pad", padding=1, has_bias=True), inputs(2, 8, 5, 4)),
     Conv3dHost: (lambda: nn.Conv3d(8, 4, 2, has_bias=True), inputs(1, 8, 3, 3, 2)),
     EmbeddingHost: (lambda: nn.Embedding(8, 4), IDS),
+    TransposedHost: (lambda: Conv1D(4, 8), inputs(2, 3, 8)),
 }
 # CPU has no kernels for them; `test_lora_mint.py` runs them on stand-ins.
 WITHOUT_KERNELS = (MintConv1dHost, MintConv2dHost, MintConv3dHost, MintEmbeddingHost)

@@ -67,11 +67,15 @@ def expected(delta, host, x, weights):
         layer = plain.box[0]
         new = new_base(delta, values)
         parameters = {"weight": getattr(layer, host.base_names[0]), **({"bias": layer.bias} if "bias" in new else {})}
+        as_host = host.on(host, layer)
         for key, item in parameters.items():
-            item.set_data(Tensor(new[key].astype(np.float32).reshape(item.shape)))
+            value = new[key].astype(np.float32)
+            item.set_data(as_host.as_weight(value) if key == "weight" else Tensor(value))
             item.requires_grad = True
         y, _, found = gradient_function(plain, list(parameters.values()), x, weights)()
-    slopes = {key: numbers(value).reshape(new[key].shape) for key, value in zip(parameters, found)}
+        for item, slope in zip(parameters.values(), found):
+            item.set_data(slope)
+        slopes = {key: value.astype(np.float64) for key, value in as_host.base_numbers().items()}
     gradients = {}
     for key, value in values.items():
         gradients[key] = np.zeros(value.shape)

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import mindspore
-from mindspore import Parameter, mint, nn
+from mindspore import Parameter, nn
 
 from mindpet_lite.arguments import did_you_mean
 from mindpet_lite.delta.adapted import Method, adapted_class
 from mindpet_lite.delta.base import Delta, DeltaConfig, check_float_type, end_expression
-from mindpet_lite.delta.hosts import HOSTS, Host, host_of, host_refusal
+from mindpet_lite.delta.hosts import HOSTS, Host, host_of, host_refusal, is_linear
 from mindpet_lite.formats.peft_method import PeftMethod
 
 
@@ -105,5 +105,5 @@ class MethodConfig(DeltaConfig):
 
     @classmethod
     def is_linear(cls, cell: nn.Cell) -> bool:
-        """Tell whether ``"all-linear"`` means this cell: a Dense or mint.nn.Linear that is not adapted."""
-        return super().is_linear(cell) or isinstance(cell, mint.nn.Linear) and not isinstance(cell, Delta)
+        """Tell whether ``"all-linear"`` means this cell: a linear layer that is not adapted."""
+        return is_linear(cell)

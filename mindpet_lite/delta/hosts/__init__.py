@@ -25,6 +25,7 @@ from mindpet_lite.delta.hosts.conv import (
 from mindpet_lite.delta.hosts.dense import DenseHost
 from mindpet_lite.delta.hosts.embedding import EmbeddingHost, MintEmbeddingHost
 from mindpet_lite.delta.hosts.linear import LinearHost
+from mindpet_lite.delta.hosts.transposed import TransposedHost
 
 HOSTS: tuple[type[Host], ...] = (
     DenseHost,
@@ -37,15 +38,22 @@ HOSTS: tuple[type[Host], ...] = (
     MintConv2dHost,
     MintConv3dHost,
     MintEmbeddingHost,
+    TransposedHost,
 )
 
-__all__ = ["HOSTS", "DenseHost", "Host", "TypedCell", "as_running", "host_of", "host_refusal", "keeps_types",
-           "override_refusal", "require_float", "rewritten_refusal", "take_types"]
+__all__ = ["HOSTS", "DenseHost", "Host", "TransposedHost", "TypedCell", "as_running", "host_of", "host_refusal",
+           "is_linear", "keeps_types", "override_refusal", "require_float", "rewritten_refusal", "take_types"]
 
 
 def host_of(cell: nn.Cell) -> type[Host] | None:
     """Return the kind of host that a plain or adapted cell is, or None."""
-    return next((host for host in HOSTS if isinstance(cell, host.plain_type)), None)
+    return next((host for host in HOSTS if host.matches(cell)), None)
+
+
+def is_linear(cell: nn.Cell) -> bool:
+    """Tell whether ``"all-linear"`` means this cell: a linear layer that is not adapted."""
+    host = host_of(cell)
+    return host is not None and host.is_linear and not isinstance(cell, Delta)
 
 
 def host_refusal(cell: nn.Cell, method: str, fits: tuple[type[Host], ...] = HOSTS) -> str | None:

@@ -103,6 +103,7 @@ class Host(TypedCell):
         out_axis: the axis of `logical_shape` that counts outputs.
         dims: axes of space that the layer slides over.
         takes_ids: the input is of whole numbers, so that it can be neither scaled nor dropped.
+        is_linear: ``"all-linear"`` means it.
     """
 
     plain_type: ClassVar[type[nn.Cell]]
@@ -112,8 +113,14 @@ class Host(TypedCell):
     out_axis: ClassVar[int] = 0
     dims: ClassVar[int] = 0
     takes_ids: ClassVar[bool] = False
+    is_linear: ClassVar[bool] = False
     weight: Parameter
     bias: Any
+
+    @classmethod
+    def matches(cls, cell: nn.Cell) -> bool:
+        """Tell whether a plain or adapted cell is of this kind."""
+        return isinstance(cell, cls.plain_type)
 
     @classmethod
     def on(cls, kind: type[Plain], source: nn.Cell) -> Plain:

@@ -15,6 +15,7 @@ class DenseHost(Host, nn.Dense):
 
     plain_type, plain_name = nn.Dense, "nn.Dense"
     parts = ("in_channels", "out_channels", "has_bias", "reshape", "shape_op", "matmul", "bias_add", "activation_flag")
+    is_linear = True
 
     @classmethod
     def _take_parts(cls, layer: nn.Cell, source: nn.Cell) -> None:

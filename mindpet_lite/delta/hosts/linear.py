@@ -13,6 +13,7 @@ class LinearHost(Host, mint.nn.Linear):
 
     plain_type, plain_name = mint.nn.Linear, "mint.nn.Linear"
     parts = ("in_features", "out_features", "has_bias", "dense")
+    is_linear = True
 
     def linear(self, h: Tensor, weight: Tensor, dtype: mindspore.dtype) -> Tensor:
         """Return h Wᵀ."""

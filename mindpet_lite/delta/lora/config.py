@@ -5,12 +5,12 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from mindspore import mint, nn
+from mindspore import nn
 
 from mindpet_lite.arguments import check_alpha, check_int, did_you_mean
 from mindpet_lite.delta.adapted import adapted_class
 from mindpet_lite.delta.base import Delta, DeltaConfig, end_expression
-from mindpet_lite.delta.hosts import Host, host_of, host_refusal
+from mindpet_lite.delta.hosts import Host, host_of, host_refusal, is_linear
 from mindpet_lite.delta.lora.bank import LoRABank
 from mindpet_lite.delta.lora.conv import (
     LoRAConv1d,
@@ -151,7 +151,10 @@ class LoraConfig(DeltaConfig, LoraSettings):
 
     @staticmethod
     def _kind_for(cell: nn.Cell) -> type[LowRank]:
-        return LAYERS[host_of(cell)]
+        host = host_of(cell)
+        if host is None:
+            raise TypeError(f"LoRA does not adapt a {type(cell).__name__}.")
+        return LAYERS.get(host) or adapted_class(LowRank, host)
 
     def adds_up(self) -> bool:
         """Tell whether adapters with these settings add up with others: no DoRA, no base parameters of their own."""
@@ -167,8 +170,8 @@ class LoraConfig(DeltaConfig, LoraSettings):
 
     @classmethod
     def is_linear(cls, cell: nn.Cell) -> bool:
-        """Tell whether ``"all-linear"`` means this cell: a Dense or mint.nn.Linear that is not adapted."""
-        return super().is_linear(cell) or isinstance(cell, mint.nn.Linear) and not isinstance(cell, Delta)
+        """Tell whether ``"all-linear"`` means this cell: a linear layer that is not adapted."""
+        return is_linear(cell)
 
 
 def _ends(path: str, name: str) -> bool:

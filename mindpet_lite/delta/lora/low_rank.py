@@ -195,7 +195,7 @@ class LowRank(Adapted):
             magnitude = self.mindpet_delta_lora_magnitude
             put(magnitude, self._magnitude().astype(magnitude.dtype))
             return
-        for name, value in zip(self.delta_names, self._factors_of(self.weight)):
+        for name, value in zip(self.delta_names, self._start_factors()):
             put(getattr(self, name), value.astype(getattr(self, name).dtype))
         for parameter, value in self.base_values().items():
             # Not into its own memory, which is that of the loaded checkpoint.
@@ -210,22 +210,22 @@ class LowRank(Adapted):
         if len(self.logical_shape(self)) != 2 or self.out_axis:
             raise ValueError(f"init_lora_weights {config.init_lora_weights!r} is for linear layers: leave this one "
                              f"out, or adapt it with another config.")
-        a, b = self._factors_of(self.weight)
+        a, b = self._start_factors()
         if config.init_lora_weights in RESIDUAL:
             self.fixed = (f"its start ({config.init_lora_weights}) took a part out of the base's weight, so without "
                           f"the delta the layer is not its base.")
         return a.astype(config.param_init_type), b.astype(config.param_init_type)
 
-    def _factors_of(self, weight: Parameter) -> tuple[Tensor, Tensor]:
+    def _start_factors(self) -> tuple[Tensor, Tensor]:
         """Return A and B made from the weight by `init_lora_weights`, in float32."""
-        a, b = factors(str(self.init_lora_weights), _numbers(weight), self.lora_rank, self._factor())
+        a, b = factors(str(self.init_lora_weights), self.weight_numbers(), self.lora_rank, self._factor())
         return Tensor(a.astype(np.float32)), Tensor(b.astype(np.float32))
 
     def base_values(self) -> dict[Parameter, Tensor]:
         """Return the weight without what the factors start with, for PiSSA and OLoRA."""
         if self.init_lora_weights not in RESIDUAL:
             return {}
-        return {self.weight: Tensor(_numbers(self.weight) - self._factor() * self._update()).astype(self.weight.dtype)}
+        return {self.weight: self.as_weight(self.weight_numbers() - self._factor() * self._update())}
 
     def _factor(self) -> float:
         """Return s."""
@@ -288,7 +288,7 @@ class LowRank(Adapted):
         """
         a, b = (as_type(getattr(self, name), mindspore.float32) for name in self.factor_paths)
         product = ops.matmul(ops.reshape(b, (-1, self.lora_rank)), ops.reshape(a, (self.lora_rank, -1)))
-        weight = as_type(self.weight, mindspore.float32)
+        weight = as_type(self.logical_weight(), mindspore.float32)
         whole = weight + ops.reshape(self._oriented(product), weight.shape) * self.scaling
         axes = tuple(axis for axis in range(weight.ndim) if axis != self.out_axis)
         largest = ops.amax(ops.abs(whole), axes, True)
@@ -300,11 +300,11 @@ class LowRank(Adapted):
         return product.T if self.out_axis else product
 
     def _update(self) -> np.ndarray:
-        """Return B A in float32 and the weight's shape."""
+        """Return B A in float32 and the shape that the weight has for methods."""
         a, b = (_numbers(getattr(self, name)) for name in self.factor_paths)
         with np.errstate(over="ignore", invalid="ignore"):
             product = b.reshape(-1, self.lora_rank) @ a.reshape(self.lora_rank, -1)
-        return self._oriented(product).reshape(self.weight.shape)
+        return self._oriented(product).reshape(self.logical_shape(self))
 
     def _dora_scale(self, whole: np.ndarray) -> np.ndarray:
         """Return DoRA's factor of each output of W + s B A."""
@@ -319,7 +319,7 @@ class LowRank(Adapted):
         """Return the weight, and with `lora_bias` the bias, that give the output of the running net, from float32."""
         if self.unmergeable:
             return super().merged_value()
-        weight = _numbers(self.weight)
+        weight = self.weight_numbers()
         # What is not finite is for the caller to refuse, by name.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             whole = weight + self.scaling.asnumpy() * self._update()
@@ -327,7 +327,7 @@ class LowRank(Adapted):
                 shape = [-1 if axis == self.out_axis else 1 for axis in range(weight.ndim)]
                 scale = self._dora_scale(whole).reshape(shape)
                 whole = weight + self.strength_factor.asnumpy() * (scale * whole - weight)
-            merged = {self.weight: Tensor(whole).astype(self.weight.dtype)}
+            merged = {self.weight: self.as_weight(whole)}
             if self.has_lora_bias:
                 bias = _numbers(self.bias) + self.scaling.asnumpy() * _numbers(self.mindpet_delta_lora_b_bias)
                 merged[self.bias] = Tensor(bias).astype(self.bias.dtype)

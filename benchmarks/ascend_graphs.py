@@ -16,6 +16,7 @@ from mindspore import Tensor, mint, nn, ops
 
 from mindpet_lite import DeltaEMA, GradientAccumulation, get_pet_model
 from mindpet_lite.delta import METHODS, RDropLoss, rdrop_repeat
+from mindpet_lite.delta.hosts.transposed import Conv1D
 
 WUKONG = Path(__file__).resolve().parents[1] / "examples" / "wukong"
 sys.path.insert(0, str(WUKONG))
@@ -152,6 +153,12 @@ def layer_graphs(dtype: ms.Type) -> Iterator[Graph]:
     def dense() -> nn.Cell:
         return nn.Dense(6, 4, dtype=dtype)
 
+    def conv1d() -> nn.Cell:
+        layer = Conv1D(4, 6)
+        for item in layer.get_parameters():
+            item.set_dtype(dtype)
+        return layer
+
     x = numbers(2, 3, 6, dtype=dtype)
     yield graph("LoRA on Dense", lambda: [nn.Dense(6, 4, activation="relu", dtype=dtype)], x, lora_dropout=0.1, **lora)
     yield graph("DoRA on Dense", lambda: [dense()], x, use_dora=True, **lora)
@@ -173,6 +180,9 @@ def layer_graphs(dtype: ms.Type) -> Iterator[Graph]:
     yield graph("P-Tuning v2", lambda: [dense()], x, method="ptuning2", pre_seq_len=3, prefix_projection=True,
                 projection_dim=7)
     yield graph("BitFit", lambda: [dense()], x, method="bitfit")
+    yield graph("HiRA", lambda: [dense()], x, method="hira", r=2, hira_dropout=0.1)
+    yield graph("HRA", lambda: [dense()], x, method="hra", r=2, apply_GS=True)
+    yield graph("LoRA on GPT-2's Conv1D", lambda: [conv1d()], x, **lora)
 
 
 def other_graphs() -> Iterator[Graph]:

@@ -55,6 +55,11 @@ STARTS: dict[tuple[str, int], float | None] = {
     ("hra", 0): 1e-6,
     # An odd number of reflections, or orthogonal ones, are never none together.
     ("hra", 1): None,
+    "loha": ({"r": 2, "alpha": 4}, {"r": 2, "alpha": 3, "use_effective_conv2d": True}),
+    # Inputs and outputs are cut into 2 x 4 and 2 x 2, or with factor 1 into 1 x 8 and 1 x 4, whose half is above r.
+    "lokr": ({"r": 4, "alpha": 8}, {"r": 3, "alpha": 2, "decompose_factor": 1},
+             {"r": 1, "alpha": 2, "decompose_factor": 1, "use_effective_conv2d": True},
+             {"r": 1, "alpha": 2, "decompose_factor": 4, "decompose_both": True, "init_weights": "lycoris"}),
 }
 
 

@@ -7,6 +7,8 @@ from mindpet_lite.delta.hira import HiraConfig
 from mindpet_lite.delta.hra import HRAConfig
 from mindpet_lite.delta.ia3 import IA3Config
 from mindpet_lite.delta.ln_tuning import LNTuningConfig
+from mindpet_lite.delta.loha import LoHaConfig
+from mindpet_lite.delta.lokr import LoKrConfig
 from mindpet_lite.delta.lora import (
     LoraConfig,
     LoRAConv1d,
@@ -54,6 +56,8 @@ METHODS: dict[str, type[DeltaConfig]] = {kind.pet_type: kind for kind in (
     MultitaskPromptTuningConfig,
     HiraConfig,
     HRAConfig,
+    LoHaConfig,
+    LoKrConfig,
 )}
 
 # The layers that are built by hand, MindPet's functions, and the config of each method.

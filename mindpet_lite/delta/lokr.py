@@ -202,5 +202,5 @@ class LoKrConfig(DecomposedConfig):
         check_bool("rank_dropout_scale", self.rank_dropout_scale)
         if self.decompose_factor != -1:
             check_int("decompose_factor", self.decompose_factor)
-        if self.init_weights != "lycoris":
-            check_bool("init_weights", self.init_weights)
+        if not isinstance(self.init_weights, bool) and self.init_weights != "lycoris":
+            raise ValueError(f"init_weights must be True, False or 'lycoris', but got {self.init_weights!r:.100}.")

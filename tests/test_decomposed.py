@@ -15,7 +15,7 @@ import mindpet_lite as mp
 from mindpet_lite.delta.loha import LoHa
 from mindpet_lite.delta.lokr import LoKr
 from mindpet_lite.delta.parts import put
-from mindpet_lite.formats.lycoris import factors_of
+from mindpet_lite.formats.decomposed import factors_of
 from mindpet_lite.graph.adapters import deltas
 
 KINDS = {"loha": mp.LoHaConfig, "lokr": mp.LoKrConfig}

@@ -65,7 +65,7 @@ GOOD = keys(dense(2, 6), "unet.a.lora_A.weight|unet.a.lora_B.weight")
 BAD = [
     ({}, {}, "it holds no tensor"),
     ({"unet.a.weight": tensor((2, 2))}, {}, "unet.a.weight is no tensor of a LoRA layer in any of diffusers' layouts"),
-    ({"unet.a.hada_w1_a": tensor((2, 2))}, {}, "unet.a.hada_w1_a is LoHa"),
+    ({"unet.a.hada_w1_a": tensor((2, 2))}, {}, "a lacks hada_w1_b and hada_w2_a and hada_w2_b"),
     ({"unet.a.lora_A.weight": tensor((2, 3))}, {}, "unet: a lacks"),
     ({"unet.a.lora_B.weight": tensor((2, 3))}, {}, "no factor A"),
     (GOOD | keys(dense(2, 6), "unet.a.lora.down.weight|unet.a.lora.up.weight"), {},

@@ -18,6 +18,7 @@ PARTS = st.sampled_from("""
     x 0 unet text_encoder lora_unet_x lora_te1_text_model lora_unet_ base_model model lora_A lora_B lora_down lora_up
     lora down up weight bias alpha dora_scale default lora_magnitude_vector lora_embedding_A lora_mid processor
     to_q_lora to_out_lora lora_a lora_b mindpet_delta_lora_a mindpet_delta_lora_B mindpet_delta_ hada_w1_a é a/../b
+    lokr_w1 lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 hada_w1_b hada_w2_a hada_w2_b hada_t1
     scalar diff diff_b bundle_emb diffusion_model lycoris_x module _orig_mod modules_to_save original_module m lm_head
     lora_unet_double_blocks_0_img_attn_qkv embed_tokens text_encoders clip_l transformer
     """.split() + [""])

@@ -191,8 +191,8 @@ def test_what_stands_beside_loras_tensors(key, decode):
         assert_same(decode(pair | {f"{key}.{last}": np.zeros(5, np.float32)}, {}), decode(pair, {}))
         with pytest.raises(ValueError, match=f"{key}.{last} is {what}, which cannot be read here"):
             decode(pair | {f"{key}.{last}": np.ones(5, np.float32)}, {})
-    for last, what in {"lora_mid.weight": "LoCon with a third factor", "hada_w1_a": "LoHa", "lokr_w1": "LoKr",
-                       "oft_blocks": "OFT", "set_weight": "a whole weight"}.items():
+    for last, what in {"lora_mid.weight": "LoCon with a third factor", "oft_blocks": "OFT",
+                       "hada_w3_a": "a part that LoHa", "set_weight": "a whole weight"}.items():
         assert detect([*pair, f"{key}.{last}"], {}, None)
         with pytest.raises(ValueError, match=f"{key}.{last} is {what}"):
             decode(pair | {f"{key}.{last}": UP}, {})

@@ -23,7 +23,7 @@ from mindpet_lite.arguments import check_bool
 from mindpet_lite.delta.adapted import Method, Numbers
 from mindpet_lite.delta.decomposed import Decomposed, DecomposedConfig, he_uniform, rebuilt
 from mindpet_lite.delta.parts import as_type
-from mindpet_lite.formats.lycoris import core_of
+from mindpet_lite.formats.decomposed import core_of
 from mindpet_lite.formats.peft_method import PeftMethod
 
 _OWN = "mindpet_delta_loha_"

@@ -22,7 +22,7 @@ from mindpet_lite.arguments import check_bool, check_int
 from mindpet_lite.delta.adapted import Method, Numbers
 from mindpet_lite.delta.decomposed import Decomposed, DecomposedConfig, he_uniform, rebuilt
 from mindpet_lite.delta.parts import as_type
-from mindpet_lite.formats.lycoris import core_of, factors_of, first_shapes, second_shapes
+from mindpet_lite.formats.decomposed import core_of, factors_of, first_shapes, second_shapes
 from mindpet_lite.formats.peft_method import PeftMethod
 
 _OWN = "mindpet_delta_lokr_"

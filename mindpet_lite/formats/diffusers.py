@@ -1,15 +1,19 @@
-"""The LoRA files of Hugging Face diffusers (``pytorch_lora_weights.safetensors``): one file, a config as metadata."""
+"""The LoRA files of Hugging Face diffusers (``pytorch_lora_weights.safetensors``): one file, a config as metadata.
+
+Files of LyCORIS with dotted paths are read here, too.
+"""
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
-from mindpet_lite.formats import peft
+from mindpet_lite.formats import lycoris, peft
+from mindpet_lite.formats.dotted_keys import by_component, component_of_keys, unknown_keys
 from mindpet_lite.formats.extras import NOTHING, kind_of_part, magnitude, scaled, without_extras
 from mindpet_lite.formats.lora import (
     B_BIAS,
@@ -46,15 +50,6 @@ _LAYOUTS = [re.compile(pattern) for pattern in (
     r"(?P<path>.+)\.(?P<old>to_q|to_k|to_v|to_out)_lora\.(?P<factor>down|up)\.(?P<kind>weight)",
     r"(?P<path>.+)\.(?P<number>alpha|dora_scale|scalar)")]
 _FACTORS = {"A": "lora_A", "B": "lora_B", "down": "lora_A", "up": "lora_B"}
-# What stands before a component's layers, kohya's prefixes with a dot too. What is called the diffusion model is the
-# U-Net or the transformer, as the layers' names say.
-_DENOISER = tuple(f"{'.'.join(name)}." for name, component in components.SPELLINGS.items()
-                  if component == components.DENOISER)
-_HEADS = {"lora_unet.": components.UNET, "lora_transformer.": "transformer", "lora_te.": "text_encoder",
-          "lora_te1.": "text_encoder", "lora_te2.": "text_encoder_2", "lora_te3.": "text_encoder_3",
-          **{f"{'.'.join(name)}.": component for name, component in components.SPELLINGS.items()
-             if component != components.DENOISER}}
-_KOHYA = re.compile(r"(lora_(unet|te\d?|transformer)|lycoris)_")
 # The attention processors of old files name the layers of text encoders as those of the U-Net.
 _OLD_UNET = {"to_out": "to_out.0"}
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -132,7 +127,10 @@ def decode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> Ad
         ValueError: keys of no LoRA layer, of several adapters, or twice; a damaged config; a part that LoRA has no
             place for; or what `peft.decode` refuses. All problems of a kind stand in one message.
     """
-    parts, numbers = _sorted_out(without_extras(tensors))
+    tensors = without_extras(tensors)
+    if any(lycoris.is_of_lycoris([key.rpartition(".")[2]]) for key in tensors):
+        return _lycoris(tensors, metadata)
+    parts, numbers = _sorted_out(tensors)
     own, config = _own(metadata), _config(metadata)
     layers, kept, problems = {}, {}, []
     for component, part in parts.items():
@@ -152,8 +150,39 @@ def decode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> Ad
         kept.update({components.join(component, field, parts): value for field, value in fields.items()})
     if problems:
         raise ValueError("\n  ".join(problems))
-    component = "" if len(parts) > 1 or own["component_in_paths"] else _component(tensors, layers, next(iter(parts)))
+    component = "" if len(parts) > 1 or own["component_in_paths"] else \
+        component_of_keys(tensors, layers, next(iter(parts)))
     return AdapterState("lora", layers, config=own.get("config", {} if config is None else kept), component=component)
+
+
+def _lycoris(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> AdapterState:
+    """Return the adapter of LoHa or LoKr with LyCORIS' names of parts behind dotted paths."""
+    problems = unknown_keys(tensors)
+    if CONFIG_ENTRY in metadata:
+        problems.append(f"the file has a config of LoRA ({CONFIG_ENTRY}) beside tensors of LoHa or LoKr.")
+    places = by_component(tensors)
+    present = {component for component, _ in places.values()}
+    parts: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    for key, (component, below) in places.items():
+        path, _, part = below.rpartition(".")
+        if not path or part not in (*lycoris.PARTS, *lycoris.BESIDE):
+            what = kind_of_part(part)
+            problems.append(f"{key}{'' if what == NOTHING else f' is {what}, which'} cannot be read beside LoHa or "
+                            f"LoKr.")
+            continue
+        own = parts[components.join(component, path, present)]
+        if part in own:
+            problems.append(f"{key} stands twice in the file, under two names of its component.")
+        own[part] = tensors[key]
+    problems += [f"{path}.{', '.join(own)} belongs to no layer of the file." for path, own in parts.items()
+                 if not lycoris.is_of_lycoris(own)]
+    layers = lycoris.read_layers({path: own for path, own in parts.items() if lycoris.is_of_lycoris(own)}, problems)
+    if problems:
+        raise ValueError("\n  ".join(problems))
+    warn_of_unused(metadata, lycoris.own_alphas(parts, layers, False))
+    method, layers = lycoris.of_methods(layers)
+    component = "" if len(present) > 1 else component_of_keys(tensors, layers, next(iter(present)))
+    return AdapterState(method, layers, component=component)
 
 
 # The tensors of a component by PEFT's keys, and beside them by kind (`alpha`, `dora_scale`, `scalar`) those by path.
@@ -165,11 +194,9 @@ def _sorted_out(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, _Parts], d
     """Return by component the tensors by PEFT's keys, and those beside them."""
     parts: dict[str, _Parts] = defaultdict(dict)
     numbers: dict[str, _Numbers] = defaultdict(lambda: defaultdict(dict))
-    problems = components.unknown_encoders(tensors)
-    problems += [f"{key} is one of kohya's keys, in a file of another layout: which layer it is of is not said."
-                 for key in tensors if _KOHYA.match(key)]
+    problems = unknown_keys(tensors)
     adapters: set[str | None] = set()
-    for key, (component, below) in _by_component(tensors).items():
+    for key, (component, below) in by_component(tensors).items():
         match = next(filter(None, (layout.fullmatch(below.replace(".processor.", ".")) for layout in _LAYOUTS)), None)
         if match is None:
             problems.append(f"{key} is {_what(key)}, which cannot be read here.")
@@ -194,30 +221,6 @@ def _sorted_out(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, _Parts], d
     if problems:
         raise ValueError("\n  ".join(problems))
     return parts, numbers
-
-
-def _by_component(keys: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Return the component of each key and the key below it."""
-    found = {key: (_HEADS.get(head, components.UNET), key.removeprefix(head))
-             for key in keys for head in [_head(key)]}
-    inner = {key: below for key, (_, below) in found.items() if key.startswith(_DENOISER)}
-    paths = {re.sub(r"\.(lora_(A|B|down|up)\..*|alpha|dora_scale|scalar)$", "", below) for below in inner.values()}
-    if components.component_of(paths) == components.TRANSFORMER:
-        found |= {key: (components.TRANSFORMER, below) for key, below in inner.items()}
-    return found
-
-
-def _head(key: str) -> str:
-    """Return what a key has before the layer's path to say the component, empty for nothing."""
-    return next((head for head in (*_DENOISER, *_HEADS) if key.startswith(head)), "")
-
-
-def _component(keys: Iterable[str], paths: Iterable[str], component: str) -> str:
-    """Return which component a file of one is of, as far as its keys say so."""
-    heads = set(map(_head, keys))
-    if heads == {""}:
-        return ""
-    return components.denoiser_of(paths) if heads & set(_DENOISER) else component
 
 
 def _what(key: str) -> str:

@@ -12,7 +12,8 @@ from mindpet_lite.formats.files import as_float
 _DIFFERENCES = {"diff": "a full difference of weights", "diff_b": "a difference of a bias",
                 "w_norm": "a difference of a norm's weight", "b_norm": "a difference of a norm's bias"}
 # By the start of what stands behind a layer's name: methods and parts that cannot be read here.
-_OTHERS = {"lora_mid": "LoCon with a third factor (CP decomposition)", "hada_": "LoHa", "lokr_": "LoKr",
+_OTHERS = {"lora_mid": "LoCon with a third factor (CP decomposition)", "hada_": "a part that LoHa does not have",
+           "lokr_": "a part that LoKr does not have",
            "oft_": "OFT", "boft_": "BOFT", "a1.": "GLoRA", "set_weight": "a whole weight",
            "reshape_weight": "the shape of a weight that was made larger", "diff": "a full difference of weights",
            "lora_A": "PEFT's spelling of a factor", "lora_B": "PEFT's spelling of a factor",

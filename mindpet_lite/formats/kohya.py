@@ -1,4 +1,4 @@
-"""LoRA files of kohya's trainer (sd-scripts) and of those who follow it: LyCORIS' LoCon and DoRA, Web UI, ComfyUI.
+"""Files of kohya's trainer (sd-scripts) and of those who follow it: LyCORIS (LoCon, DoRA, LoHa, LoKr), ComfyUI.
 
 Keys are ``lora_unet_<path>.lora_down.weight``, ``.lora_up.weight`` and ``.alpha``, with underscores for the path's
 dots; the scale is alpha / rank, and without an alpha it is 1. DoRA is LyCORIS' ``dora_scale``, one number per output.
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mindpet_lite.formats import lycoris
 from mindpet_lite.formats.extras import kind_of_part, magnitude, scaled, without_extras
 from mindpet_lite.formats.lora import (
     MAGNITUDE,
@@ -39,7 +40,7 @@ _COMPONENTS = {"lora_unet": components.UNET, "lycoris": components.UNET, "lora_t
                "lora_transformer": "transformer"}
 _NAME = re.compile(rf"({'|'.join(_COMPONENTS)})_(.+)")
 _DOWN, _UP, _ALPHA, _DORA, _SCALAR = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale", "scalar"
-_PARTS = (_DOWN, _UP, _ALPHA, _DORA, _SCALAR)
+_PARTS = (_DOWN, _UP, _ALPHA, _DORA, _SCALAR, *lycoris.PARTS)
 # The text encoder of a model with one is `lora_te`, the first of several `lora_te1`; a file with the first alone has
 # its prefix in this field of the config.
 _TEXT_PREFIX = "text_encoder_prefix"
@@ -97,29 +98,35 @@ def decode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
     own, config = read_own_entry(metadata.get(OWN_ENTRY))
     places = _places(parts, {name: layer["path"] for name, layer in own.items()}, paths, problems)
     layers: dict[str, LayerState] = {}
-    for name, path in places.items():
+    of_lora = {name: path for name, path in places.items() if not lycoris.is_of_lycoris(parts[name])}
+    for name, path in of_lora.items():
         try:
-            layer = settled(_layer(path, parts[name]), own[name]["settings"] if name in own else None)
+            layers[path] = settled(_layer(path, parts[name]), own[name]["settings"] if name in own else None)
         except ValueError as error:
             problems.append(str(error))
-            continue
-        if path in layers:
-            problems.append(f"{path} stands twice in the file.")
-        layers[path] = layer
+    others = {path: parts[name] for name, path in places.items() if name not in of_lora}
+    layers.update(lycoris.read_layers(others, problems))
+    problems += [f"{path} stands twice in the file." for path, count in Counter(places.values()).items() if count > 1]
     if not parts and not problems:
         problems.append("it holds no tensor.")
     if problems:
         raise ValueError("\n  ".join(problems))
-    default = {path: int(parts[name][_DOWN].shape[0]) for name, path in places.items() if _ALPHA not in parts[name]}
+    of_tensors = lycoris.own_alphas(others, layers, True)
+    default = lycoris.own_alphas(others, layers, False)
+    for name, path in of_lora.items():
+        if _ALPHA in parts[name]:
+            of_tensors[path] = (layers[path].settings or {})["lora_alpha"]
+        else:
+            default[path] = int(parts[name][_DOWN].shape[0])
     warn_of_unused(metadata, default)
     if not default and not own:
-        warn_of_contrary(metadata, {path: layer.settings["lora_alpha"] for path, layer in layers.items()
-                                    if layer.settings}, OF_TENSORS)
+        warn_of_contrary(metadata, of_tensors, OF_TENSORS)
     kept = {key: value for key, value in metadata.items() if key not in (*_SUMMARY, OWN_ENTRY)
             and (key, value) != (_MODULE, _module(layers))}
     if any(name.startswith("lora_te1_") for name in parts) and not any(name.startswith("lora_te2_") for name in parts):
         kept[_TEXT_PREFIX] = "lora_te1"
-    return AdapterState("lora", layers, config=kept | config, component=_component(parts, layers))
+    method, layers = lycoris.of_methods(layers)
+    return AdapterState(method, layers, config=kept | config, component=_component(parts, layers))
 
 
 def _component(names: Iterable[str], paths: Collection[str]) -> str:

@@ -37,6 +37,7 @@ from mindpet_lite.delta.prompt_tuning import PromptTuningConfig
 from mindpet_lite.delta.ptuning2 import PrefixEmbedding, PrefixEncoder, Ptuning2Config, Ptuning2Dense
 from mindpet_lite.delta.r_drop import RDropLoss, rdrop_repeat
 from mindpet_lite.delta.trainable_tokens import TrainableTokensConfig
+from mindpet_lite.delta.vera import VeraConfig
 from mindpet_lite.delta.virtual_tokens import prompt_mask
 
 METHODS: dict[str, type[DeltaConfig]] = {kind.pet_type: kind for kind in (
@@ -58,6 +59,7 @@ METHODS: dict[str, type[DeltaConfig]] = {kind.pet_type: kind for kind in (
     HRAConfig,
     LoHaConfig,
     LoKrConfig,
+    VeraConfig,
 )}
 
 # The layers that are built by hand, MindPet's functions, and the config of each method.

@@ -15,7 +15,7 @@ from mindspore import Parameter, Tensor, nn
 from mindpet_lite.delta.base import Delta, overflow
 from mindpet_lite.delta.hosts import Host, as_running, keeps_types, take_types
 from mindpet_lite.delta.parts import as_type, prefix_of
-from mindpet_lite.delta.values import setting_parameter
+from mindpet_lite.delta.values import FrozenParameter, setting_parameter
 
 Self = TypeVar("Self", bound="Adapted")
 # By name: the tensors of a layer, or its weight and bias.
@@ -109,8 +109,6 @@ class Method(Adapted):
 
     scaling: Parameter
     config: Any
-    # What it holds together with the adapter's other layers.
-    shared_names: tuple[str, ...] = ()
 
     @classmethod
     def shapes(cls, layer: nn.Cell, config: Any) -> dict[str, tuple[int, ...]]:
@@ -132,6 +130,7 @@ class Method(Adapted):
         trained = {name: Tensor(np.asarray(values[name], np.float32).reshape(shape)).astype(config.param_init_type)
                    for name, shape in shapes.items()}
         self.add_parameters(trained, {"scaling": self.factor()})
+        self.setting_names += tuple(name for name, item in config._shared.items() if isinstance(item, FrozenParameter))
         self.prepare(config)
 
     def prepare(self, config: Any) -> None:

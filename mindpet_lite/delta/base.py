@@ -49,7 +49,8 @@ class Delta:
 
     `delta_names` names the attributes that hold what it trains: Parameters, or cells of them. `setting_names` names
     Parameters that are never trained, counted or written to a file: those that hold what the settings say, which a
-    compiled graph reads, and constants. `output_names` names those of `delta_parameters()` on the side of the layer's
+    compiled graph reads, and constants. `shared_names` names the Parameters that it holds together with the adapter's
+    other layers. `output_names` names those of `delta_parameters()` on the side of the layer's
     output, as LoRA's B. `strength` multiplies the delta (1 is the trained adapter, 0 the base), `enabled`
     switches it; `refresh` puts both into effect. `fixed` and `unmergeable` say why a method cannot be steered
     or merged. `foldable` says that some of what trains can be left out for inference, by `fold`.
@@ -58,6 +59,7 @@ class Delta:
     method: ClassVar[str]
     delta_names: tuple[str, ...]
     setting_names: tuple[str, ...] = ()
+    shared_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
 
     strength: float = 1.0
@@ -291,13 +293,21 @@ class DeltaConfig:
         """Return the Parameters that the layers of one adapter share, by name; nothing where they share none.
 
         Args:
-            layers: by path the plain layer that is to be adapted, with its own settings.
-            given: the values that a file has for them, by name.
+            layers: by path each layer, plain or adapted, with its own settings.
+            given: the values that a file, or the net's layers of the method, have for them already, by name.
 
         Raises:
             ValueError: the layers cannot share them, or what is given does not fit.
         """
         return {}
+
+    def beside(self, present: Iterable[Delta]) -> list[str]:
+        """Return a sentence for each reason why layers of these settings cannot share what present ones share.
+
+        Args:
+            present: the layers of the method that the net has already.
+        """
+        return []
 
     def holding(self, shared: Mapping[str, Parameter]) -> DeltaConfig:
         """Return the settings with what `share` made, for `adapt`."""

@@ -42,6 +42,9 @@ class MethodConfig(DeltaConfig):
         check_float_type("param_init_type", self.param_init_type)
         if self.compute_dtype is not None:
             check_float_type("compute_dtype", self.compute_dtype)
+        biases = ("none", "all", self.peft.bias)
+        if self.peft.bias and getattr(self, "bias", None) not in biases:
+            raise ValueError(f"bias must be one of {', '.join(biases)}, but got {getattr(self, 'bias', None)!r:.100}.")
         for field in self.peft.patterns.values():
             by_pattern = getattr(self, field)
             if not isinstance(by_pattern, Mapping):
@@ -54,6 +57,11 @@ class MethodConfig(DeltaConfig):
             # Each value is checked as the field itself is.
             for value in getattr(self, patterns).values():
                 dataclasses.replace(self, **{**without, field: value})
+
+    def trains_base(self, name: str, of_adapted_layer: bool) -> bool:
+        """Tell whether a base Parameter is a bias that the field `bias` says to train, where the method has it."""
+        bias = getattr(self, "bias", "none")
+        return name.endswith("bias") and (bias == "all" or bias == self.peft.bias and of_adapted_layer)
 
     @classmethod
     def layer_fields(cls) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mindspore
 import numpy as np
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 _SAMPLE = 1024
 
+Frozen = TypeVar("Frozen", bound="FrozenParameter")
 
-class SettingParameter(Parameter, Tensor):
-    """A Parameter that holds what the settings of its layer say, such as a scale. It never trains.
 
-    `set_data`, with which checkpoints are loaded, leaves its value; `mindpet_lite.delta.parts.put` writes it. Made by
-    :func:`setting_parameter`, because `Parameter` gives its objects a class of its own.
+class FrozenParameter(Parameter, Tensor):
+    """A Parameter that never trains, such as a projection that layers share. Checkpoints are loaded into it as usual.
+
+    Made by :func:`frozen_parameter`, because `Parameter` gives its objects a class of its own.
     """
 
     @property
@@ -36,6 +37,17 @@ class SettingParameter(Parameter, Tensor):
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
         pass
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenParameter:
+        return _of_class(type(self), super().__deepcopy__(memo))
+
+
+class SettingParameter(FrozenParameter):
+    """A Parameter that holds what the settings of its layer say, such as a scale. It never trains.
+
+    `set_data`, with which checkpoints are loaded, leaves its value; `mindpet_lite.delta.parts.put` writes it. Made by
+    :func:`setting_parameter`.
+    """
 
     def set_data(self, data: Tensor | float, slice_shape: bool = False) -> SettingParameter:
         """Keep the value, and warn where `data` is another."""
@@ -49,17 +61,19 @@ class SettingParameter(Parameter, Tensor):
         """Keep the value, as `set_data` does: `Cell.load_state_dict` loads so."""
         return self.set_data(value)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SettingParameter:
-        return _as_setting(super().__deepcopy__(memo))
-
 
 def setting_parameter(value: Tensor | float, name: str) -> SettingParameter:
     """Return a new Parameter of a value that the settings say."""
-    return _as_setting(Parameter(value, name=name, requires_grad=False))
+    return _of_class(SettingParameter, Parameter(value, name=name, requires_grad=False))
 
 
-def _as_setting(parameter: Parameter) -> SettingParameter:
-    parameter.__class__ = SettingParameter
+def frozen_parameter(value: Tensor, name: str) -> FrozenParameter:
+    """Return a new Parameter that never trains."""
+    return _of_class(FrozenParameter, Parameter(value, name=name, requires_grad=False))
+
+
+def _of_class(kind: type[Frozen], parameter: Parameter) -> Frozen:
+    parameter.__class__ = kind
     return parameter
 
 

@@ -41,7 +41,7 @@ def part(state: AdapterState, component: str | None, target: str | None = None) 
         config[FIELD] = _below(component, config[FIELD])
     # What is carried goes by the keys of a file of all components.
     return AdapterState(state.method, _below(component, state.layers), _below(component, state.trained), config,
-                        component=component)
+                        component=component, shared=state.shared)
 
 
 def _below(component: str, items: Mapping[str, Any]) -> dict[str, Any]:

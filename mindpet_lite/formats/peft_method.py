@@ -18,6 +18,7 @@ from mindpet_lite.names.parameter_names import pytorch_name
 _COMMON: dict[str, Any] = {"auto_mapping": None, "base_model_name_or_path": None, "inference_mode": True,
                            "revision": None, "task_type": None}
 _COPY = ".modules_to_save."
+_BASE = ".base_layer."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,9 @@ class PeftMethod:
             layer goes by until the net tells its path. Empty where keys have paths.
         needs: what a net must have before such a file fits, where no layer of it can be adapted for that.
         remark: what a user must know of every file of the method.
+        bias: what the field `bias` says where the biases of the adapted layers train; empty where PEFT has no such
+            field, so that no bias trains beside.
+        may_be_empty: a layer's tensors may hold no value.
     """
 
     peft_type: str
@@ -49,6 +53,8 @@ class PeftMethod:
     home: str = ""
     needs: str = ""
     remark: str = ""
+    bias: str = ""
+    may_be_empty: bool = False
 
     def key_of(self, path: str, name: str) -> str:
         """Return PEFT's key of a layer's tensor of our name."""
@@ -80,6 +86,18 @@ class PeftMethod:
                   ) -> Mapping[str, Mapping[str, np.ndarray]]:
         """Return the layers that PEFT's tensors, by path and our name, are of."""
         return layers
+
+    def for_file(self, state: AdapterState) -> AdapterState:
+        """Return the adapter with the tensors that its file holds."""
+        return state
+
+    def from_file(self, state: AdapterState) -> AdapterState:
+        """Return the adapter that a file's tensors and settings describe.
+
+        Raises:
+            ValueError: they do not belong together.
+        """
+        return state
 
     def layer_settings(self, path: str, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings that a config of PEFT's gives the layer at `path`."""
@@ -119,7 +137,8 @@ class PeftMethod:
 def can_hold(state: AdapterState, method: PeftMethod) -> bool:
     """Tell whether PEFT's files can hold an adapter.
 
-    No biases train, layers differ only in what has patterns, and the method's files can hold them all (`holds`).
+    Biases train only where PEFT's do, layers differ only in what has patterns, and the method's files can hold them all
+    (`holds`).
     """
     if not method.holds(state):
         return False
@@ -127,7 +146,7 @@ def can_hold(state: AdapterState, method: PeftMethod) -> bool:
         method.config_fields({path: layer.settings or {} for path, layer in state.layers.items()})
     except ValueError:
         return False
-    return not homes_of_trained(state)[1]
+    return bool(method.bias) or not homes_of_trained(state)[1]
 
 
 def encode(state: AdapterState, method: PeftMethod) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -141,17 +160,20 @@ def encode(state: AdapterState, method: PeftMethod) -> tuple[dict[str, np.ndarra
                if layer.settings is None]
     if unknown:
         raise ValueError("\n  ".join(unknown))
+    state = method.for_file(state)
     tensors = method.tensors_of({path: layer.tensors for path, layer in state.layers.items()})
     tensors.update({method.shared[name]: value for name, value in state.shared.items()})
-    modules, _ = homes_of_trained(state)
+    modules, biased = homes_of_trained(state)
     for name, value in state.trained.items():
         path, _, last = name.rpartition(".")
-        tensors[f"{PREFIX}{path}.{pytorch_name(last)}"] = value
+        tensors[f"{PREFIX}{path}{_BASE if path in state.layers else '.'}{pytorch_name(last)}"] = value
     tensors.update({key: tensors.get(key.replace(_COPY, "."), value) if _COPY in key else value
                     for key, value in state.carried.items()})
     if _still_true(state, tensors, method):
         return tensors, dict(state.config)
     fields = method.config_fields({path: layer.settings or {} for path, layer in state.layers.items()})
+    if method.bias:
+        fields["bias"] = "none" if not biased else method.bias if biased <= set(state.layers) else "all"
     kept = {name: value for name, value in state.config.items() if name not in fields}
     targets = {} if method.home else {"target_modules": sorted(state.layers)}
     return tensors, {"peft_type": method.peft_type, **_COMMON, **kept, **fields, **targets,
@@ -193,7 +215,7 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], name: s
             shared[shared_names[key]] = value
         elif is_carried(key, config):
             carried[key] = value
-        elif (place := path_of_trained(key, config)) is not None:
+        elif (place := path_of_trained(key, config) or _path_of_bias(key, config, method)) is not None:
             trained[place] = value
         else:
             above = "" if method.home else f"{PREFIX}<path>."
@@ -205,4 +227,11 @@ def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], name: s
         raise ValueError("\n  ".join(problems))
     found = {path: LayerState(dict(parts), method.settings_held(method.layer_settings(path, config), parts))
              for path, parts in method.layers_of(layers, config).items()}
-    return AdapterState(name, found, trained, dict(config), carried, shared=shared)
+    return method.from_file(AdapterState(name, found, trained, dict(config), carried, shared=shared))
+
+
+def _path_of_bias(key: str, config: Mapping[str, Any], method: PeftMethod) -> str | None:
+    """Return the path of a bias that the config says to train, or None for another key."""
+    trains = method.bias and config.get("bias") in ("all", method.bias)
+    return key.removeprefix(PREFIX).replace(_BASE, ".") if trains and key.startswith(PREFIX) and key.endswith(
+        ".bias") else None

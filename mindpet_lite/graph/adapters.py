@@ -253,6 +253,12 @@ def adapters_of(found: Iterable[Delta]) -> list[Adapter]:
     return list({id(delta.adapter): delta.adapter for delta in found if delta.adapter is not None}.values())
 
 
+def shared_by(found: Iterable[Delta], method: str) -> dict[str, Parameter]:
+    """Return the Parameters that the layers of a method share, by name."""
+    records = adapters_of(delta for delta in found if delta.method == method)
+    return {name: item for record in records for name, item in record.shared.items()}
+
+
 def record_of(found: Iterable[Delta]) -> Adapter:
     """Return the record that deltas of one adapter share; give it to those that have none yet."""
     found = list(found)

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from mindspore import Parameter, nn
+from mindspore import nn
 
 from mindpet_lite.config import as_config
 from mindpet_lite.delta.base import Delta, DeltaConfig
+from mindpet_lite.delta.values import to_numpy
 from mindpet_lite.formats.problems import listed
-from mindpet_lite.graph.adapters import deltas_in
+from mindpet_lite.graph.adapters import deltas_in, shared_by
 from mindpet_lite.graph.freeze import with_lists
 from mindpet_lite.graph.match import targets
 from mindpet_lite.graph.modules_to_save import saved_by
@@ -74,10 +75,14 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
             configs[path] = config.for_layer(path)
         except (TypeError, ValueError) as error:
             problems.append(f"{path}: {error}")
-    shared: dict[str, Parameter] = {}
+    present = [delta for delta in deltas_in(cells).values() if delta.method == config.pet_type]
+    problems += config.beside(present)
+    shared = shared_by(present, config.pet_type)
     with _uncollected():
         try:
-            shared = type(config).share({path: (cells[path], own) for path, own in configs.items()}, {})
+            made = type(config).share({path: (cells[path], own) for path, own in configs.items()},
+                                      {name: to_numpy(item) for name, item in shared.items()})
+            shared = {name: shared.get(name, item) for name, item in made.items()}
         except (TypeError, ValueError) as error:
             problems.append(str(error))
         for path, own in configs.items():

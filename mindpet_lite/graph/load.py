@@ -31,9 +31,10 @@ from mindpet_lite.graph.modules_to_save import Found, find_trained, of_the_base,
 from mindpet_lite.graph.parameters import apply_trains, parameters_with, what_trains
 from mindpet_lite.graph.parents import refusal_at
 from mindpet_lite.graph.peft_semantics import shared_layers
-from mindpet_lite.graph.put_in import adapt, followers_of, put_in, start_problems
+from mindpet_lite.graph.put_in import followers_of, put_in, start_problems
 from mindpet_lite.graph.saved_parameter import SavedParameter
 from mindpet_lite.graph.shapes import shape_problems
+from mindpet_lite.graph.shared import with_shared
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, without_inner
 from mindpet_lite.names.table import Table, check_table
 
@@ -66,7 +67,7 @@ def install(net: nn.Cell, source: Source, path: str, name_map: Table | None = No
     state = with_path(part(source.state, component), cells, name_map, problems)
     state = under_paths(state, source.kind, cells, name_map, component, problems)
     values = in_float32(state, path)
-    adapted, shared = _adapted(values, cells, problems)
+    adapted, shared, made = _adapted(values, cells, problems)
     new = {place: delta for place, delta in adapted.items() if delta is not cells[place]}
     problems += start_problems(net, new)
     trained = find_trained(values, net, problems)
@@ -101,9 +102,9 @@ def install(net: nn.Cell, source: Source, path: str, name_map: Table | None = No
     of_base = {id(item.parameter): item for item in record.saved}
     for place, delta in adapted.items():
         fill(delta, values.layers[place], state.layers[place], of_base)
-    for name, value in values.shared.items():
-        if name in record.shared:
-            put(record.shared[name], Tensor(value).astype(record.shared[name].dtype))
+    for name, item in shared.items():
+        if item is not made[name]:
+            put(item, Tensor(made[name].asnumpy()))
     _fill_saved(record, values, state, {name: (place, untied.get(place, item))
                                         for name, (place, item) in trained.items()}, unchanged)
     if not adapted or any(delta.adapter is record for delta in adapted.values()):
@@ -151,17 +152,20 @@ def _other_base(state: AdapterState, cells: Mapping[str, nn.Cell], path: str, st
 
 
 def _adapted(state: AdapterState, cells: Mapping[str, nn.Cell], problems: list[str]
-             ) -> tuple[dict[str, Delta], dict[str, Parameter]]:
-    """Return the delta that each layer of the file goes to, new where the net's is plain, and what new ones share.
+             ) -> tuple[dict[str, Delta], dict[str, Parameter], dict[str, Parameter]]:
+    """Return the delta that each layer of the file goes to, new where the net's is plain, and what they share.
 
     Adds every problem found.
+
+    Returns:
+        The deltas by path; by name the Parameters that they share, and those that hold the values of the file.
     """
     unknown = [name for name in [*state.method.split("+"), *filter(None, (layer.method for layer in
                                                                           state.layers.values()))]
                if name not in METHODS]
     if unknown:
         problems.append(f"the file is of method {unknown[0]!r}, which is none of {', '.join(METHODS)}.")
-        return {}, {}
+        return {}, {}, {}
     place_of: dict[int, str] = {}
     present = deltas_in(cells)
     configs: dict[str, DeltaConfig] = {}
@@ -181,13 +185,13 @@ def _adapted(state: AdapterState, cells: Mapping[str, nn.Cell], problems: list[s
             continue
         if config is not None:
             configs[path] = config
-    adapted, shared = _with_shared(configs, state, cells, present, problems)
+    adapted, shared, made = with_shared(configs, state, cells, present, problems)
     for path, delta in adapted.items():
         problems.extend(mismatches(path, delta, state.layers[path]))
     methods = {layer.method or state.method for layer in state.layers.values()}
     problems.extend(f"missing: the net's adapted layer {path} is not in the file." for path, delta in present.items()
                     if delta.method in methods and id(cells[path]) not in place_of)
-    return adapted, shared
+    return adapted, shared, made
 
 
 def _config_for(kind: type[DeltaConfig], path: str, cells: Mapping[str, nn.Cell], present: Delta | None,
@@ -200,7 +204,8 @@ def _config_for(kind: type[DeltaConfig], path: str, cells: Mapping[str, nn.Cell]
         if present.method != kind.pet_type:
             raise ValueError(f"the file is of method {kind.pet_type!r}, the layer in the net is of "
                              f"{present.method!r:.100}.")
-        return kind(**(layer.settings or {}))
+        own = getattr(present, "config", None)
+        return own if layer.settings is None and isinstance(own, kind) else kind(**(layer.settings or {}))
     if layer.settings is None:
         raise ValueError("the layer is plain and the file does not say rank and alpha or whatever its method needs: "
                          "adapt the net first, with the values it was trained with.")
@@ -209,26 +214,6 @@ def _config_for(kind: type[DeltaConfig], path: str, cells: Mapping[str, nn.Cell]
     wrong = shape_problems(path, layer, {} if refusal_at(config, path, cells) else config.shapes(cells[path]))
     problems += wrong
     return None if wrong else config
-
-
-def _with_shared(configs: Mapping[str, DeltaConfig], state: AdapterState, cells: Mapping[str, nn.Cell],
-                 present: Mapping[str, Delta], problems: list[str]) -> tuple[dict[str, Delta], dict[str, Parameter]]:
-    """Return the deltas of a file's layers, and what those that are new share."""
-    new = {path: (cells[path], config) for path, config in configs.items() if path not in present}
-    shared: dict[str, Parameter] = {}
-    adapted: dict[str, Delta] = {}
-    try:
-        for kind in {type(config) for _, config in new.values()}:
-            shared.update(kind.share({path: pair for path, pair in new.items() if type(pair[1]) is kind}, state.shared))
-    except (TypeError, ValueError) as error:
-        problems.append(str(error))
-        return {}, {}
-    for path, config in configs.items():
-        try:
-            adapted[path] = present[path] if path in present else adapt(config.holding(shared), path, cells)
-        except (TypeError, ValueError) as error:
-            problems.append(f"{path}: {error}")
-    return adapted, shared
 
 
 def _factor_type(kind: type[DeltaConfig], cell: nn.Cell, layer: LayerState) -> dict[str, mstype.Type]:

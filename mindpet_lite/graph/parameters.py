@@ -58,19 +58,21 @@ def parameters_with(net: nn.Cell, adapted: Mapping[str, Delta]) -> list[tuple[Pa
         adapted: the new deltas by the path they will have.
     """
     base = net_parameters(net)
-    _settle_names(base, adapted)
+    _settle_names([parameter for parameter, _ in paths_of_parameters(net)], adapted)
     names_in_base = {id(parameter): names for parameter, names in base}
     own = {id(parameter): (parameter, names_in_base.get(id(parameter), [f"{path}.{name}"]))
            for path, delta in adapted.items() for name, parameter in delta.delta_parameters().items()}
     return [item for item in base if id(item[0]) not in own] + list(own.values())
 
 
-def _settle_names(base: list[tuple[Parameter, list[str]]], adapted: Mapping[str, Delta]) -> None:
-    taken = {parameter.name for parameter, _ in base}
-    of_base = {id(parameter) for parameter, _ in base}
+def _settle_names(of_net: list[Parameter], adapted: Mapping[str, Delta]) -> None:
+    taken = {parameter.name for parameter in of_net}
+    settled = {id(parameter) for parameter in of_net}
     for path, delta in adapted.items():
         own = {name: parameter for name, parameter in {**delta.delta_parameters(), **delta.setting_parameters()}.items()
-               if id(parameter) not in of_base}
+               if id(parameter) not in settled}
+        # What layers share has the name that it got with the first of them.
+        settled.update(id(getattr(delta, name)) for name in delta.shared_names)
         if any(parameter.name in taken or "." not in parameter.name for parameter in own.values()):
             for name, parameter in own.items():
                 parameter.name = f"{path}.{name}"

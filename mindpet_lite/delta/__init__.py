@@ -1,4 +1,5 @@
 """The methods: one file = one method = one paper = one line in `METHODS`."""
+from mindpet_lite.delta.adalora import AdaLoraConfig
 from mindpet_lite.delta.adapter import AdapterConfig, AdapterDense, AdapterLayer
 from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.delta.bitfit import BitFitConfig
@@ -60,6 +61,7 @@ METHODS: dict[str, type[DeltaConfig]] = {kind.pet_type: kind for kind in (
     LoHaConfig,
     LoKrConfig,
     VeraConfig,
+    AdaLoraConfig,
 )}
 
 # The layers that are built by hand, MindPet's functions, and the config of each method.

@@ -87,7 +87,8 @@ def read_adapter(path: Path, kind: str | None = None, methods: Methods = LORA,
         raise FileNotFoundError(f"There is no {CONFIG_FILE} beside {tensor_file}, which holds the adapter's settings: "
                                 f"give the directory with both.")
     try:
-        _check_sizes(tensors)
+        if not _may_be_empty(config, methods):
+            _check_sizes(tensors)
         state = _decode(found, tensors, file.metadata, config, methods, paths)
         problems = [*_type_problems(state), *settings_problems(state), *kept_problems(state.config, state.method)]
         if problems:
@@ -186,6 +187,12 @@ def _decode(kind: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str,
     if kind == "mindpet":
         return mindpet.decode(tensors, metadata.get(mindpet.SETTINGS_KEY), methods)
     return mindformers.decode(tensors, config)
+
+
+def _may_be_empty(config: Mapping[str, Any] | None, methods: Methods) -> bool:
+    """Tell whether the files of the config's method may hold tensors without a value."""
+    return any(kind.peft.may_be_empty for kind in methods.values() if kind is not None and kind.peft is not None
+               and kind.peft.peft_type == (config or {}).get("peft_type"))
 
 
 def _check_sizes(tensors: Mapping[str, np.ndarray]) -> None:

@@ -1,5 +1,6 @@
 """Aids for training deltas: rates, accumulation, clipping, averages, health, batches, checkpoints, processes."""
 from mindpet_lite.train.accumulate import GradientAccumulation
+from mindpet_lite.train.allocation import OrthogonalRegularization, RankAllocation
 from mindpet_lite.train.clip import clip_global_norm
 from mindpet_lite.train.ema import DeltaEMA
 from mindpet_lite.train.groups import lora_plus_groups
@@ -9,5 +10,6 @@ from mindpet_lite.train.ranks import Ranks, gradient_bytes, init_data_parallel
 from mindpet_lite.train.sampler import BatchSampler
 from mindpet_lite.train.state import TrainingState
 
-__all__ = ["BatchSampler", "DeltaEMA", "GradientAccumulation", "HealthCallback", "Interrupts", "Ranks", "TrainingState",
-           "clip_global_norm", "gradient_bytes", "init_data_parallel", "lora_plus_groups"]
+__all__ = ["BatchSampler", "DeltaEMA", "GradientAccumulation", "HealthCallback", "Interrupts",
+           "OrthogonalRegularization", "RankAllocation", "Ranks", "TrainingState", "clip_global_norm", "gradient_bytes",
+           "init_data_parallel", "lora_plus_groups"]

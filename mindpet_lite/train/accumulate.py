@@ -11,6 +11,7 @@ from mindspore import dtype as mstype
 from mindpet_lite.arguments import check_int, check_positive
 from mindpet_lite.delta.parts import as_type, put
 from mindpet_lite.graph.tree import call_at_train_end
+from mindpet_lite.train.allocation import RankAllocation
 from mindpet_lite.train.clip import clip_global_norm
 from mindpet_lite.train.ema import DeltaEMA
 
@@ -38,7 +39,7 @@ class GradientAccumulation(nn.Cell):
 
     Args:
         network: a cell that gives a scalar loss.
-        optimizer: of `mindspore.nn`; its parameters train.
+        optimizer: of `mindspore.nn`, or a :class:`mindpet_lite.RankAllocation` around one; its parameters train.
         steps: n, positive. Learning rates and weight decays count updates, not calls.
         max_norm: largest norm of all gradients together; None for no clipping.
         loss_scaler: a `mindspore.amp.StaticLossScaler` or `DynamicLossScaler`; it is adjusted once a window.
@@ -55,14 +56,17 @@ class GradientAccumulation(nn.Cell):
         ValueError: `steps` or `max_norm` is not positive.
     """
 
-    def __init__(self, network: nn.Cell, optimizer: nn.Optimizer, steps: int, max_norm: float | None = None,
-                 loss_scaler: mindspore.amp.LossScaler | None = None, ema: DeltaEMA | None = None) -> None:
+    def __init__(self, network: nn.Cell, optimizer: nn.Optimizer | RankAllocation, steps: int,
+                 max_norm: float | None = None, loss_scaler: mindspore.amp.LossScaler | None = None,
+                 ema: DeltaEMA | None = None) -> None:
         super().__init__(auto_prefix=False)
         check_int("steps", steps)
         if max_norm is not None:
             check_positive("max_norm", max_norm)
         for name, value, kind, needed in (
-                ("network", network, nn.Cell, True), ("optimizer", optimizer, nn.Optimizer, True),
+                ("network", network, nn.Cell, True),
+                ("optimizer", optimizer.optimizer if isinstance(optimizer, RankAllocation) else optimizer,
+                 nn.Optimizer, True),
                 ("loss_scaler", loss_scaler, mindspore.amp.LossScaler, False), ("ema", ema, DeltaEMA, False)):
             if not isinstance(value, kind) and (needed or value is not None):
                 raise TypeError(f"{name} must be a {kind.__name__}{'' if needed else ' or None'}, but got "
@@ -128,7 +132,7 @@ class GradientAccumulation(nn.Cell):
 class _Update(nn.Cell):
     """What is due at the end of a window, with the mean of its gradients."""
 
-    def __init__(self, optimizer: nn.Optimizer, max_norm: float | None,
+    def __init__(self, optimizer: nn.Optimizer | RankAllocation, max_norm: float | None,
                  loss_scaler: mindspore.amp.LossScaler | None, ema: DeltaEMA | None) -> None:
         super().__init__(auto_prefix=False)
         self.optimizer, self.max_norm, self.loss_scaler, self.ema = optimizer, max_norm, loss_scaler, ema

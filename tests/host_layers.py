@@ -48,13 +48,6 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "oft": ({"oft_block_size": 4}, {"r": 2, "oft_block_size": 0, "use_cayley_neumann": False},
             {"oft_block_size": 2, "block_share": True, "coft": True, "eps": 100.0, "use_cayley_neumann": False}),
     "boft": ({"boft_block_size": 4}, {"boft_block_size": 2, "boft_n_butterfly_factor": 3}),
-}
-# By the method and the entry: how far of its largest output a layer starts from its base, where the method has no start
-# that is exact; None where it has none at all.
-STARTS: dict[tuple[str, int], float | None] = {
-    ("hra", 0): 1e-6,
-    # An odd number of reflections, or orthogonal ones, are never none together.
-    ("hra", 1): None,
     "loha": ({"r": 2, "alpha": 4}, {"r": 2, "alpha": 3, "use_effective_conv2d": True}),
     # Inputs and outputs are cut into 2 x 4 and 2 x 2, or with factor 1 into 1 x 8 and 1 x 4, whose half is above r.
     "lokr": ({"r": 4, "alpha": 8}, {"r": 3, "alpha": 2, "decompose_factor": 1},
@@ -63,6 +56,13 @@ STARTS: dict[tuple[str, int], float | None] = {
     "adalora": ({"total_step": 100, "init_r": 4, "target_r": 2},
                 {"total_step": 100, "init_r": 3, "target_r": 3, "lora_alpha": 5, "kept": "101"}),
     "vera": ({"r": 3}, {"r": 6, "d_initial": -0.4, "projection_prng_key": 7, "save_projection": False}),
+}
+# By the method and the entry: how far of its largest output a layer starts from its base, where the method has no start
+# that is exact; None where it has none at all.
+STARTS: dict[tuple[str, int], float | None] = {
+    ("hra", 0): 1e-6,
+    # An odd number of reflections, or orthogonal ones, are never none together.
+    ("hra", 1): None,
 }
 
 

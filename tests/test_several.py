@@ -1,11 +1,14 @@
 """Several adapters on one net: values switch between them in a compiled graph."""
 from __future__ import annotations
 
+import warnings
+
+import adapter_sequences
 import numpy as np
 import pytest
 from host_layers import LAYERS
 from mindspore import Tensor, mint, nn, ops
-from nets import compile_count, inputs, unchanged
+from nets import compile_count, inputs, pynative, unchanged
 
 import mindpet_lite as mp
 from mindpet_lite.delta.hosts.dense import DenseHost
@@ -284,3 +287,12 @@ def test_two_axes_and_more(host, mode):
             close(y[row], base[row] if name is None else found[name][row])
 
 
+
+
+def test_random_sequences_are_the_numpy_models(tmp_path, monkeypatch):
+    """Thirty here; `python tests/adapter_sequences.py 1000` runs a thousand."""
+    monkeypatch.chdir(tmp_path)
+    with pynative(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        counts = adapter_sequences.run(30)
+    assert set(counts) == {"add", "load", "switch", "weigh", "mix", "delete", "train", "merge", "save"}

@@ -123,8 +123,6 @@ def put_state(net: nn.Cell, state: AdapterState, path: str, name: str, known: Na
             problems.append(f"{place}: {error}")
     if problems:
         raise ValueError(f"The adapter in {path} does not fit the net, which is unchanged:\n  {listed(problems)}")
-    if not known.names:
-        known.active = {name: 1.0}
     if write_beside(net, known, name, values, record):
         return net
     for place, delta in new.items():

@@ -123,6 +123,8 @@ def make_banks(net: nn.Cell, known: Named, more: Iterable[str] = (), method: str
         try:
             banks[path] = METHODS[delta.method].bank(cells[path], next(iter(known.records), DEFAULT))
             swaps[cells[path]] = banks[path]
+            # Of one adapter alone the weight is its strength, which the bank counts by name.
+            known.active = {name: delta.strength for name in list(known.records)[:1]} if delta.strength else {}
         except ValueError as error:
             problems.append(f"{path}: {error}")
     if problems:
@@ -161,8 +163,8 @@ def put_beside(net: nn.Cell, known: Named, name: str, new: Mapping[str, Delta], 
     for path, delta in new.items():
         banks[path].take(name, delta)
         banks[path].adapter = banks[path].adapter or record
-    known.records[name], known.method = record, method
-    keep(net, known)
+    _add(net, known, name, record)
+    known.method = method
     # An empty exchange drops the graphs that hold another structure.
     replace(net, swaps)
     set_weights(net, known)
@@ -187,10 +189,17 @@ def write_beside(net: nn.Cell, known: Named, name: str, state: AdapterState, rec
         banks[path].write(name, layer.settings or {}, a, b)
         banks[path].slots[name].file_types = {key: value.dtype for key, value in layer.tensors.items()}
         banks[path].adapter = banks[path].adapter or record
-    known.records[name] = record
-    keep(net, known)
+    _add(net, known, name, record)
     set_weights(net, known)
     return True
+
+
+def _add(net: nn.Cell, known: Named, name: str, record: Adapter) -> None:
+    """Note a new adapter; the first one counts at once."""
+    if not known.names:
+        known.active = {name: 1.0}
+    known.records[name] = record
+    keep(net, known)
 
 
 def state_of(net: nn.Cell, name: str) -> AdapterState:

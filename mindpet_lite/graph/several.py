@@ -55,7 +55,7 @@ def add_adapter(net: nn.Cell, name: str, config: DeltaConfig | Mapping[str, Any]
     """
     config, known = as_config(config), named(net)
     check_new(name, known)
-    if not known.names:
+    if not known.names and not banks_of(net):
         get_pet_model(net, config)
         known = named(net)
         known.records, known.active, known.live = {name: known.records.popitem()[1]}, {name: 1.0}, name

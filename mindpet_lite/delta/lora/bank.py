@@ -88,8 +88,8 @@ class LoRABank(Adapted):
         for path in layer.factor_paths:
             bank.insert_param_to_cell(path, getattr(layer, path))
         bank.slots = {name: Slot(layer.settings(), layer.factor_paths, 0, layer.file_types)}
-        bank.weights, bank.unmergeable = {name: 1.0}, layer.unmergeable
-        bank.strength, bank.enabled, bank.adapter = layer.strength, layer.enabled, layer.adapter
+        bank.weights, bank.unmergeable = {name: layer.strength}, layer.unmergeable
+        bank.enabled, bank.adapter = layer.enabled, layer.adapter
         bank.rebuild()
         bank.train_with(name if any(item.requires_grad for item in layer.delta_parameters().values()) else None)
         return bank

@@ -69,6 +69,8 @@ class Delta:
     # The types in which the file that this delta was loaded from holds its tensors, by parameter path.
     file_types: Mapping[str, np.dtype] = {}
     fixed: str = ""
+    # Its start took a part out of the base's weights that no file of the adapter tells: it belongs to what was left.
+    base_is_lost: bool = False
     unmergeable: str = ""
     foldable: bool = False
     # The layer computes with another delta's Parameters, because it has that layer's weight (tied weights): it trains

@@ -9,18 +9,17 @@ from typing import Any
 from mindpet_lite.arguments import MAX_ALPHA, is_alpha, some_of
 from mindpet_lite.formats.base_hash import FIELD
 from mindpet_lite.formats.lora import PEFT_FIELDS
+from mindpet_lite.formats.starts import takes_from_base
 from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.names.expressions import MOST, compile_checked, compile_end
 
-# Starts that leave the base alone, so that they matter no more once the factors are in a file; and those that take the
-# start out of the base's weights, in a way that only depends on them.
+# Starts that leave the base alone, so that they matter no more once the factors are in a file.
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-RESIDUAL_STARTS = ("pissa", "olora")
 # Fields that change what an adapter computes and that we cannot honour, with the values that mean "not used".
 _UNUSED: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None, []), "target_parameters": (None, []), "alora_invocation_tokens": (None, []),
     "use_qalora": (False, None), "use_bdlora": (None, False), "arrow_config": (None,), "kasa_config": (None,),
-    "monteclora_config": (None,), "velora_config": (None,), "megatron_config": (None,), "loftq_config": (None, {}),
+    "monteclora_config": (None,), "velora_config": (None,), "megatron_config": (None,),
     "ensure_weight_tying": (False, None),
 }
 _CURES = {"ensure_weight_tying": " Where modules_to_save or trainable_token_indices name both sides, or the model ties "
@@ -45,12 +44,12 @@ def problems_of(config: Mapping[str, Any]) -> list[str]:
     if config.get("bias", "none") not in ("none", "all", "lora_only", None):
         problems.append(f"bias must be 'none', 'all' or 'lora_only', but the config says {config['bias']!r:.100}.")
     start = config.get("init_lora_weights", True)
-    if start not in (*_STARTS, *RESIDUAL_STARTS):
-        problems.append(f"init_lora_weights = {start!r} is not supported: its base is not the one the adapter was "
-                        f"trained on. If yours is the residual base, set the field to true.")
+    if start not in _STARTS and not takes_from_base(start):
+        problems.append(f"init_lora_weights = {start!r:.100} is not supported. If it leaves the base's weights as they "
+                        f"are, or yours are what it left of them, set the field to true.")
     if config.get("lora_bias") and config.get("use_dora"):
         problems.append("lora_bias and use_dora do not go together.")
-    if start in RESIDUAL_STARTS and config.get("use_dora"):
+    if takes_from_base(start) and config.get("use_dora"):
         problems.append(f"init_lora_weights = {start!r} with use_dora is not supported.")
     dropout = config.get("lora_dropout")
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float, type(None))) or not 0 <= (dropout or 0) < 1:
@@ -149,7 +148,7 @@ def settings_of(path: str, config: Mapping[str, Any], has_dropout: bool) -> dict
             **({"lora_dropout": config.get("lora_dropout") or 0.0} if has_dropout else {}),
             **{name: True for name in ("use_rslora", "use_dora", "lora_bias") if config.get(name)},
             # PEFT starts embeddings as always, whatever it says.
-            **({"init_lora_weights": start} if start in RESIDUAL_STARTS and has_dropout else {})}
+            **({"init_lora_weights": start} if takes_from_base(start) and has_dropout else {})}
 
 
 def config_of(state: AdapterState, modules_to_save: list[str], bias: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from mindpet_lite.formats.peft import unsaved_modules
 from mindpet_lite.formats.peft_config import tokens_are_of_table_alone
 from mindpet_lite.formats.placed import placed
 from mindpet_lite.formats.problems import listed
+from mindpet_lite.formats.starts import on_residual_base
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.values import in_float32
 from mindpet_lite.graph.adapters import Adapter, adapters_of, deltas_in
@@ -37,11 +38,13 @@ from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, without
 from mindpet_lite.names.table import Table, check_table
 
 TRAINABLE = ("adapter", "keep")
+_RESIDUAL_CURE = ("Load the residual base first and give residual_base=True; or adapt the net first as it was in "
+                  "training, where that gives the same weights again.")
 
 
 def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None = None,
                  name_map: Table | None = None, strict_base: bool = False, trainable: str = "adapter",
-                 component: str | None = None) -> nn.Cell:
+                 component: str | None = None, residual_base: bool = False) -> nn.Cell:
     """Load an adapter into `net`, all of it or nothing, in place.
 
     Layers that the file names and that are still plain are adapted first, with the file's settings. Where the net has
@@ -66,6 +69,9 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
         component: of a diffusion pipeline: "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer",
             "transformer_2" or "vae". Takes its part of a file of several, and says that the net is that component, or
             has it.
+        residual_base: the weights in `net` are those that the adapter's start left of its base, as PiSSA's: nothing is
+            taken out of them. Needed for starts of which no file tells what they left (pissa_niter_N, CorDA, LoftQ,
+            LoRA-GA), unless the file holds the hash of these weights, as those of `save_adapter` do.
 
     Returns:
         `net`.
@@ -83,6 +89,8 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     source = read_adapter(Path(path), format, METHODS, list(without_inner(cells)))
     problems: list[str] = []
     state = _under_paths(part(source.state, component), source.kind, cells, name_map, component, problems)
+    state, unsettled = on_residual_base(state, _hashes(state, cells), residual_base, _RESIDUAL_CURE)
+    problems += unsettled
     values = in_float32(state, str(path))
     adapted, shared = _adapted(values, cells, problems)
     new = {place: delta for place, delta in adapted.items() if delta is not cells[place]}
@@ -152,9 +160,7 @@ def _by_parameter_name(state: AdapterState, cells: Mapping[str, nn.Cell]) -> Ada
 
 def _other_base(state: AdapterState, cells: Mapping[str, nn.Cell], path: str, strict: bool) -> list[str]:
     """Warn of an adapter that was trained on another base, or return that as a problem."""
-    found = deltas_in(cells)
-    other = differing(state.config, {place: functools.partial(layer_hash, cells[place], found.get(place))
-                                     for place in state.layers if place in cells})
+    other = differing(state.config, _hashes(state, cells))
     if not other:
         return []
     text = (f"{path} was trained on another base than this net: the weights of {', '.join(other[:3])}"
@@ -163,6 +169,13 @@ def _other_base(state: AdapterState, cells: Mapping[str, nn.Cell], path: str, st
         return [text]
     warn_user(text)
     return []
+
+
+def _hashes(state: AdapterState, cells: Mapping[str, nn.Cell]) -> dict[str, Callable[[], str]]:
+    """Return what gives the hash of each of an adapter's layers that the net has."""
+    found = deltas_in(cells)
+    return {place: functools.partial(layer_hash, cells[place], found.get(place))
+            for place in state.layers if place in cells}
 
 
 def _adapted(state: AdapterState, cells: Mapping[str, nn.Cell], problems: list[str]

@@ -111,7 +111,8 @@ def _of_layer(path: str, layer: LayerState, state: AdapterState, base: Base) -> 
     in_by_out = inputs_first(path, base.config, state.config.get("fan_in_fan_out"))
     left, right, in_rows = _oriented(layer, base.shape(weight), in_by_out, scale)
     # PEFT starts embeddings in its plain way whatever the config says.
-    start = None if EMBEDDING_A in layer.tensors else layer.settings.get("init_lora_weights")
+    is_plain = EMBEDDING_A in layer.tensors or layer.settings.get("residual_base")
+    start = None if is_plain else layer.settings.get("init_lora_weights")
     residual = residual_of(start, layer.settings["lora_rank"], scale, in_rows)
     magnitude = layer.tensors.get(MAGNITUDE)
     if magnitude is not None:

@@ -44,8 +44,9 @@ class LoraConfig(DeltaConfig, LoraSettings):
 
     Args:
         init_lora_weights: how A and B start, by PEFT's names: True as above, False B at random too, "gaussian",
-            "orthogonal", "pissa" or "olora" (linear layers only). PiSSA and OLoRA take what the factors start with out
-            of the base's weight.
+            "orthogonal", "pissa", "pissa_niter_4" (with any number of iterations) or "olora" (linear layers only).
+            PiSSA and OLoRA take what the factors start with out of the base's weight.
+        residual_base: the base's weights are those that this start left already: nothing is taken out of them.
         rank_pattern: ranks by regular expression; the first that fits the end of a layer's path counts.
         alpha_pattern: alphas, likewise.
         bias: which biases of the base train too: "none", "all", or "lora_only", those of the adapted layers.

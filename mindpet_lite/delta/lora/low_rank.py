@@ -15,9 +15,10 @@ from mindpet_lite.delta.adapted import Adapted
 from mindpet_lite.delta.base import float64, overflow
 from mindpet_lite.delta.dropout import delta_dropout
 from mindpet_lite.delta.lora.settings import LoraSettings, OwnStart, scale_of
-from mindpet_lite.delta.lora.start import RESIDUAL, factors
+from mindpet_lite.delta.lora.start import factors
 from mindpet_lite.delta.parts import as_type, initial, prefix_of, put
 from mindpet_lite.delta.values import set_value
+from mindpet_lite.formats.starts import loses_base, takes_from_base
 
 Self = TypeVar("Self", bound="LowRank")
 
@@ -58,6 +59,9 @@ class LowRank(Adapted):
     scaling: Parameter
     strength_factor: Parameter
     init_lora_weights: bool | str
+    # Its start took a part out of the base's weight; and that part can be taken out of another weight anew.
+    took: bool = False
+    takes_again: bool = False
     mindpet_delta_lora_b_bias: Parameter
     mindpet_delta_lora_magnitude: Parameter
 
@@ -103,7 +107,9 @@ class LowRank(Adapted):
         self.dropout_rate = float(config.lora_dropout)
         self.use_rslora, self.use_dora, self.has_lora_bias = config.use_rslora, config.use_dora, config.lora_bias
         self.init_lora_weights = config.init_lora_weights
-        if config.init_lora_weights is not True:
+        if config.residual_base:
+            self._note_residual(takes_again=False)
+        elif config.init_lora_weights is not True:
             values = dict(zip(values, self._other_start(config, shapes[a_name], shapes[b_name])))
         # A graph calls no method of a class.
         self.factor_paths = (a_name, b_name)
@@ -184,7 +190,7 @@ class LowRank(Adapted):
 
     def base_parameter(self) -> Parameter | None:
         """Return the weight where DoRA's magnitude, or the factors, are made from it."""
-        return self.weight if self.use_dora or self.init_lora_weights in RESIDUAL else None
+        return self.weight if self.use_dora or self.takes_again else None
 
     def start_again(self) -> None:
         """Make DoRA's magnitude from the weight as it is now; for PiSSA and OLoRA the factors and what is left of it.
@@ -211,10 +217,16 @@ class LowRank(Adapted):
             raise ValueError(f"init_lora_weights {config.init_lora_weights!r} is for linear layers: leave this one "
                              f"out, or adapt it with another config.")
         a, b = self._factors_of(self.weight)
-        if config.init_lora_weights in RESIDUAL:
-            self.fixed = (f"its start ({config.init_lora_weights}) took a part out of the base's weight, so without "
-                          f"the delta the layer is not its base.")
+        if takes_from_base(config.init_lora_weights):
+            self._note_residual(takes_again=True)
         return a.astype(config.param_init_type), b.astype(config.param_init_type)
+
+    def _note_residual(self, takes_again: bool) -> None:
+        """Note that the layer's base is what the start left, or will have left, of the weight."""
+        self.took, self.takes_again = True, takes_again
+        self.base_is_lost = loses_base(self.init_lora_weights)
+        self.fixed = (f"its start ({self.init_lora_weights}) took a part out of the base's weight, so without the "
+                      f"delta the layer is not its base.")
 
     def _factors_of(self, weight: Parameter) -> tuple[Tensor, Tensor]:
         """Return A and B made from the weight by `init_lora_weights`, in float32."""
@@ -223,7 +235,7 @@ class LowRank(Adapted):
 
     def base_values(self) -> dict[Parameter, Tensor]:
         """Return the weight without what the factors start with, for PiSSA and OLoRA."""
-        if self.init_lora_weights not in RESIDUAL:
+        if not self.takes_again:
             return {}
         return {self.weight: Tensor(_numbers(self.weight) - self._factor() * self._update()).astype(self.weight.dtype)}
 
@@ -339,7 +351,7 @@ class LowRank(Adapted):
         return {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha,
                 **({} if self.takes_ids else {"lora_dropout": self.dropout_rate}),
                 **{name: True for name, is_used in used.items() if is_used},
-                **({"init_lora_weights": self.init_lora_weights} if self.init_lora_weights in RESIDUAL else {})}
+                **({"init_lora_weights": self.init_lora_weights} if self.took else {})}
 
     def unlike(self, settings: Mapping[str, Any]) -> list[str]:
         """Return where alpha is too large: it is taken over; all else shows in the tensors, or may differ."""

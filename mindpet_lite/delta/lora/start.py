@@ -1,18 +1,36 @@
 """How LoRA's factors start, besides by MindSpore's initialisers: by PEFT's names of `init_lora_weights`."""
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
-# Those that move the base: what the factors start with is taken out of the weight, so that the sum is the weight.
-RESIDUAL = ("pissa", "olora")
-STARTS = (True, False, "gaussian", "orthogonal", *RESIDUAL)
+from mindpet_lite.formats.starts import RESIDUAL_STARTS, loses_base, takes_from_base
+
+_NAMES = (True, False, "gaussian", "orthogonal", *RESIDUAL_STARTS, "pissa_niter_4")
+_FAST_PISSA = re.compile(r"pissa_niter_(\d{1,3})")
+# Random directions beside the rank, in which a fast decomposition looks (Halko et al., section 4.2: 5 or 10).
+_MORE = 10
 
 
-def check_start(value: object) -> None:
-    """Raise ValueError unless `value` is a start that we have."""
-    if not any(value is item or isinstance(item, str) and value == item for item in STARTS):
-        raise ValueError(f"init_lora_weights must be one of {', '.join(map(str, STARTS))}, but got {value!r:.100}. "
-                         f"(Starts that need data, such as EVA, CorDA and LoRA-GA, are not made here.)")
+def check_start(value: object, of_residual_base: bool) -> None:
+    """Raise ValueError unless `value` is a start that we have.
+
+    Args:
+        value: of `init_lora_weights`.
+        of_residual_base: the start is an adapter's past: nothing is to be made.
+    """
+    if of_residual_base:
+        if not takes_from_base(value):
+            raise ValueError(f"residual_base says that the start took a part out of the base's weights, which "
+                             f"init_lora_weights {value!r:.100} does not: leave it out.")
+        return
+    if not any(value is item or isinstance(item, str) and value == item for item in _NAMES) and not (
+            isinstance(value, str) and _FAST_PISSA.fullmatch(value)):
+        known = ", ".join(map(str, _NAMES))
+        raise ValueError(f"init_lora_weights must be one of {known} (with any number of iterations), but got "
+                         f"{value!r:.100}." + (" (Starts of PEFT that need data are not made here.)"
+                                               if loses_base(value) else ""))
 
 
 def factors(start: str, weight: np.ndarray, rank: int, scaling: float) -> tuple[np.ndarray, np.ndarray]:
@@ -23,6 +41,7 @@ def factors(start: str, weight: np.ndarray, rank: int, scaling: float) -> tuple[
       B A is zero and neither is (PEFT's "orthogonal"). The rank must be even.
     - pissa: the `rank` largest singular values and vectors of the weight, shared between A and B (PiSSA, Meng et al.,
       2024, https://arxiv.org/abs/2404.02948, eq. 2 to 4).
+    - pissa_niter_N: the same from a fast decomposition with N iterations (section 4 there), see `fast_svd`.
     - olora: the first `rank` columns of Q and rows of R of the weight's QR decomposition (OLoRA, Büyükakyüz, 2024,
       https://arxiv.org/abs/2406.01775, section 3).
 
@@ -47,9 +66,37 @@ def factors(start: str, weight: np.ndarray, rank: int, scaling: float) -> tuple[
     if rank > min(out, inner):
         raise ValueError(f"init_lora_weights {start!r} takes lora_rank {rank} of a weight of rank {min(out, inner)} "
                          f"at most: take a lower rank.")
-    if start == "pissa":
-        u, s, vt = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
-        root = np.sqrt(s[:rank] / scaling)
-        return root[:, None] * vt[:rank], u[:, :rank] * root
-    q, r = np.linalg.qr(weight.astype(np.float64))
-    return r[:rank], q[:, :rank]
+    weight = weight.astype(np.float64)
+    if start == "olora":
+        q, r = np.linalg.qr(weight)
+        return r[:rank], q[:, :rank]
+    iterations = _FAST_PISSA.fullmatch(start)
+    u, s, vt = fast_svd(weight, rank, int(iterations[1])) if iterations else np.linalg.svd(weight, full_matrices=False)
+    root = np.sqrt(s[:rank] / scaling)
+    return root[:, None] * vt[:rank], u[:, :rank] * root
+
+
+def fast_svd(matrix: np.ndarray, rank: int, iterations: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return U, S and Vᵀ of the largest singular values of a matrix (m, n), approximately.
+
+    Halko, Martinsson and Tropp, 2011, https://arxiv.org/abs/0909.4061, algorithms 4.4 and 5.1: the range of the matrix
+    is looked for in random directions, `iterations` times through the matrix and its transpose; then the small matrix
+    in that range is decomposed. The directions are those of one seed: the same matrix gives the same result in every
+    process. PyTorch's svd_lowrank draws others, and looks in `rank` directions alone.
+
+    Args:
+        matrix: in float64.
+        rank: how many singular values are wanted, at most min(m, n).
+        iterations: subspace iterations; with more the result is nearer to the exact one.
+
+    Returns:
+        Arrays of the shapes (m, k), (k,) and (k, n), k at least `rank`.
+    """
+    width = min(rank + _MORE, *matrix.shape)
+    directions = np.random.default_rng(0).standard_normal((matrix.shape[1], width))
+    q, _ = np.linalg.qr(matrix @ directions)
+    for _ in range(iterations):
+        q, _ = np.linalg.qr(matrix.T @ q)
+        q, _ = np.linalg.qr(matrix @ q)
+    u, s, vt = np.linalg.svd(q.T @ matrix, full_matrices=False)
+    return q @ u, s, vt

@@ -121,7 +121,7 @@ def test_merging_files_knows_the_residual_base_by_its_hash(pynative_mode):
 
 @pytest.mark.parametrize("settings, message", [
     ({"init_lora_weights": "pissa_niter"}, "must be one of"), ({"init_lora_weights": "pissa_niter_-1"}, "must be one"),
-    ({"init_lora_weights": "lora_ga"}, "that need data are not made here"),
+    ({"init_lora_weights": "lora_ga"}, "LoRA-GA, which needs gradients, is not made here"),
     ({"init_lora_weights": True, "residual_base": True}, "residual_base says"), ({"residual_base": 1}, "residual_base"),
     ({"use_dora": True}, "does not go with use_dora"), ({"lora_rank": 21}, "takes lora_rank 21")])
 def test_wrong_settings(settings, message, pynative_mode):

@@ -117,7 +117,7 @@ def test_arrows_point_one_way():
             shared = {"mindpet_lite.arguments", "mindpet_lite.names.expressions", *(
                 f"mindpet_lite.delta.{item}" for item in (
                 "base", "parts", "values", "activation", "dense", "dropout", "bottleneck", "mixed_precision", "source",
-                "prefix_dense", "adapted", "method_config", "hosts")),
+                "prefix_dense", "adapted", "method_config", "hosts", "data_start")),
                 # How PEFT's files hold a method, its names of starts, and the numbers of its generator: numpy alone.
                 "mindpet_lite.formats.peft_method", "mindpet_lite.formats.starts", "mindpet_lite.formats.torch_random"}
             folder = "mindpet_lite." + ".".join(name.parts[:2]) + "."
@@ -126,7 +126,7 @@ def test_arrows_point_one_way():
         elif room == "graph":
             methods = {item for item in own if item.startswith("mindpet_lite.delta.")} - {
                 "mindpet_lite.delta.base", "mindpet_lite.delta.parts", "mindpet_lite.delta.values",
-                "mindpet_lite.delta.dropout", "mindpet_lite.delta.source"}
+                "mindpet_lite.delta.dropout", "mindpet_lite.delta.source", "mindpet_lite.delta.data_start"}
             assert not methods, f"{name} imports a method's file: {methods}"
             assert "mindpet_lite" not in own and "mindpet_lite.cli" not in own, name
         elif room == "train":

@@ -71,6 +71,8 @@ class Delta:
     fixed: str = ""
     # Its start took a part out of the base's weights that no file of the adapter tells: it belongs to what was left.
     base_is_lost: bool = False
+    # What is to make its start from data before it trains (a `data_start.DataStart`); None where nothing is, or has.
+    data_start: Any = None
     unmergeable: str = ""
     foldable: bool = False
     # The layer computes with another delta's Parameters, because it has that layer's weight (tied weights): it trains

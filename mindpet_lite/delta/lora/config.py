@@ -44,9 +44,17 @@ class LoraConfig(DeltaConfig, LoraSettings):
 
     Args:
         init_lora_weights: how A and B start, by PEFT's names: True as above, False B at random too, "gaussian",
-            "orthogonal", "pissa", "pissa_niter_4" (with any number of iterations) or "olora" (linear layers only).
-            PiSSA and OLoRA take what the factors start with out of the base's weight.
+            "orthogonal", "pissa", "pissa_niter_4" (with any number of iterations), "olora", "loftq", "eva" or "corda"
+            (linear layers only). PiSSA, OLoRA and CorDA take what the factors start with out of the base's weight, and
+            LoftQ quantises it. EVA and CorDA start like True, and begin with
+            :func:`mindpet_lite.initialize_from_data`.
         residual_base: the base's weights are those that this start left already: nothing is taken out of them.
+        eva_config: for "eva": rho, tau, use_label_mask, label_mask_value, whiten and adjust_scaling_factors, see
+            :class:`mindpet_lite.delta.lora.eva.EvaConfig`.
+        corda_config: for "corda": corda_method, "ipm" or "kpm"; see
+            :class:`mindpet_lite.delta.lora.corda.CordaConfig`.
+        loftq_config: for "loftq": loftq_bits, 4 or 8, and loftq_iter; see
+            :class:`mindpet_lite.delta.lora.loftq.LoftQConfig`.
         rank_pattern: ranks by regular expression; the first that fits the end of a layer's path counts.
         alpha_pattern: alphas, likewise.
         bias: which biases of the base train too: "none", "all", or "lora_only", those of the adapted layers.

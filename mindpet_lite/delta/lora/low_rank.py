@@ -1,6 +1,7 @@
 """What LoRA is on every kind of layer: its two factors and their scaling."""
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
@@ -15,7 +16,7 @@ from mindpet_lite.delta.adapted import Adapted
 from mindpet_lite.delta.base import float64, overflow
 from mindpet_lite.delta.dropout import delta_dropout
 from mindpet_lite.delta.lora.settings import LoraSettings, OwnStart, scale_of
-from mindpet_lite.delta.lora.start import factors
+from mindpet_lite.delta.lora.start import DATA_STARTS, check_rank, factors
 from mindpet_lite.delta.parts import as_type, initial, prefix_of, put
 from mindpet_lite.delta.values import set_value
 from mindpet_lite.formats.starts import loses_base, takes_from_base
@@ -62,6 +63,10 @@ class LowRank(Adapted):
     # Its start took a part out of the base's weight; and that part can be taken out of another weight anew.
     took: bool = False
     takes_again: bool = False
+    # What LoftQ leaves of the weight, until the layer is put in.
+    left: np.ndarray | None = None
+    # Of a start that is not from the weight alone.
+    start_settings: LoraSettings
     mindpet_delta_lora_b_bias: Parameter
     mindpet_delta_lora_magnitude: Parameter
 
@@ -107,17 +112,19 @@ class LowRank(Adapted):
         self.dropout_rate = float(config.lora_dropout)
         self.use_rslora, self.use_dora, self.has_lora_bias = config.use_rslora, config.use_dora, config.lora_bias
         self.init_lora_weights = config.init_lora_weights
+        if config.init_lora_weights in (*DATA_STARTS, "loftq"):
+            self.start_settings = config
         if config.residual_base:
             self._note_residual(takes_again=False)
         elif config.init_lora_weights is not True:
-            values = dict(zip(values, self._other_start(config, shapes[a_name], shapes[b_name])))
+            values.update(zip(values, self._other_start(config, shapes[a_name], shapes[b_name])))
         # A graph calls no method of a class.
         self.factor_paths = (a_name, b_name)
         self.over_outputs = self.across_output(self.outputs(self))
         if config.lora_bias:
             values["mindpet_delta_lora_b_bias"] = initial("lora_bias", "zeros", (self.outputs(self),),
                                                           config.param_init_type)
-        self.add_parameters(values, {"scaling": self._factor(),
+        self.add_parameters(values, {"scaling": self.factor(),
                                      **({"strength_factor": 1.0} if config.use_dora else {})})
         self.output_names = self.delta_names[1:]
         if config.use_dora:
@@ -206,16 +213,21 @@ class LowRank(Adapted):
         for parameter, value in self.base_values().items():
             # Not into its own memory, which is that of the loaded checkpoint.
             set_value(parameter, value)
+        self.left = None
 
     def _other_start(self, config: LoraSettings, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
-                     ) -> tuple[Tensor, Tensor]:
-        """Return A and B as `init_lora_weights` says."""
+                     ) -> tuple[Tensor, ...]:
+        """Return A and B as `init_lora_weights` says; nothing where data are to say them."""
         if config.init_lora_weights is False:
             return (initial("A", HE_UNIFORM, a_shape, config.param_init_type),
                     initial("B", HE_UNIFORM, b_shape, config.param_init_type))
         if len(self.logical_shape(self)) != 2 or self.out_axis:
             raise ValueError(f"init_lora_weights {config.init_lora_weights!r} is for linear layers: leave this one "
                              f"out, or adapt it with another config.")
+        if config.init_lora_weights in DATA_STARTS:
+            check_rank(config.init_lora_weights, self.logical_shape(self), config.lora_rank)
+            self.data_start = getattr(config, f"{config.init_lora_weights}_config")
+            return ()
         a, b = self._factors_of(self.weight)
         if takes_from_base(config.init_lora_weights):
             self._note_residual(takes_again=True)
@@ -230,16 +242,64 @@ class LowRank(Adapted):
 
     def _factors_of(self, weight: Parameter) -> tuple[Tensor, Tensor]:
         """Return A and B made from the weight by `init_lora_weights`, in float32."""
-        a, b = factors(str(self.init_lora_weights), _numbers(weight), self.lora_rank, self._factor())
+        a, b, self.left = factors(str(self.init_lora_weights), _numbers(weight), self.lora_rank, self.factor(),
+                                  self.start_settings.loftq_config if self.init_lora_weights == "loftq" else None)
         return Tensor(a.astype(np.float32)), Tensor(b.astype(np.float32))
 
+    def watch_start(self) -> None:
+        """Let the start be made again where the base is loaded later; what LoftQ left is in the base by now."""
+        self.left = None
+        super().watch_start()
+
+    def begin(self, a: np.ndarray, b: np.ndarray | None = None, lora_alpha: float | None = None) -> LowRank:
+        """Start with factors that were made from data, and return the layer, or for another rank one in its place.
+
+        Args:
+            a: A (rank, in).
+            b: B (out, rank), and s · B A is taken out of the weight; without it B stays at zero.
+            lora_alpha: another alpha.
+        """
+        layer = self
+        if len(a) != self.lora_rank:
+            layer = self._of_rank(len(a), lora_alpha or self.lora_alpha)
+        layer.data_start = None
+        for name, value in zip(layer.delta_names, (a, b)):
+            if value is not None:
+                put(getattr(layer, name), Tensor(value.astype(np.float32)).astype(getattr(layer, name).dtype))
+        if b is not None:
+            set_value(self.weight, self._without_update())
+            self._note_residual(takes_again=False)
+        return layer
+
+    def _of_rank(self, rank: int, lora_alpha: float) -> LowRank:
+        """Return the same layer with another rank and alpha, as it starts."""
+        settings = dataclasses.replace(self.start_settings, lora_rank=rank, lora_alpha=lora_alpha)
+        layer = self._on(self.plain_cell(), settings)
+        for name in (*layer.delta_names, *layer.setting_names):
+            new, old = getattr(layer, name), getattr(self, name)
+            new.name, new.requires_grad = old.name, old.requires_grad
+        layer.adapter, layer.strength, layer.enabled = self.adapter, self.strength, self.enabled
+        layer.refresh()
+        return layer
+
     def base_values(self) -> dict[Parameter, Tensor]:
-        """Return the weight without what the factors start with, for PiSSA and OLoRA."""
+        """Return the weight without what the factors start with, for PiSSA and OLoRA; for LoftQ the quantised one.
+
+        CorDA will take its part later, but says already of which weight.
+        """
+        if self.left is not None:
+            return {self.weight: Tensor(self.left.astype(np.float32)).astype(self.weight.dtype)}
+        if self.data_start is not None and self.init_lora_weights == "corda":
+            return {self.weight: self.weight.value()}
         if not self.takes_again:
             return {}
-        return {self.weight: Tensor(_numbers(self.weight) - self._factor() * self._update()).astype(self.weight.dtype)}
+        return {self.weight: self._without_update()}
 
-    def _factor(self) -> float:
+    def _without_update(self) -> Tensor:
+        """Return the weight without s · B A."""
+        return Tensor(_numbers(self.weight) - self.factor() * self._update()).astype(self.weight.dtype)
+
+    def factor(self) -> float:
         """Return s."""
         return scale_of(self.lora_alpha, self.lora_rank, self.use_rslora)
 
@@ -248,11 +308,11 @@ class LowRank(Adapted):
         types = (mindspore.float32, self._compute_type())
         if self.use_dora:
             return overflow("the strength", strength, types)
-        return overflow("strength times lora_alpha / lora_rank", strength * self._factor(), types)
+        return overflow("strength times lora_alpha / lora_rank", strength * self.factor(), types)
 
     def _require_scale(self) -> None:
         """Raise ValueError where s is not finite in the type that the layer computes in."""
-        reason = overflow("the scale", self._factor(), (self._compute_type(),))
+        reason = overflow("the scale", self.factor(), (self._compute_type(),))
         if reason:
             raise ValueError(f"lora_alpha {self.lora_alpha} is too large for lora_rank {self.lora_rank}: {reason}")
 
@@ -263,14 +323,14 @@ class LowRank(Adapted):
         groups, rank = self.lora_rank // b.shape[1], b.shape[1]
         a, b = a.reshape(groups, rank, -1), b.reshape(groups, -1, rank)
         squares = np.sum((b.swapaxes(1, 2) @ b) * (a @ a.swapaxes(1, 2)))
-        return float(self._factor() * np.sqrt(np.maximum(squares, 0)))
+        return float(self.factor() * np.sqrt(np.maximum(squares, 0)))
 
     def setting_values(self) -> dict[str, Any]:
         """Return ``strength · s`` as the scaling, or 0 where switched off; with DoRA s, and the strength."""
         strength = self.strength if self.enabled else 0.0
         if self.use_dora:
-            return {"scaling": self._factor(), "strength_factor": strength}
-        return {"scaling": strength * self._factor()}
+            return {"scaling": self.factor(), "strength_factor": strength}
+        return {"scaling": strength * self.factor()}
 
     def _scaled_bias(self, dtype: mindspore.dtype) -> Tensor:
         """Return s times the bias of B, in the shape that is added to the layer's output."""
@@ -361,6 +421,8 @@ class LowRank(Adapted):
     def adopt_settings(self, settings: Mapping[str, Any]) -> None:
         """Take over lora_alpha and use_rslora: they are values; the rank is a shape."""
         self.lora_alpha, self.use_rslora = settings["lora_alpha"], settings.get("use_rslora", False)
+        # A file's factors have begun already.
+        self.data_start = None
         self.refresh()
 
     def extend_repr(self) -> str:

@@ -26,7 +26,7 @@ REFUSED = {
     "lora_alora": "alora_invocation_tokens", "lora_bdlora": "use_bdlora", "lora_init_mica": "init_lora_weights",
     "lora_kasa": "kasa_config",
     "lora_layer_replication": "layer_replication", "lora_monteclora": "monteclora_config",
-    "lora_target_parameters": "target_parameters", "lora_velora": "velora_config",
+    "lora_velora": "velora_config",
 }
 # PEFT's name of each method that we have, and PEFT's keys of its tensors by our names.
 KEYS = {"LORA": peft._KEYS, **{kind.peft.peft_type: kind.peft.keys for kind in METHODS.values() if kind.peft}}
@@ -201,6 +201,7 @@ def plain_of(ids: Tensor, mode: str) -> np.ndarray:
     ({"target_modules": ["q_proj", "v_proj"], "trainable_token_indices": {"embed_tokens": [5, 9, 153]}},
      "lora_trainable_token_indices"),
     ({"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}, "lora_embedding_dora"),
+    ({"target_parameters": ["q_proj.weight", "v_proj.weight"]}, "lora_target_parameters"),
 ])
 def test_a_config_adapts_what_pefts_does(settings, name, mode):
     net = mp.get_pet_model(base_model(SHARED, "llama_tiny"), mp.LoraConfig(4, 8, **settings))

@@ -264,6 +264,15 @@ class DeltaConfig:
         """Return why `cell` cannot be adapted by this method, or None if it can."""
         raise NotImplementedError(f"{cls.__name__} adapts no layer.")
 
+    def refuses(self, cell: nn.Cell) -> str | None:
+        """Return why these settings of a layer cannot be those of `cell`, or None if they can."""
+        return self.refusal(cell)
+
+    @property
+    def has_other_targets(self) -> bool:
+        """Tell whether `more_targets` names layers, so that `target_modules` need not."""
+        return False
+
     @classmethod
     def refusal_in(cls, path: str, cells: Mapping[str, nn.Cell]) -> str | None:
         """Return why the layer at `path` cannot be adapted in a net of these cells, or None if it can."""

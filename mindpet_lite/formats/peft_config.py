@@ -17,7 +17,7 @@ from mindpet_lite.names.expressions import MOST, compile_checked, compile_end
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 # Fields that change what an adapter computes and that we cannot honour, with the values that mean "not used".
 _UNUSED: dict[str, tuple[Any, ...]] = {
-    "layer_replication": (None, []), "target_parameters": (None, []), "alora_invocation_tokens": (None, []),
+    "layer_replication": (None, []), "alora_invocation_tokens": (None, []),
     "use_qalora": (False, None), "use_bdlora": (None, False), "arrow_config": (None,), "kasa_config": (None,),
     "monteclora_config": (None,), "velora_config": (None,), "megatron_config": (None,),
     "ensure_weight_tying": (False, None),
@@ -26,9 +26,9 @@ _CURES = {"ensure_weight_tying": " Where modules_to_save or trainable_token_indi
                                  "nothing, it changes no number: set it to false. Else train without it."}
 _FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
 # What a config must say anew where the adapter is not the one that it came with: which layers, and their settings.
-RESTATED = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
-            "layers_pattern", "modules_to_save", "trainable_token_indices", "rank_pattern", "alpha_pattern", "bias",
-            "init_lora_weights", "use_rslora", "use_dora", "lora_bias")
+RESTATED = ("r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules",
+            "layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices", "rank_pattern",
+            "alpha_pattern", "bias", "init_lora_weights", "use_rslora", "use_dora", "lora_bias")
 # The order in which problems are told.
 _NUMBERS = (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", (int, float)))
 
@@ -85,7 +85,8 @@ def remarks(config: Mapping[str, Any], state: AdapterState) -> list[str]:
     unhit = [f"{field} {pattern!r:.100}" for field, pattern in unhit_patterns(config, state.layers)]
     found += [f"its {some_of(unhit)} fits none of its layers."] if unhit else []
     beyond = [path for path, layer in state.layers.items() if config.get("target_modules")
-              and "token_indices" not in (layer.settings or {}) and not targets(path, config)]
+              and not {"token_indices", "target_parameter"} & (layer.settings or {}).keys()
+              and not targets(path, config)]
     return found + ([f"its target_modules and exclude_modules leave out {some_of(beyond)}, of which it holds weights: "
                      f"they are used here, and not by PEFT."] if beyond else [])
 
@@ -115,7 +116,7 @@ def kept_problems(config: Mapping[str, Any]) -> list[str]:
 def _list_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
     for name, kind in (("target_modules", str), ("modules_to_save", str), ("exclude_modules", str),
-                       ("layers_to_transform", int)):
+                       ("target_parameters", str), ("layers_to_transform", int)):
         value = config.get(name)
         items = value if isinstance(value, list) else [value]
         if value is not None and not all(isinstance(item, kind) for item in items):
@@ -143,12 +144,23 @@ def tokens_of(path: str, config: Mapping[str, Any]) -> list[int]:
 def settings_of(path: str, config: Mapping[str, Any], has_dropout: bool) -> dict[str, Any]:
     """Return the settings that the config gives the layer at `path`."""
     start = config.get("init_lora_weights")
+    parameter = None if targets(path, config) else parameter_of(path, config)
     return {"lora_rank": by_pattern(config.get("rank_pattern"), path, config.get("r")),
             "lora_alpha": by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha")),
             **({"lora_dropout": config.get("lora_dropout") or 0.0} if has_dropout else {}),
             **{name: True for name in ("use_rslora", "use_dora", "lora_bias") if config.get(name)},
             # PEFT starts embeddings as always, whatever it says.
-            **({"init_lora_weights": start} if takes_from_base(start) and has_dropout else {})}
+            **({"init_lora_weights": start} if takes_from_base(start) and has_dropout else {}),
+            **({"target_parameter": parameter} if parameter else {})}
+
+
+def parameter_of(path: str, config: Mapping[str, Any]) -> str | None:
+    """Return the name of the Parameter of the cell at `path` that `target_parameters` names, or None."""
+    entries = config.get("target_parameters") or []
+    for owner, _, name in (entry.rpartition(".") for entry in ([entries] if isinstance(entries, str) else entries)):
+        if not owner or path == owner or path.endswith("." + owner):
+            return str(name)
+    return None
 
 
 def config_of(state: AdapterState, modules_to_save: list[str], bias: str) -> dict[str, Any]:
@@ -167,12 +179,16 @@ def config_of(state: AdapterState, modules_to_save: list[str], bias: str) -> dic
     mixed = mixed_fields(state)
     if mixed:
         raise ValueError(f"PEFT has one {' and one '.join(mixed)} for all layers, but here layers differ in it.")
+    parameters = sorted(f"{path}.{item['target_parameter']}" for path, item in low_rank.items()
+                        if "target_parameter" in item)
     tokens = {path: item["token_indices"] for path, item in settings.items() if "token_indices" in item}
     return {
         "peft_type": "LORA", "auto_mapping": None, "base_model_name_or_path": None, "bias": bias,
         "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": next(iter(starts), True),
         "r": common["lora_rank"], "lora_alpha": common["lora_alpha"], "lora_dropout": common["lora_dropout"],
-        "target_modules": sorted(low_rank), "modules_to_save": modules_to_save or None, "task_type": None,
+        "target_modules": sorted(path for path, item in low_rank.items() if "target_parameter" not in item),
+        **({"target_parameters": parameters} if parameters else {}),
+        "modules_to_save": modules_to_save or None, "task_type": None,
         "revision": None, "trainable_token_indices": tokens or None,
         "rank_pattern": {pattern_for(path, low_rank): item["lora_rank"] for path, item in low_rank.items()
                          if item["lora_rank"] != common["lora_rank"]},

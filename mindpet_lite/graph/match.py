@@ -34,6 +34,8 @@ def targets(cells: Mapping[str, nn.Cell], config: DeltaConfig) -> tuple[dict[str
     problems: list[str] = []
     cells = without_inner(cells)
     wanted = config.target_modules
+    if not wanted and config.has_other_targets:
+        return {}, []
     if wanted is None and not config.all_by_default:
         return {}, ["target_modules is missing: give a regular expression, a list of names or 'all-linear'."]
     excluded = {id(cells[path]) for path in _hits("exclude_modules", config.exclude_modules, cells, config, problems)}

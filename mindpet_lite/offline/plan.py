@@ -100,6 +100,10 @@ def _of_layer(path: str, layer: LayerState, state: AdapterState, base: Base) -> 
     broken = [name for name, value in layer.tensors.items() if not np.isfinite(as_float(value)).all()]
     if broken:
         raise ValueError(f"{', '.join(broken)} holds NaN or infinite values.")
+    parameter = layer.settings.get("target_parameter", "weight")
+    if parameter != "weight" or "target_parameter" in layer.settings and not _is_matrix(layer):
+        raise ValueError(f"it adapts the Parameter {parameter!r:.100} of a cell (target_parameters), which is not "
+                         f"merged file to file: load it into the net, and merge() that.")
     weight = _weight(path, base)
     if TOKENS in layer.tensors:
         return {weight: _tokens(layer, base.shape(weight))}
@@ -121,6 +125,11 @@ def _of_layer(path: str, layer: LayerState, state: AdapterState, base: Base) -> 
     if B_BIAS in layer.tensors:
         found.update(_bias(path, scale * as_float(layer.tensors[B_BIAS]).astype(np.float32), base))
     return found
+
+
+def _is_matrix(layer: LayerState) -> bool:
+    """Tell whether an adapted Parameter is one matrix, and no stack of them."""
+    return A in layer.tensors and layer.tensors[A].shape[0] == (layer.settings or {})["lora_rank"]
 
 
 def _weight(path: str, base: Base) -> str:

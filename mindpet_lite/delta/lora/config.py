@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 from mindspore import mint, nn
 
 from mindpet_lite.arguments import check_alpha, check_int, did_you_mean
-from mindpet_lite.delta.base import Delta, DeltaConfig, end_expression
+from mindpet_lite.delta.base import Delta, DeltaConfig, end_expression, names_of
 from mindpet_lite.delta.hosts import Host, host_of, host_refusal
+from mindpet_lite.delta.hosts.dense import DenseHost
+from mindpet_lite.delta.hosts.linear import LinearHost
 from mindpet_lite.delta.lora.conv import (
     LoRAConv1d,
     LoRAConv2d,
@@ -22,6 +24,7 @@ from mindpet_lite.delta.lora.dense import LoRADense
 from mindpet_lite.delta.lora.embedding import LoRAEmbedding, LoRAMintEmbedding
 from mindpet_lite.delta.lora.linear import LoRALinear
 from mindpet_lite.delta.lora.low_rank import LowRank
+from mindpet_lite.delta.lora.parameter import LoRAParameter
 from mindpet_lite.delta.lora.settings import LoraSettings
 from mindpet_lite.delta.lora.tokens import TokenTable, token_table
 
@@ -61,6 +64,11 @@ class LoraConfig(DeltaConfig, LoraSettings):
         trainable_token_indices: token numbers whose rows train, by the name of the embedding, or a list of them for
             ``embed_tokens``. An output layer with the same table as its weight (tied weights) has the trained rows too.
         token_indices: the same for the one layer that these settings are made for.
+        target_parameters: Parameters of any cells that are adapted themselves, each named by its path or the end of it,
+            such as ``"experts.up_proj"``: matrices, and stacks of them as a mixture of experts has. A cell can have
+            one. The weight of a linear layer named so is adapted like the layer. With them, `target_modules` can be
+            left out; `lora_dropout` must be 0, and `lora_bias` and `use_dora` do not go with them.
+        target_parameter: the name of the Parameter for the one cell that these settings are made for.
 
     Raises:
         TypeError, ValueError: as :class:`LoRADense`.
@@ -73,6 +81,8 @@ class LoraConfig(DeltaConfig, LoraSettings):
     bias: str = "none"
     trainable_token_indices: Mapping[str, Sequence[int]] | Sequence[int] | None = None
     token_indices: Sequence[int] | None = None
+    target_parameters: tuple[str, ...] | None = None
+    target_parameter: str | None = None
 
     def __post_init__(self) -> None:
         DeltaConfig.__post_init__(self)
@@ -84,6 +94,12 @@ class LoraConfig(DeltaConfig, LoraSettings):
             for pattern, value in _mapping(name, getattr(self, name)).items():
                 check(f"{name}[{pattern!r}]", value)
                 end_expression(name, pattern)
+        object.__setattr__(self, "target_parameters",
+                           names_of("target_parameters", self.target_parameters, allow_text=False))
+        wrong = [name for name in ("lora_dropout", "lora_bias", "use_dora") if getattr(self, name)]
+        if (self.target_parameters or self.target_parameter) and wrong:
+            raise ValueError(f"target_parameters changes Parameters, whatever they are used for, and {wrong[0]} is of "
+                             f"layers: leave one of them out.")
         for name in ("trainable_token_indices", "token_indices"):
             tokens = getattr(self, name)
             for item in tokens.values() if isinstance(tokens, Mapping) else [tokens]:
@@ -97,7 +113,10 @@ class LoraConfig(DeltaConfig, LoraSettings):
             if fitting:
                 changed[field] = fitting[0]
         tokens = next((tokens for name, tokens in self._tokens().items() if _ends(path, name)), None)
-        return dataclasses.replace(self, **changed, token_indices=tokens) if changed or tokens else self
+        own = next((entry.rpartition(".")[2] for entry in self.target_parameters or ()
+                    if _ends(path, entry.rpartition(".")[0]) or "." not in entry), None)
+        return dataclasses.replace(self, **changed, token_indices=tokens, target_parameter=own) \
+            if changed or tokens or own else self
 
     def unhit(self, adapted: Iterable[str]) -> list[str]:
         """Return a sentence for each pattern of a rank or an alpha that fits the end of no adapted layer's path."""
@@ -113,10 +132,10 @@ class LoraConfig(DeltaConfig, LoraSettings):
         return name.endswith("bias") and (self.bias == "all" or self.bias == "lora_only" and of_adapted_layer)
 
     def more_targets(self, cells: Mapping[str, nn.Cell]) -> dict[str, nn.Cell]:
-        """Return the embeddings of which tokens train.
+        """Return the embeddings of which tokens train, and the cells of which a Parameter is adapted.
 
         Raises:
-            ValueError: a name hits none.
+            ValueError: a name hits none; or a cell would have two Parameters adapted.
         """
         found: dict[str, nn.Cell] = {}
         for name in self._tokens():
@@ -125,7 +144,39 @@ class LoraConfig(DeltaConfig, LoraSettings):
                 raise ValueError(f"trainable_token_indices names {name!r}, but the net has no embedding there."
                                  f"{did_you_mean(name, [path.rpartition('.')[2] for path in cells if path])}")
             found.update(hits)
+        for entry in self.target_parameters or ():
+            hits = _owners(entry, cells)
+            if not hits:
+                known = [name for path, cell in cells.items() for name in _own_names(path, cell)]
+                raise ValueError(f"target_parameters entry {entry!r:.100} hits no Parameter; it must equal a path or "
+                                 f"its last parts, such as {known[0] if known else '(the net has none)'!r}."
+                                 f"{did_you_mean(entry, known)}")
+            twice = [path for path in hits if path in found]
+            if twice:
+                raise ValueError(f"target_parameters entry {entry!r:.100} hits {twice[0]}, which is adapted already by "
+                                 f"this config: a cell can have one Parameter adapted, or tokens. Put the other one "
+                                 f"into a cell of its own.")
+            found.update(hits)
         return found
+
+    @property
+    def has_other_targets(self) -> bool:
+        """Tell whether target_parameters names some."""
+        return bool(self.target_parameters)
+
+    def refuses(self, cell: nn.Cell) -> str | None:
+        """Return why `cell`, or its Parameter that is meant, cannot carry LoRA, or None."""
+        if self.target_parameter is None:
+            return self.refusal(cell)
+        if isinstance(cell, Delta) or _is_linear_weight(cell, self.target_parameter):
+            return self.refusal(cell)
+        if host_of(cell) is not None:
+            return (f"target_parameters adapts the weights of linear layers and Parameters of cells of your own, not "
+                    f"{self.target_parameter} of a {type(cell).__name__}: name the layer in target_modules.")
+        if self.init_lora_weights not in (True, False):
+            return (f"init_lora_weights {self.init_lora_weights!r} is for linear layers, and target_parameters names a "
+                    f"Parameter of a {type(cell).__name__}: adapt it with another config.")
+        return LoRAParameter.refusal(cell, self.target_parameter)
 
     def _tokens(self) -> dict[str, Sequence[int]]:
         tokens = self.trainable_token_indices
@@ -139,8 +190,10 @@ class LoraConfig(DeltaConfig, LoraSettings):
         """Return why `cell` cannot carry LoRA, or None."""
         return host_refusal(cell, "LoRA")
 
-    def adapt(self, cell: nn.Cell) -> LowRank | TokenTable:
+    def adapt(self, cell: nn.Cell) -> LowRank | TokenTable | LoRAParameter:
         """Return the LoRA cell on the Parameter objects of `cell`."""
+        if self.target_parameter is not None and host_of(cell) is None:
+            return LoRAParameter.on(cell, self, self.target_parameter)
         if self.token_indices is not None:
             kind = token_table(cell)
             if kind is None:
@@ -150,6 +203,8 @@ class LoraConfig(DeltaConfig, LoraSettings):
 
     def shapes(self, cell: nn.Cell) -> dict[str, tuple[int, ...]]:
         """Return the shapes of what these settings train on `cell`."""
+        if self.target_parameter is not None and host_of(cell) is None:
+            return LoRAParameter.shapes(cell, self, self.target_parameter)
         if self.token_indices is None:
             return self._kind_for(cell).delta_shapes(cell, self)
         kind = token_table(cell)
@@ -169,6 +224,25 @@ class LoraConfig(DeltaConfig, LoraSettings):
 
 def _ends(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
+
+
+def _owners(entry: str, cells: Mapping[str, nn.Cell]) -> dict[str, nn.Cell]:
+    """Return the cells that hold the Parameters that an entry names, each once."""
+    found: dict[int, tuple[str, nn.Cell]] = {}
+    for path, cell in cells.items():
+        if any(_ends(name, entry) for name in _own_names(path, cell)):
+            found.setdefault(id(cell), (path, cell))
+    return dict(found.values())
+
+
+def _own_names(path: str, cell: nn.Cell) -> list[str]:
+    """Return the paths of a cell's own Parameters."""
+    return [f"{path}.{name}" if path else name for name, _ in cell.parameters_and_names(expand=False)]
+
+
+def _is_linear_weight(cell: nn.Cell, name: str) -> bool:
+    """Tell whether a Parameter is the weight of a linear layer."""
+    return name == "weight" and host_of(cell) in (DenseHost, LinearHost)
 
 
 def _mapping(name: str, value: object) -> Mapping[str, Any]:

@@ -63,6 +63,8 @@ class LowRank(Adapted):
     # Its start took a part out of the base's weight; and that part can be taken out of another weight anew.
     took: bool = False
     takes_again: bool = False
+    # By this name target_parameters named the weight.
+    target_parameter: str | None = None
     # What LoftQ leaves of the weight, until the layer is put in.
     left: np.ndarray | None = None
     # Of a start that is not from the weight alone.
@@ -112,6 +114,7 @@ class LowRank(Adapted):
         self.dropout_rate = float(config.lora_dropout)
         self.use_rslora, self.use_dora, self.has_lora_bias = config.use_rslora, config.use_dora, config.lora_bias
         self.init_lora_weights = config.init_lora_weights
+        self.target_parameter = getattr(config, "target_parameter", None)
         if config.init_lora_weights in (*DATA_STARTS, "loftq"):
             self.start_settings = config
         if config.residual_base:
@@ -411,7 +414,8 @@ class LowRank(Adapted):
         return {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha,
                 **({} if self.takes_ids else {"lora_dropout": self.dropout_rate}),
                 **{name: True for name, is_used in used.items() if is_used},
-                **({"init_lora_weights": self.init_lora_weights} if self.took else {})}
+                **({"init_lora_weights": self.init_lora_weights} if self.took else {}),
+                **({"target_parameter": self.target_parameter} if self.target_parameter else {})}
 
     def unlike(self, settings: Mapping[str, Any]) -> list[str]:
         """Return where alpha is too large: it is taken over; all else shows in the tensors, or may differ."""

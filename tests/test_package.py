@@ -119,7 +119,8 @@ def test_arrows_point_one_way():
                 "base", "parts", "values", "activation", "dense", "dropout", "bottleneck", "mixed_precision", "source",
                 "prefix_dense", "adapted", "method_config", "hosts", "data_start")),
                 # How PEFT's files hold a method, its names of starts, and the numbers of its generator: numpy alone.
-                "mindpet_lite.formats.peft_method", "mindpet_lite.formats.starts", "mindpet_lite.formats.torch_random"}
+                "mindpet_lite.formats.peft_method", "mindpet_lite.formats.replication", "mindpet_lite.formats.starts",
+                "mindpet_lite.formats.torch_random"}
             folder = "mindpet_lite." + ".".join(name.parts[:2]) + "."
             assert all(item in shared or item.startswith("mindpet_lite.delta.hosts.")
                        or len(name.parts) > 2 and item.startswith(folder) for item in own), name

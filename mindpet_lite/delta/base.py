@@ -269,6 +269,11 @@ class DeltaConfig:
         return self.refusal(cell)
 
     @property
+    def replication(self) -> list[list[int]]:
+        """Return the ranges of layers that the net is to have, see `graph.replicate`; none where it stays as it is."""
+        return []
+
+    @property
     def has_other_targets(self) -> bool:
         """Tell whether `more_targets` names layers, so that `target_modules` need not."""
         return False

@@ -9,6 +9,7 @@ from typing import Any
 from mindpet_lite.arguments import MAX_ALPHA, is_alpha, some_of
 from mindpet_lite.formats.base_hash import FIELD
 from mindpet_lite.formats.lora import PEFT_FIELDS
+from mindpet_lite.formats.replication import range_problem
 from mindpet_lite.formats.starts import takes_from_base
 from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.names.expressions import MOST, compile_checked, compile_end
@@ -17,7 +18,7 @@ from mindpet_lite.names.expressions import MOST, compile_checked, compile_end
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 # Fields that change what an adapter computes and that we cannot honour, with the values that mean "not used".
 _UNUSED: dict[str, tuple[Any, ...]] = {
-    "layer_replication": (None, []), "alora_invocation_tokens": (None, []),
+    "alora_invocation_tokens": (None, []),
     "use_qalora": (False, None), "use_bdlora": (None, False), "arrow_config": (None,), "kasa_config": (None,),
     "monteclora_config": (None,), "velora_config": (None,), "megatron_config": (None,),
     "ensure_weight_tying": (False, None),
@@ -114,7 +115,7 @@ def kept_problems(config: Mapping[str, Any]) -> list[str]:
 
 
 def _list_problems(config: Mapping[str, Any]) -> list[str]:
-    problems = []
+    problems = list(filter(None, [range_problem(config.get("layer_replication"))]))
     for name, kind in (("target_modules", str), ("modules_to_save", str), ("exclude_modules", str),
                        ("target_parameters", str), ("layers_to_transform", int)):
         value = config.get(name)

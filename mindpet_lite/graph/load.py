@@ -15,6 +15,7 @@ from mindpet_lite.arguments import did_you_mean, warn_user
 from mindpet_lite.delta import METHODS
 from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.delta.parts import put
+from mindpet_lite.formats.adapters import Adapter as Read
 from mindpet_lite.formats.adapters import read_adapter
 from mindpet_lite.formats.base_hash import differing
 from mindpet_lite.formats.component import part
@@ -32,6 +33,7 @@ from mindpet_lite.graph.parameters import apply_trains, parameters_with, what_tr
 from mindpet_lite.graph.parents import refusal_at
 from mindpet_lite.graph.peft_semantics import shared_layers
 from mindpet_lite.graph.put_in import adapt, followers_of, put_in, start_problems
+from mindpet_lite.graph.replicate import replicated
 from mindpet_lite.graph.saved_parameter import SavedParameter
 from mindpet_lite.graph.shapes import shape_problems
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, without_inner
@@ -87,6 +89,15 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     if trainable not in TRAINABLE:
         raise ValueError(f"trainable must be one of {', '.join(map(repr, TRAINABLE))}, but got {trainable!r:.100}.")
     source = read_adapter(Path(path), format, METHODS, list(without_inner(cells)))
+    with replicated(net, source.state.config.get("layer_replication")):
+        _load(net, source, path, name_map, strict_base, trainable, component, residual_base)
+    return net
+
+
+def _load(net: nn.Cell, source: Read, path: str | os.PathLike[str], name_map: Table | None, strict_base: bool,
+          trainable: str, component: str | None, residual_base: bool) -> None:
+    """Put an adapter that was read into `net`."""
+    cells = cells_by_path(net)
     problems: list[str] = []
     state = _under_paths(part(source.state, component), source.kind, cells, name_map, component, problems)
     state, unsettled = on_residual_base(state, _hashes(state, cells), residual_base, _RESIDUAL_CURE)
@@ -132,7 +143,7 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     _fill_saved(record, values, state, {name: (place, untied.get(place, item))
                                         for name, (place, item) in trained.items()}, unchanged)
     record.config, record.carried, record.component = state.config, state.carried, state.component
-    return net
+    record.replication = [list(part) for part in state.config.get("layer_replication") or ()]
 
 
 def _under_paths(state: AdapterState, kind: str, cells: Mapping[str, nn.Cell], name_map: Table | None,

@@ -66,6 +66,9 @@ def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft
         state.config[FIELD] = {place: value for place in state.layers
                                if (found[place].base_is_lost or not found[place].base_values())
                                and (value := layer_hash(cells[place], found[place]))}
+    replication = next((record.replication for record in adapters_of(deltas(net).values()) if record.replication), None)
+    if replication:
+        state.config["layer_replication"] = replication
     try:
         files = to_files(part(state, component, format), format, Path(path), METHODS)
     except ValueError as error:

@@ -76,6 +76,9 @@ def merge(base: Path, adapter: Path, out: Path, kind: str | None = None, table: 
     with open_base(base) as tensors:
         found = read_adapter(adapter, kind, paths=tensors.owners)
         try:
+            if found.state.config.get("layer_replication"):
+                raise ValueError("by its layer_replication layers of the base stand several times, each with another "
+                                 "update, which one base cannot hold: use it unmerged.")
             state = settle_ties(placed_heads(part(found.state, component), tensors), tensors, table)
             state = placed(state, tensors.owners, table, component)
             state, unsettled = on_residual_base(state, _hashes(state, tensors), False, _RESIDUAL_CURE)

@@ -27,6 +27,7 @@ from mindpet_lite.delta.lora.low_rank import LowRank
 from mindpet_lite.delta.lora.parameter import LoRAParameter
 from mindpet_lite.delta.lora.settings import LoraSettings
 from mindpet_lite.delta.lora.tokens import TokenTable, token_table
+from mindpet_lite.formats.replication import range_problem
 
 # The layers that are built by hand too, by the kind of host.
 LAYERS: dict[type[Host] | None, type[LowRank]] = {
@@ -64,6 +65,9 @@ class LoraConfig(DeltaConfig, LoraSettings):
         trainable_token_indices: token numbers whose rows train, by the name of the embedding, or a list of them for
             ``embed_tokens``. An output layer with the same table as its weight (tied weights) has the trained rows too.
         token_indices: the same for the one layer that these settings are made for.
+        layer_replication: ranges of the net's layers, ``[[0, 4], [2, 5]]`` for the layers 0, 1, 2, 3, 2, 3, 4: the list
+            called ``layers``, ``encoder.layer`` or ``h`` has them then. Those that are one layer share its Parameters;
+            each has a LoRA of its own.
         target_parameters: Parameters of any cells that are adapted themselves, each named by its path or the end of it,
             such as ``"experts.up_proj"``: matrices, and stacks of them as a mixture of experts has. A cell can have
             one. The weight of a linear layer named so is adapted like the layer. With them, `target_modules` can be
@@ -81,6 +85,7 @@ class LoraConfig(DeltaConfig, LoraSettings):
     bias: str = "none"
     trainable_token_indices: Mapping[str, Sequence[int]] | Sequence[int] | None = None
     token_indices: Sequence[int] | None = None
+    layer_replication: Sequence[Sequence[int]] | None = None
     target_parameters: tuple[str, ...] | None = None
     target_parameter: str | None = None
 
@@ -100,6 +105,9 @@ class LoraConfig(DeltaConfig, LoraSettings):
         if (self.target_parameters or self.target_parameter) and wrong:
             raise ValueError(f"target_parameters changes Parameters, whatever they are used for, and {wrong[0]} is of "
                              f"layers: leave one of them out.")
+        reason = range_problem(self.layer_replication)
+        if reason:
+            raise ValueError(reason)
         for name in ("trainable_token_indices", "token_indices"):
             tokens = getattr(self, name)
             for item in tokens.values() if isinstance(tokens, Mapping) else [tokens]:
@@ -158,6 +166,11 @@ class LoraConfig(DeltaConfig, LoraSettings):
                                  f"into a cell of its own.")
             found.update(hits)
         return found
+
+    @property
+    def replication(self) -> list[list[int]]:
+        """Return layer_replication as lists."""
+        return [list(part) for part in self.layer_replication or ()]
 
     @property
     def has_other_targets(self) -> bool:

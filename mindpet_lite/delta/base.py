@@ -78,6 +78,8 @@ class Delta:
     # The layer computes with another delta's Parameters, because it has that layer's weight (tied weights): it trains
     # nothing of its own, and stands in no file.
     follows: bool = False
+    # Other layers with the same weight are changed with it, by `followers`.
+    follows_ties: bool = False
 
     @property
     def base_layer(self) -> Any:
@@ -272,6 +274,11 @@ class DeltaConfig:
     def replication(self) -> list[list[int]]:
         """Return the ranges of layers that the net is to have, see `graph.replicate`; none where it stays as it is."""
         return []
+
+    @property
+    def keeps_ties(self) -> bool:
+        """Tell whether a weight that several layers use stays one where modules_to_save names one of them alone."""
+        return False
 
     @property
     def has_other_targets(self) -> bool:

@@ -21,10 +21,7 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []),
     "use_qalora": (False, None), "use_bdlora": (None, False), "arrow_config": (None,), "kasa_config": (None,),
     "monteclora_config": (None,), "velora_config": (None,), "megatron_config": (None,),
-    "ensure_weight_tying": (False, None),
 }
-_CURES = {"ensure_weight_tying": " Where modules_to_save or trainable_token_indices name both sides, or the model ties "
-                                 "nothing, it changes no number: set it to false. Else train without it."}
 _FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
 # What a config must say anew where the adapter is not the one that it came with: which layers, and their settings.
 RESTATED = ("r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules",
@@ -38,9 +35,10 @@ def problems_of(config: Mapping[str, Any]) -> list[str]:
     """Return, a sentence each, why an adapter with this config cannot be used."""
     if config.get("peft_type") != "LORA":
         return [f"peft_type must be 'LORA', but the config says {config.get('peft_type')!r:.100}."]
-    problems = [f"{name} = {config[name]!r:.100} is not supported.{_CURES.get(name, '')}"
+    problems = [f"{name} = {config[name]!r:.100} is not supported."
                 for name, unused in _UNUSED.items() if name in config and config[name] not in unused]
-    problems += [f"{name} must be true or false, but the config says {config[name]!r:.100}." for name in _FLAGS
+    problems += [f"{name} must be true or false, but the config says {config[name]!r:.100}."
+                 for name in (*_FLAGS, "ensure_weight_tying")
                  if config.get(name) not in (True, False, None)]
     if config.get("bias", "none") not in ("none", "all", "lora_only", None):
         problems.append(f"bias must be 'none', 'all' or 'lora_only', but the config says {config['bias']!r:.100}.")

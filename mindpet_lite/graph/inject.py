@@ -15,7 +15,7 @@ from mindpet_lite.formats.problems import listed
 from mindpet_lite.graph.adapters import deltas_in
 from mindpet_lite.graph.freeze import with_lists
 from mindpet_lite.graph.match import targets
-from mindpet_lite.graph.modules_to_save import saved_by
+from mindpet_lite.graph.modules_to_save import saved_by, tied_problems
 from mindpet_lite.graph.parameters import apply_trains, parameters_with, what_trains
 from mindpet_lite.graph.put_in import adapt, followers_of, put_in, start_problems
 from mindpet_lite.graph.ranks import same_on_all_ranks
@@ -97,7 +97,7 @@ def _adapt(net: nn.Cell, config: DeltaConfig) -> None:
     if isinstance(adapted.get(""), nn.Cell):
         problems.append("the net itself is the layer to adapt, and it cannot be replaced in place: "
                         "use the adapted layer's own from_dense(), or wrap it in a cell.")
-    problems += start_problems(net, adapted)
+    problems += [*start_problems(net, adapted), *tied_problems(net, adapted, config.keeps_ties)]
     saved, ties = saved_by(config, net, cells, chosen, problems)
     followers = followers_of(adapted, cells, [*chosen.values(), *(cell for _, cell in ties.values())], problems)
     parameters = parameters_with(net, adapted)

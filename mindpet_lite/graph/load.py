@@ -28,7 +28,7 @@ from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.values import in_float32
 from mindpet_lite.graph.adapters import Adapter, adapters_of, deltas_in
 from mindpet_lite.graph.base_hash import layer_hash
-from mindpet_lite.graph.modules_to_save import Found, find_trained, of_the_base, ties, value_problems
+from mindpet_lite.graph.modules_to_save import Found, find_trained, of_the_base, tied_problems, ties, value_problems
 from mindpet_lite.graph.parameters import apply_trains, parameters_with, what_trains
 from mindpet_lite.graph.parents import refusal_at
 from mindpet_lite.graph.peft_semantics import shared_layers
@@ -105,7 +105,8 @@ def _load(net: nn.Cell, source: Read, path: str | os.PathLike[str], name_map: Ta
     values = in_float32(state, str(path))
     adapted, shared = _adapted(values, cells, problems)
     new = {place: delta for place, delta in adapted.items() if delta is not cells[place]}
-    problems += start_problems(net, new)
+    problems += [*start_problems(net, new),
+                 *tied_problems(net, new, bool(state.config.get("ensure_weight_tying")))]
     trained = find_trained(values, net, problems)
     alone = source.kind == "peft" and tokens_are_of_table_alone(state.config)
     problems += _missing_modules(values, trained, adapted, cells)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from mindspore import mint, nn
 
-from mindpet_lite.arguments import check_alpha, check_int, did_you_mean
+from mindpet_lite.arguments import check_alpha, check_bool, check_int, did_you_mean
 from mindpet_lite.delta.base import Delta, DeltaConfig, end_expression, names_of
 from mindpet_lite.delta.hosts import Host, host_of, host_refusal
 from mindpet_lite.delta.hosts.dense import DenseHost
@@ -65,6 +65,9 @@ class LoraConfig(DeltaConfig, LoraSettings):
         trainable_token_indices: token numbers whose rows train, by the name of the embedding, or a list of them for
             ``embed_tokens``. An output layer with the same table as its weight (tied weights) has the trained rows too.
         token_indices: the same for the one layer that these settings are made for.
+        ensure_weight_tying: a weight that an embedding and an output layer share stays one where `modules_to_save`
+            names one of them alone, and trains for both. (So do tokens that train, in any case.) A LoRA on one of them
+            is refused then.
         layer_replication: ranges of the net's layers, ``[[0, 4], [2, 5]]`` for the layers 0, 1, 2, 3, 2, 3, 4: the list
             called ``layers``, ``encoder.layer`` or ``h`` has them then. Those that are one layer share its Parameters;
             each has a LoRA of its own.
@@ -85,6 +88,7 @@ class LoraConfig(DeltaConfig, LoraSettings):
     bias: str = "none"
     trainable_token_indices: Mapping[str, Sequence[int]] | Sequence[int] | None = None
     token_indices: Sequence[int] | None = None
+    ensure_weight_tying: bool = False
     layer_replication: Sequence[Sequence[int]] | None = None
     target_parameters: tuple[str, ...] | None = None
     target_parameter: str | None = None
@@ -105,6 +109,7 @@ class LoraConfig(DeltaConfig, LoraSettings):
         if (self.target_parameters or self.target_parameter) and wrong:
             raise ValueError(f"target_parameters changes Parameters, whatever they are used for, and {wrong[0]} is of "
                              f"layers: leave one of them out.")
+        check_bool("ensure_weight_tying", self.ensure_weight_tying)
         reason = range_problem(self.layer_replication)
         if reason:
             raise ValueError(reason)
@@ -171,6 +176,11 @@ class LoraConfig(DeltaConfig, LoraSettings):
     def replication(self) -> list[list[int]]:
         """Return layer_replication as lists."""
         return [list(part) for part in self.layer_replication or ()]
+
+    @property
+    def keeps_ties(self) -> bool:
+        """Return ensure_weight_tying."""
+        return self.ensure_weight_tying
 
     @property
     def has_other_targets(self) -> bool:

@@ -33,6 +33,7 @@ class TokenTable(Delta, Host):
     method: ClassVar[str] = "lora"
     delta_names = ("mindpet_delta_lora_tokens",)
     setting_names = ("scaling",)
+    follows_ties = True
 
     _plain: tuple[nn.Cell, ...] = ()
     token_indices: tuple[int, ...]

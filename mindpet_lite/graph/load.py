@@ -4,7 +4,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +26,15 @@ from mindpet_lite.formats.problems import listed
 from mindpet_lite.formats.starts import on_residual_base
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.values import in_float32
-from mindpet_lite.graph.adapters import Adapter, adapters_of, deltas_in
+from mindpet_lite.graph.adapters import adapters_of, deltas_in
 from mindpet_lite.graph.base_hash import layer_hash
+from mindpet_lite.graph.fill import fill, fill_saved
 from mindpet_lite.graph.modules_to_save import Found, find_trained, of_the_base, tied_problems, ties, value_problems
 from mindpet_lite.graph.parameters import apply_trains, parameters_with, what_trains
 from mindpet_lite.graph.parents import refusal_at
 from mindpet_lite.graph.peft_semantics import shared_layers
 from mindpet_lite.graph.put_in import adapt, followers_of, put_in, start_problems
 from mindpet_lite.graph.replicate import replicated
-from mindpet_lite.graph.saved_parameter import SavedParameter
 from mindpet_lite.graph.shapes import shape_problems
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, without_inner
 from mindpet_lite.names.table import Table, check_table
@@ -137,12 +137,12 @@ def _load(net: nn.Cell, source: Read, path: str | os.PathLike[str], name_map: Ta
     for parameter in untied.values():
         parameter.requires_grad = trainable == "adapter" or parameter.requires_grad
     for place, delta in adapted.items():
-        _fill(delta, values.layers[place], state.layers[place])
+        fill(delta, values.layers[place], state.layers[place])
     for name, value in values.shared.items():
         if name in record.shared:
             put(record.shared[name], Tensor(value).astype(record.shared[name].dtype))
-    _fill_saved(record, values, state, {name: (place, untied.get(place, item))
-                                        for name, (place, item) in trained.items()}, unchanged)
+    found = {name: (place, untied.get(place, item)) for name, (place, item) in trained.items()}
+    fill_saved(record, values, state, found, unchanged)
     record.config, record.carried, record.component = state.config, state.carried, state.component
     record.replication = [list(part) for part in state.config.get("layer_replication") or ()]
 
@@ -300,33 +300,3 @@ def _missing_modules(state: AdapterState, found: Found, adapted: Mapping[str, De
     return [f"missing: {item.path or item.parameter.name}, which trained with the net's adapter, is not in the file: "
             f"load it into a net without that adapter." for record in adapters_of(present) for item in record.saved
             if item.other is not None and not item.is_untrained() and id(item.parameter) not in in_file]
-
-
-def _fill(delta: Delta, layer: LayerState, in_file: LayerState) -> None:
-    """Give a delta the values and settings of a layer of a file, whose own types are those of `in_file`."""
-    for name, parameter in delta.delta_parameters().items():
-        put(parameter, Tensor(layer.tensors[name]).astype(parameter.dtype))
-    delta.file_types = {name: value.dtype for name, value in in_file.tensors.items()}
-    if layer.settings is not None:
-        delta.adopt_settings(layer.settings)
-
-
-def _fill_saved(record: Adapter, values: AdapterState, in_file: AdapterState, found: Found,
-                unchanged: Iterable[str]) -> None:
-    """Give the base Parameters of an adapter the values of its file.
-
-    Args:
-        record: of the adapter.
-        values: as the net takes them.
-        in_file: as the file has them.
-        found: where the net has each.
-        unchanged: names of those that are the base's own.
-    """
-    known = {id(item.parameter): item for item in record.saved}
-    for name, (path, parameter) in found.items():
-        if id(parameter) not in known:
-            known[id(parameter)] = SavedParameter(parameter, None)
-            record.saved.append(known[id(parameter)])
-        item = known[id(parameter)]
-        item.path, item.file_type = path, in_file.trained[name].dtype
-        item.set_trained(Tensor(values.trained[name]).astype(parameter.dtype))

@@ -10,8 +10,9 @@ from mindpet_lite.delta.dense import check_dense, dense_refusal
 from mindpet_lite.delta.dropout import delta_dropout
 from mindpet_lite.delta.hosts import require_float
 from mindpet_lite.delta.hosts.dense import DenseHost
-from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, LowRank
+from mindpet_lite.delta.lora.low_rank import LowRank
 from mindpet_lite.delta.lora.settings import NEWER, LoraSettings
+from mindpet_lite.delta.lora.starting import HE_UNIFORM
 from mindpet_lite.delta.parts import check_strategies, set_strategies
 from mindpet_lite.formats.starts import takes_from_base
 

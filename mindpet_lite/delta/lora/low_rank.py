@@ -1,7 +1,6 @@
 """What LoRA is on every kind of layer: its two factors and their scaling."""
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
@@ -9,25 +8,22 @@ from typing import Any, ClassVar, TypeVar
 import mindspore
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
-from mindspore.common.initializer import HeUniform, Normal
+from mindspore.common.initializer import Normal
 
 from mindpet_lite.arguments import warn_user
-from mindpet_lite.delta.adapted import Adapted
 from mindpet_lite.delta.base import float64, overflow
 from mindpet_lite.delta.dropout import delta_dropout
 from mindpet_lite.delta.lora.settings import LoraSettings, OwnStart, scale_of
-from mindpet_lite.delta.lora.start import DATA_STARTS, check_rank, factors
-from mindpet_lite.delta.parts import as_type, initial, prefix_of, put
-from mindpet_lite.delta.values import set_value
-from mindpet_lite.formats.starts import loses_base, takes_from_base
+from mindpet_lite.delta.lora.start import DATA_STARTS
+from mindpet_lite.delta.lora.starting import HE_UNIFORM, Starting, numbers_of
+from mindpet_lite.delta.parts import as_type, initial, prefix_of
 
 Self = TypeVar("Self", bound="LowRank")
 
-HE_UNIFORM = HeUniform(negative_slope=math.sqrt(5))
 UNIT_NORMAL = Normal(1.0)
 
 
-class LowRank(Adapted):
+class LowRank(Starting):
     r"""The LoRA half of an adapted layer: factors A and B, what is optional beside them, and what steers them.
 
     The update of a weight W is s · B A with s = alpha / rank, or alpha / √rank with `use_rslora`
@@ -59,16 +55,8 @@ class LowRank(Adapted):
     over_outputs: tuple[int, ...]
     scaling: Parameter
     strength_factor: Parameter
-    init_lora_weights: bool | str
-    # Its start took a part out of the base's weight; and that part can be taken out of another weight anew.
-    took: bool = False
-    takes_again: bool = False
     # By this name target_parameters named the weight.
     target_parameter: str | None = None
-    # What LoftQ leaves of the weight, until the layer is put in.
-    left: np.ndarray | None = None
-    # Of a start that is not from the weight alone.
-    start_settings: LoraSettings
     mindpet_delta_lora_b_bias: Parameter
     mindpet_delta_lora_magnitude: Parameter
 
@@ -198,110 +186,6 @@ class LowRank(Adapted):
         norm = self._weight_norm().asnumpy()
         return Tensor(norm.reshape(self.over_outputs).copy())
 
-    def base_parameter(self) -> Parameter | None:
-        """Return the weight where DoRA's magnitude, or the factors, are made from it."""
-        return self.weight if self.use_dora or self.takes_again else None
-
-    def start_again(self) -> None:
-        """Make DoRA's magnitude from the weight as it is now; for PiSSA and OLoRA the factors and what is left of it.
-
-        DoRA's magnitude becomes the norm of W + s B A, so the layer computes as LoRA without DoRA does.
-        """
-        if self.use_dora:
-            magnitude = self.mindpet_delta_lora_magnitude
-            put(magnitude, self._magnitude().astype(magnitude.dtype))
-            return
-        for name, value in zip(self.delta_names, self._factors_of(self.weight)):
-            put(getattr(self, name), value.astype(getattr(self, name).dtype))
-        for parameter, value in self.base_values().items():
-            # Not into its own memory, which is that of the loaded checkpoint.
-            set_value(parameter, value)
-        self.left = None
-
-    def _other_start(self, config: LoraSettings, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
-                     ) -> tuple[Tensor, ...]:
-        """Return A and B as `init_lora_weights` says; nothing where data are to say them."""
-        if config.init_lora_weights is False:
-            return (initial("A", HE_UNIFORM, a_shape, config.param_init_type),
-                    initial("B", HE_UNIFORM, b_shape, config.param_init_type))
-        if len(self.logical_shape(self)) != 2 or self.out_axis:
-            raise ValueError(f"init_lora_weights {config.init_lora_weights!r} is for linear layers: leave this one "
-                             f"out, or adapt it with another config.")
-        if config.init_lora_weights in DATA_STARTS:
-            check_rank(config.init_lora_weights, self.logical_shape(self), config.lora_rank)
-            self.data_start = getattr(config, f"{config.init_lora_weights}_config")
-            return ()
-        a, b = self._factors_of(self.weight)
-        if takes_from_base(config.init_lora_weights):
-            self._note_residual(takes_again=True)
-        return a.astype(config.param_init_type), b.astype(config.param_init_type)
-
-    def _note_residual(self, takes_again: bool) -> None:
-        """Note that the layer's base is what the start left, or will have left, of the weight."""
-        self.took, self.takes_again = True, takes_again
-        self.base_is_lost = loses_base(self.init_lora_weights)
-        self.fixed = (f"its start ({self.init_lora_weights}) took a part out of the base's weight, so without the "
-                      f"delta the layer is not its base.")
-
-    def _factors_of(self, weight: Parameter) -> tuple[Tensor, Tensor]:
-        """Return A and B made from the weight by `init_lora_weights`, in float32."""
-        a, b, self.left = factors(str(self.init_lora_weights), _numbers(weight), self.lora_rank, self.factor(),
-                                  self.start_settings.loftq_config if self.init_lora_weights == "loftq" else None)
-        return Tensor(a.astype(np.float32)), Tensor(b.astype(np.float32))
-
-    def watch_start(self) -> None:
-        """Let the start be made again where the base is loaded later; what LoftQ left is in the base by now."""
-        self.left = None
-        super().watch_start()
-
-    def begin(self, a: np.ndarray, b: np.ndarray | None = None, lora_alpha: float | None = None) -> LowRank:
-        """Start with factors that were made from data, and return the layer, or for another rank one in its place.
-
-        Args:
-            a: A (rank, in).
-            b: B (out, rank), and s · B A is taken out of the weight; without it B stays at zero.
-            lora_alpha: another alpha.
-        """
-        layer = self
-        if len(a) != self.lora_rank:
-            layer = self._of_rank(len(a), lora_alpha or self.lora_alpha)
-        layer.data_start = None
-        for name, value in zip(layer.delta_names, (a, b)):
-            if value is not None:
-                put(getattr(layer, name), Tensor(value.astype(np.float32)).astype(getattr(layer, name).dtype))
-        if b is not None:
-            set_value(self.weight, self._without_update())
-            self._note_residual(takes_again=False)
-        return layer
-
-    def _of_rank(self, rank: int, lora_alpha: float) -> LowRank:
-        """Return the same layer with another rank and alpha, as it starts."""
-        settings = dataclasses.replace(self.start_settings, lora_rank=rank, lora_alpha=lora_alpha)
-        layer = self._on(self.plain_cell(), settings)
-        for name in (*layer.delta_names, *layer.setting_names):
-            new, old = getattr(layer, name), getattr(self, name)
-            new.name, new.requires_grad = old.name, old.requires_grad
-        layer.adapter, layer.strength, layer.enabled = self.adapter, self.strength, self.enabled
-        layer.refresh()
-        return layer
-
-    def base_values(self) -> dict[Parameter, Tensor]:
-        """Return the weight without what the factors start with, for PiSSA and OLoRA; for LoftQ the quantised one.
-
-        CorDA will take its part later, but says already of which weight.
-        """
-        if self.left is not None:
-            return {self.weight: Tensor(self.left.astype(np.float32)).astype(self.weight.dtype)}
-        if self.data_start is not None and self.init_lora_weights == "corda":
-            return {self.weight: self.weight.value()}
-        if not self.takes_again:
-            return {}
-        return {self.weight: self._without_update()}
-
-    def _without_update(self) -> Tensor:
-        """Return the weight without s · B A."""
-        return Tensor(_numbers(self.weight) - self.factor() * self._update()).astype(self.weight.dtype)
-
     def factor(self) -> float:
         """Return s."""
         return scale_of(self.lora_alpha, self.lora_rank, self.use_rslora)
@@ -376,7 +260,7 @@ class LowRank(Adapted):
 
     def _update(self) -> np.ndarray:
         """Return B A in float32 and the weight's shape."""
-        a, b = (_numbers(getattr(self, name)) for name in self.factor_paths)
+        a, b = (numbers_of(getattr(self, name)) for name in self.factor_paths)
         with np.errstate(over="ignore", invalid="ignore"):
             product = b.reshape(-1, self.lora_rank) @ a.reshape(self.lora_rank, -1)
         return self._oriented(product).reshape(self.weight.shape)
@@ -387,14 +271,14 @@ class LowRank(Adapted):
         # In float64 no square of a float32 vanishes.
         norm = np.sqrt(np.square(whole, dtype=np.float64).sum(axes))
         is_zero = norm == 0
-        magnitude = _numbers(self.mindpet_delta_lora_magnitude).reshape(-1)
+        magnitude = numbers_of(self.mindpet_delta_lora_magnitude).reshape(-1)
         return np.where(is_zero, 1, magnitude / np.where(is_zero, 1, norm)).astype(np.float32)
 
     def merged_value(self) -> dict[Parameter, Tensor]:
         """Return the weight, and with `lora_bias` the bias, that give the output of the running net, from float32."""
         if self.unmergeable:
             return super().merged_value()
-        weight = _numbers(self.weight)
+        weight = numbers_of(self.weight)
         # What is not finite is for the caller to refuse, by name.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             whole = weight + self.scaling.asnumpy() * self._update()
@@ -404,7 +288,7 @@ class LowRank(Adapted):
                 whole = weight + self.strength_factor.asnumpy() * (scale * whole - weight)
             merged = {self.weight: Tensor(whole).astype(self.weight.dtype)}
             if self.has_lora_bias:
-                bias = _numbers(self.bias) + self.scaling.asnumpy() * _numbers(self.mindpet_delta_lora_b_bias)
+                bias = numbers_of(self.bias) + self.scaling.asnumpy() * numbers_of(self.mindpet_delta_lora_b_bias)
                 merged[self.bias] = Tensor(bias).astype(self.bias.dtype)
         return merged
 
@@ -432,7 +316,3 @@ class LowRank(Adapted):
     def extend_repr(self) -> str:
         """Show the low-rank settings beside those of the plain layer."""
         return super().extend_repr() + f", lora_rank={self.lora_rank}, lora_alpha={self.lora_alpha}"
-
-
-def _numbers(value: Parameter) -> np.ndarray:
-    return value.astype(mindspore.float32).asnumpy()

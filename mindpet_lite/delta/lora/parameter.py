@@ -11,8 +11,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindpet_lite.delta.base import Delta, float64, overflow, type_refusal
-from mindpet_lite.delta.lora.low_rank import HE_UNIFORM
 from mindpet_lite.delta.lora.settings import LoraSettings, scale_of
+from mindpet_lite.delta.lora.starting import HE_UNIFORM
 from mindpet_lite.delta.parts import as_type, initial, prefix_of
 from mindpet_lite.delta.values import setting_parameter
 

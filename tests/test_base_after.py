@@ -300,7 +300,7 @@ class Shared(nn.Cell):
         return self.q(x) + 2 * self.k(x)
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
 @pytest.mark.parametrize("targets", [["q"], ["q", "k"]])
 def test_no_part_is_taken_out_of_a_weight_that_another_layer_uses(start, targets, pynative_mode):
     net, x = Shared(), Tensor(np.eye(8), ms.float32)

@@ -198,8 +198,9 @@ def test_fields_that_are_not_pefts_are_named_and_kept(pynative_mode):
 
 def test_every_field_of_peft_is_honoured_or_refused():
     # Free of meaning without a method that is refused, or for what the file computes.
-    free = {"auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "lora_ga_config",
-            "megatron_core", "peft_version", "qalora_group_size", "revision", "task_type", "layers_pattern"}
+    free = {"auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
+            "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "task_type",
+            "layers_pattern"}
     odd = object()
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "lora_dropout": 0.0}
     for field in PEFT_FIELDS - free - {"lora_dropout"}:

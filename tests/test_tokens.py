@@ -337,3 +337,101 @@ def test_a_table_of_a_model_that_is_not_of_transformers_is_said(pynative_mode):
         "trainable_token_indices": {"embed_tokens": TOKENS}, "auto_mapping": {"parent_library": "mine"}}))
     with pytest.warns(UserWarning, match="rows of a table that another layer has too.*set auto_mapping to null"):
         mp.load_adapter(Net(), "theirs")
+
+
+# ensure_weight_tying: one weight stays one
+
+def tying(net: nn.Cell, **settings) -> nn.Cell:
+    return adapted(net, trainable_token_indices=None, ensure_weight_tying=True, **settings)
+
+
+@pytest.mark.parametrize("entry", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tied_weight_that_is_saved_by_one_name_trains_as_one(entry, kind, mode):
+    net, name = Net(kind), KINDS[kind][2]
+    before = output(net)
+    tying(net, modules_to_save=[entry])
+    table = net.lm_head.weight
+    assert getattr(net.embed_tokens, name) is table and table.requires_grad
+
+    def loss(ids):
+        return net(ids).square().sum()
+
+    # Both uses of it: the embedding's alone has gradients for the ids of the batch only.
+    assert ms.grad(loss, None, [table])(Tensor(IDS, ms.int32))[0].asnumpy()[[4, 6, 7]].any()
+    shaken(net)
+    trained = output(net)
+    with mp.adapters_disabled(net):
+        assert np.array_equal(output(net), before)
+    mp.save_adapter(net, "out")
+    loaded = mp.load_adapter(Net(kind), "out")
+    assert loaded.lm_head.weight is getattr(loaded.embed_tokens, name) and np.array_equal(output(loaded), trained)
+    mp.merge(loaded)
+    np.testing.assert_allclose(output(loaded), trained, rtol=1e-5, atol=1e-5)
+    # Without it the two part.
+    parted = adapted(Net(kind), trainable_token_indices=None, modules_to_save=[entry])
+    assert parted.lm_head.weight is not getattr(parted.embed_tokens, name)
+
+
+@pytest.mark.parametrize("ensure", [True, False])
+def test_pefts_file_says_whether_a_tied_weight_stays_one(ensure, pynative_mode):
+    table = np.random.default_rng(5).standard_normal((9, 4)).astype(np.float32)
+    Path("theirs").mkdir()
+    save_file({"base_model.model.embed_tokens.weight": table,
+               "base_model.model.q.lora_A.weight": np.zeros((2, 4), np.float32),
+               "base_model.model.q.lora_B.weight": np.zeros((4, 2), np.float32)}, "theirs/adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], "lora_dropout": 0.0,
+              "modules_to_save": ["embed_tokens"], "ensure_weight_tying": ensure}
+    Path("theirs/adapter_config.json").write_text(json.dumps(config))
+    net = mp.load_adapter(Net(), "theirs")
+    assert np.array_equal(net.embed_tokens.embedding_table.asnumpy(), table)
+    assert np.array_equal(net.lm_head.weight.asnumpy(), table) == ensure
+    mp.save_adapter(net, "again")
+    again = mp.load_adapter(Net(), "again")
+    assert np.array_equal(output(again), output(net))
+    assert json.loads(Path("again/adapter_config.json").read_text())["ensure_weight_tying"] == ensure
+    Path("theirs/adapter_config.json").write_text(json.dumps({**config, "ensure_weight_tying": "yes"}))
+    with pytest.raises(ValueError, match="ensure_weight_tying must be true or false"):
+        mp.load_adapter(Net(), "theirs")
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_one_adapter_for_both_layers_of_a_tied_weight_is_refused(target, pynative_mode):
+    with pytest.raises(ValueError, match="embed_tokens.embedding_table and lm_head.weight are one weight"):
+        tying(Net(), target_modules=["q", target])
+    tying(Net(tied=False), target_modules=["q", target])
+    mp.save_adapter(adapted(Net(tied=False), trainable_token_indices=None, target_modules=["q", target]), "out")
+    config = json.loads(Path("out/adapter_config.json").read_text())
+    Path("out/adapter_config.json").write_text(json.dumps({**config, "ensure_weight_tying": True}))
+    mp.load_adapter(Net(tied=False), "out")
+    with pytest.raises(ValueError, match="are one weight .tied weights., whose adapters ensure_weight_tying makes one"):
+        mp.load_adapter(Net(), "out")
+
+
+def test_tokens_are_one_in_any_case(pynative_mode):
+    one, other = (shaken(adapted(Net(), ensure_weight_tying=ensure)) for ensure in (True, False))
+    assert np.array_equal(output(one), output(other)) and type(one.lm_head) is type(other.lm_head)
+
+
+@pytest.mark.parametrize("ensure", [True, False])
+def test_merging_files_into_a_tied_base(ensure):
+    table = np.random.default_rng(5).standard_normal((9, 4)).astype(np.float32)
+    for folder in ("base", "adapter"):
+        Path(folder).mkdir()
+    save_file({"model.embed_tokens.weight": table * 2, "model.layers.0.q_proj.weight": np.eye(4, dtype=np.float32)},
+              "base/model.safetensors")
+    Path("base/config.json").write_text(json.dumps({"tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"],
+                                                    "vocab_size": 9}))
+    layer = "base_model.model.model.layers.0.q_proj"
+    save_file({"base_model.model.model.embed_tokens.weight": table,
+               f"{layer}.lora_A.weight": np.ones((2, 4), np.float32),
+               f"{layer}.lora_B.weight": np.ones((4, 2), np.float32)}, "adapter/adapter_model.safetensors")
+    Path("adapter/adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "lora_dropout": 0.0,
+        "modules_to_save": ["embed_tokens"], "ensure_weight_tying": ensure}))
+    if ensure:
+        merge_files(Path("base"), Path("adapter"), Path("out"), quiet=True)
+        assert np.array_equal(load_file("out/model.safetensors")["model.embed_tokens.weight"], table)
+    else:
+        with pytest.raises(ValueError, match="one weight for its embedding and its output layer"):
+            merge_files(Path("base"), Path("adapter"), Path("out"), quiet=True)

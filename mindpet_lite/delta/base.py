@@ -71,11 +71,17 @@ class Delta:
     # The types in which the file that this delta was loaded from holds its tensors, by parameter path.
     file_types: Mapping[str, np.dtype] = {}
     fixed: str = ""
+    # Its start took a part out of the base's weights that no file of the adapter tells: it belongs to what was left.
+    base_is_lost: bool = False
+    # What is to make its start from data before it trains (a `data_start.DataStart`); None where nothing is, or has.
+    data_start: Any = None
     unmergeable: str = ""
     foldable: bool = False
     # The layer computes with another delta's Parameters, because it has that layer's weight (tied weights): it trains
     # nothing of its own, and stands in no file.
     follows: bool = False
+    # Other layers with the same weight are changed with it, by `followers`.
+    follows_ties: bool = False
 
     @property
     def base_layer(self) -> Any:
@@ -277,6 +283,25 @@ class DeltaConfig:
     def refusal(cls, cell: nn.Cell) -> str | None:
         """Return why `cell` cannot be adapted by this method, or None if it can."""
         raise NotImplementedError(f"{cls.__name__} adapts no layer.")
+
+    def refuses(self, cell: nn.Cell) -> str | None:
+        """Return why these settings of a layer cannot be those of `cell`, or None if they can."""
+        return self.refusal(cell)
+
+    @property
+    def replication(self) -> list[list[int]]:
+        """Return the ranges of layers that the net is to have, see `graph.replicate`; none where it stays as it is."""
+        return []
+
+    @property
+    def keeps_ties(self) -> bool:
+        """Tell whether a weight that several layers use stays one where modules_to_save names one of them alone."""
+        return False
+
+    @property
+    def has_other_targets(self) -> bool:
+        """Tell whether `more_targets` names layers, so that `target_modules` need not."""
+        return False
 
     @classmethod
     def is_meant(cls, cell: nn.Cell) -> bool:

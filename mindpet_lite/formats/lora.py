@@ -45,6 +45,11 @@ def pair_problems(path: str, tensors: Mapping[str, np.ndarray]) -> list[str]:
                             f"axis of A and the second of B are the rank."]
 
 
+def is_stack(a: np.ndarray, b: np.ndarray, rank: int) -> bool:
+    """Tell whether A (experts · rank, in) and B (out, rank · experts) are those of a stack of matrices."""
+    return a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] and a.shape[0] % rank == 0
+
+
 def refusals(state: AdapterState, target: str, tensors: Collection[str], settings: Collection[str]) -> list[str]:
     """Return what of a LoRA adapter the files of `target` cannot hold: one sentence each.
 

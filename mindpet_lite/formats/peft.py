@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mindpet_lite.formats.lora import TOKENS, without_settings
+from mindpet_lite.formats.lora import TOKENS, is_stack, without_settings
 from mindpet_lite.formats.peft_config import (
     RESTATED,
     config_of,
@@ -96,7 +96,7 @@ def _still_true(config: Mapping[str, Any], state: AdapterState, tensors: Mapping
             == {path: layer.settings for path, layer in state.layers.items()}
             and set(found.trained) == {pytorch_name(name) for name in state.trained}
             and all(targets(path, config) for path, layer in state.layers.items()
-                    if "token_indices" not in (layer.settings or {})))
+                    if not {"token_indices", "target_parameter"} & (layer.settings or {}).keys()))
 
 
 def decode(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> AdapterState:
@@ -178,7 +178,8 @@ def _layer(path: str, parts: dict[str, np.ndarray], config: Mapping[str, Any], p
     elif set(parts) != set(wanted):
         extra = ", ".join(_KEYS[name] for name in parts if name not in wanted)
         problems.append(f"{path} has {extra}, which its config does not go with.")
-    elif not _rank_fits(parts[names[0]], parts[names[1]], settings["lora_rank"]):
+    elif not _rank_fits(parts[names[0]], parts[names[1]], settings["lora_rank"]) and not (
+            settings.get("target_parameter") and is_stack(parts[names[0]], parts[names[1]], settings["lora_rank"])):
         problems.append(f"{path}: lora_A of shape {parts[names[0]].shape} and lora_B of shape {parts[names[1]].shape} "
                         f"do not fit rank {settings['lora_rank']} of the config.")
     return LayerState(parts, settings)

@@ -9,27 +9,24 @@ from typing import Any
 from mindpet_lite.arguments import MAX_ALPHA, is_alpha, some_of
 from mindpet_lite.formats.base_hash import FIELD
 from mindpet_lite.formats.lora import PEFT_FIELDS
+from mindpet_lite.formats.replication import range_problem
+from mindpet_lite.formats.starts import takes_from_base
 from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.names.expressions import MOST, compile_checked, compile_end
 
-# Starts that leave the base alone, so that they matter no more once the factors are in a file; and those that take the
-# start out of the base's weights, in a way that only depends on them.
+# Starts that leave the base alone, so that they matter no more once the factors are in a file.
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-RESIDUAL_STARTS = ("pissa", "olora")
 # Fields that change what an adapter computes and that we cannot honour, with the values that mean "not used".
 _UNUSED: dict[str, tuple[Any, ...]] = {
-    "layer_replication": (None, []), "target_parameters": (None, []), "alora_invocation_tokens": (None, []),
+    "alora_invocation_tokens": (None, []),
     "use_qalora": (False, None), "use_bdlora": (None, False), "arrow_config": (None,), "kasa_config": (None,),
-    "monteclora_config": (None,), "velora_config": (None,), "megatron_config": (None,), "loftq_config": (None, {}),
-    "ensure_weight_tying": (False, None),
+    "monteclora_config": (None,), "velora_config": (None,), "megatron_config": (None,),
 }
-_CURES = {"ensure_weight_tying": " Where modules_to_save or trainable_token_indices name both sides, or the model ties "
-                                 "nothing, it changes no number: set it to false. Else train without it."}
 _FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
 # What a config must say anew where the adapter is not the one that it came with: which layers, and their settings.
-RESTATED = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
-            "layers_pattern", "modules_to_save", "trainable_token_indices", "rank_pattern", "alpha_pattern", "bias",
-            "init_lora_weights", "use_rslora", "use_dora", "lora_bias")
+RESTATED = ("r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules",
+            "layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices", "rank_pattern",
+            "alpha_pattern", "bias", "init_lora_weights", "use_rslora", "use_dora", "lora_bias")
 # The order in which problems are told.
 _NUMBERS = (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", (int, float)))
 
@@ -38,19 +35,20 @@ def problems_of(config: Mapping[str, Any]) -> list[str]:
     """Return, a sentence each, why an adapter with this config cannot be used."""
     if config.get("peft_type") != "LORA":
         return [f"peft_type must be 'LORA', but the config says {config.get('peft_type')!r:.100}."]
-    problems = [f"{name} = {config[name]!r:.100} is not supported.{_CURES.get(name, '')}"
+    problems = [f"{name} = {config[name]!r:.100} is not supported."
                 for name, unused in _UNUSED.items() if name in config and config[name] not in unused]
-    problems += [f"{name} must be true or false, but the config says {config[name]!r:.100}." for name in _FLAGS
+    problems += [f"{name} must be true or false, but the config says {config[name]!r:.100}."
+                 for name in (*_FLAGS, "ensure_weight_tying")
                  if config.get(name) not in (True, False, None)]
     if config.get("bias", "none") not in ("none", "all", "lora_only", None):
         problems.append(f"bias must be 'none', 'all' or 'lora_only', but the config says {config['bias']!r:.100}.")
     start = config.get("init_lora_weights", True)
-    if start not in (*_STARTS, *RESIDUAL_STARTS):
-        problems.append(f"init_lora_weights = {start!r} is not supported: its base is not the one the adapter was "
-                        f"trained on. If yours is the residual base, set the field to true.")
+    if start not in _STARTS and not takes_from_base(start):
+        problems.append(f"init_lora_weights = {start!r:.100} is not supported. If it leaves the base's weights as they "
+                        f"are, or yours are what it left of them, set the field to true.")
     if config.get("lora_bias") and config.get("use_dora"):
         problems.append("lora_bias and use_dora do not go together.")
-    if start in RESIDUAL_STARTS and config.get("use_dora"):
+    if takes_from_base(start) and config.get("use_dora"):
         problems.append(f"init_lora_weights = {start!r} with use_dora is not supported.")
     dropout = config.get("lora_dropout")
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float, type(None))) or not 0 <= (dropout or 0) < 1:
@@ -86,7 +84,8 @@ def remarks(config: Mapping[str, Any], state: AdapterState) -> list[str]:
     unhit = [f"{field} {pattern!r:.100}" for field, pattern in unhit_patterns(config, state.layers)]
     found += [f"its {some_of(unhit)} fits none of its layers."] if unhit else []
     beyond = [path for path, layer in state.layers.items() if config.get("target_modules")
-              and "token_indices" not in (layer.settings or {}) and not targets(path, config)]
+              and not {"token_indices", "target_parameter"} & (layer.settings or {}).keys()
+              and not targets(path, config)]
     return found + ([f"its target_modules and exclude_modules leave out {some_of(beyond)}, of which it holds weights: "
                      f"they are used here, and not by PEFT."] if beyond else [])
 
@@ -115,9 +114,9 @@ def kept_problems(config: Mapping[str, Any], method: str) -> list[str]:
 
 
 def _list_problems(config: Mapping[str, Any]) -> list[str]:
-    problems = []
+    problems = list(filter(None, [range_problem(config.get("layer_replication"))]))
     for name, kind in (("target_modules", str), ("modules_to_save", str), ("exclude_modules", str),
-                       ("layers_to_transform", int)):
+                       ("target_parameters", str), ("layers_to_transform", int)):
         value = config.get(name)
         items = value if isinstance(value, list) else [value]
         if value is not None and not all(isinstance(item, kind) for item in items):
@@ -145,12 +144,23 @@ def tokens_of(path: str, config: Mapping[str, Any]) -> list[int]:
 def settings_of(path: str, config: Mapping[str, Any], has_dropout: bool) -> dict[str, Any]:
     """Return the settings that the config gives the layer at `path`."""
     start = config.get("init_lora_weights")
+    parameter = None if targets(path, config) else parameter_of(path, config)
     return {"lora_rank": by_pattern(config.get("rank_pattern"), path, config.get("r")),
             "lora_alpha": by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha")),
             **({"lora_dropout": config.get("lora_dropout") or 0.0} if has_dropout else {}),
             **{name: True for name in ("use_rslora", "use_dora", "lora_bias") if config.get(name)},
             # PEFT starts embeddings as always, whatever it says.
-            **({"init_lora_weights": start} if start in RESIDUAL_STARTS and has_dropout else {})}
+            **({"init_lora_weights": start} if takes_from_base(start) and has_dropout else {}),
+            **({"target_parameter": parameter} if parameter else {})}
+
+
+def parameter_of(path: str, config: Mapping[str, Any]) -> str | None:
+    """Return the name of the Parameter of the cell at `path` that `target_parameters` names, or None."""
+    entries = config.get("target_parameters") or []
+    for owner, _, name in (entry.rpartition(".") for entry in ([entries] if isinstance(entries, str) else entries)):
+        if not owner or path == owner or path.endswith("." + owner):
+            return str(name)
+    return None
 
 
 def config_of(state: AdapterState, modules_to_save: list[str], bias: str) -> dict[str, Any]:
@@ -169,12 +179,16 @@ def config_of(state: AdapterState, modules_to_save: list[str], bias: str) -> dic
     mixed = mixed_fields(state)
     if mixed:
         raise ValueError(f"PEFT has one {' and one '.join(mixed)} for all layers, but here layers differ in it.")
+    parameters = sorted(f"{path}.{item['target_parameter']}" for path, item in low_rank.items()
+                        if "target_parameter" in item)
     tokens = {path: item["token_indices"] for path, item in settings.items() if "token_indices" in item}
     return {
         "peft_type": "LORA", "auto_mapping": None, "base_model_name_or_path": None, "bias": bias,
         "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": next(iter(starts), True),
         "r": common["lora_rank"], "lora_alpha": common["lora_alpha"], "lora_dropout": common["lora_dropout"],
-        "target_modules": sorted(low_rank), "modules_to_save": modules_to_save or None, "task_type": None,
+        "target_modules": sorted(path for path, item in low_rank.items() if "target_parameter" not in item),
+        **({"target_parameters": parameters} if parameters else {}),
+        "modules_to_save": modules_to_save or None, "task_type": None,
         "revision": None, "trainable_token_indices": tokens or None,
         "rank_pattern": {pattern_for(path, low_rank): item["lora_rank"] for path, item in low_rank.items()
                          if item["lora_rank"] != common["lora_rank"]},

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from mindpet_lite.arguments import MAX_ALPHA, is_alpha
-from mindpet_lite.formats.lora import EMBEDDING_A, EMBEDDING_B, TOKENS, A, B, pair_problems
-from mindpet_lite.formats.peft_config import RESIDUAL_STARTS
+from mindpet_lite.formats.lora import EMBEDDING_A, EMBEDDING_B, TOKENS, A, B, is_stack, pair_problems
+from mindpet_lite.formats.starts import takes_from_base
 from mindpet_lite.formats.state import AdapterState, LayerState
 
 # By the name of a setting of LoRA what it must be, in words and as a test.
@@ -16,7 +16,8 @@ _LORA: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lora_rank": ("a positive integer", lambda value: type(value) is int and 0 < value < 2 ** 31),
     "lora_alpha": (f"a number above 0 and below {MAX_ALPHA:g}", is_alpha),
     "lora_dropout": ("a number from 0 to 1", lambda value: type(value) in (int, float) and 0 <= value < 1),
-    "init_lora_weights": ("true or the name of a start", lambda value: value is True or value in RESIDUAL_STARTS),
+    "init_lora_weights": ("true or the name of a start", lambda value: value is True or takes_from_base(value)),
+    "target_parameter": ("the name of a Parameter", lambda value: isinstance(value, str) and bool(value)),
     **{name: ("true or false", lambda value: type(value) is bool) for name in ("use_rslora", "use_dora", "lora_bias")}}
 
 
@@ -58,7 +59,9 @@ def _lora_problems(path: str, layer: LayerState) -> list[str]:
     problems += [f"{path}: {name} must be {words}, but the file says {settings[name]!r:.60}."
                  for name, (words, is_good) in _LORA.items() if name in settings and not is_good(settings[name])]
     factor = layer.tensors.get(A, layer.tensors.get(EMBEDDING_A))
-    if not problems and factor is not None and factor.shape[0] != settings["lora_rank"]:
+    is_of_stack = "target_parameter" in settings and {A, B} <= layer.tensors.keys() and not problems and is_stack(
+        layer.tensors[A], layer.tensors[B], settings["lora_rank"])
+    if not problems and not is_of_stack and factor is not None and factor.shape[0] != settings["lora_rank"]:
         problems.append(f"{path}: its factor A has the shape {factor.shape}, but the file says rank "
                         f"{settings['lora_rank']}.")
     return problems

@@ -3,6 +3,7 @@ from mindpet_lite.graph.callback import TrainableParamsCheckPoint
 from mindpet_lite.graph.check import check_adapters
 from mindpet_lite.graph.fold import fold_prefixes
 from mindpet_lite.graph.freeze import TrainableReport, freeze_delta, freeze_from_config, freeze_modules
+from mindpet_lite.graph.from_data import initialize_from_data
 from mindpet_lite.graph.inject import get_pet_model
 from mindpet_lite.graph.load_named import load_adapter
 from mindpet_lite.graph.merge import merge, unmerge
@@ -25,7 +26,7 @@ from mindpet_lite.graph.summary import Summary, summary
 
 __all__ = ["Summary", "TrainableParamsCheckPoint", "TrainableReport", "active_adapters", "adapters_disabled",
            "adapters_for_samples", "add_adapter", "check_adapters", "check_optimizer", "combine_adapters",
-           "delete_adapter",
-           "fold_prefixes", "freeze_delta", "freeze_from_config", "freeze_modules", "freeze_statistics",
-           "get_pet_model", "load_adapter", "merge", "net_recompute", "refresh_base", "reserve_adapters",
-           "save_adapter", "set_adapter", "set_lora_scale", "summary", "undo_recompute", "unmerge"]
+           "delete_adapter", "fold_prefixes", "freeze_delta", "freeze_from_config", "freeze_modules",
+           "freeze_statistics", "get_pet_model", "initialize_from_data", "load_adapter", "merge", "net_recompute",
+           "refresh_base", "reserve_adapters", "save_adapter", "set_adapter", "set_lora_scale", "summary",
+           "undo_recompute", "unmerge"]

@@ -32,6 +32,7 @@ class Adapter:
         untied: the paths of tied weights of which it saves one place alone, with the path of the other: each has a
             Parameter of its own now.
         shared: the Parameters that its layers share and that its file holds, by name.
+        replication: the ranges by which it replicated the net's layers; none where it did not.
         weight: of one of its layers, by which it is known whether the base is another now; where they hold nothing but
             what trains, as norms do, another Parameter of the net.
         base: the hash of that weight when the base's values of `saved` were taken.
@@ -46,6 +47,7 @@ class Adapter:
     component: str = ""
     untied: dict[str, str] = dataclasses.field(default_factory=dict)
     shared: Mapping[str, Parameter] = dataclasses.field(default_factory=dict)
+    replication: list[list[int]] = dataclasses.field(default_factory=list)
     weight: Parameter | None = None
     base: str = ""
     base_load: Load | None = None

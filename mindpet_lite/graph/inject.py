@@ -16,10 +16,11 @@ from mindpet_lite.formats.problems import listed
 from mindpet_lite.graph.adapters import deltas_in, shared_by
 from mindpet_lite.graph.freeze import with_lists
 from mindpet_lite.graph.match import targets
-from mindpet_lite.graph.modules_to_save import saved_by
+from mindpet_lite.graph.modules_to_save import saved_by, tied_problems
 from mindpet_lite.graph.parameters import apply_trains, parameters_with, what_trains
 from mindpet_lite.graph.put_in import adapt, followers_of, put_in, start_problems
 from mindpet_lite.graph.ranks import same_on_all_ranks
+from mindpet_lite.graph.replicate import replicated
 from mindpet_lite.graph.tree import cells_by_path
 
 
@@ -65,8 +66,16 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
             one message, and the net is unchanged.
         RuntimeError: another process of a distributed job did not answer. The net is unchanged.
     """
-    cells = cells_by_path(net)
+    cells_by_path(net)
     config = as_config(config)
+    with replicated(net, config.replication):
+        _adapt(net, config)
+    return net
+
+
+def _adapt(net: nn.Cell, config: DeltaConfig) -> None:
+    """Adapt the layers that `config` names, in place."""
+    cells = cells_by_path(net)
     chosen, problems = _targets(cells, config)
     adapted: dict[str, Delta] = {}
     configs: dict[str, DeltaConfig] = {}
@@ -93,7 +102,7 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
     if isinstance(adapted.get(""), nn.Cell):
         problems.append("the net itself is the layer to adapt, and it cannot be replaced in place: "
                         "use the adapted layer's own from_dense(), or wrap it in a cell.")
-    problems += start_problems(net, adapted)
+    problems += [*start_problems(net, adapted), *tied_problems(net, adapted, config.keeps_ties)]
     saved, ties = saved_by(config, net, cells, chosen, problems)
     followers = followers_of(adapted, cells, [*chosen.values(), *(cell for _, cell in ties.values())], problems)
     parameters = parameters_with(net, adapted)
@@ -115,10 +124,10 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
     more = [item for (item, _), value in zip(parameters, trains) if value and id(item) not in of_deltas]
     same_on_all_ranks([parameter for (parameter, _), value in zip(parameters, trains) if value])
     apply_trains(net, parameters, trains)
-    _, untied = put_in(net, cells, adapted, followers, [*saved, *more], ties, shared)
+    record, untied = put_in(net, cells, adapted, followers, [*saved, *more], ties, shared)
+    record.replication = record.replication or config.replication
     for parameter in untied.values():
         parameter.requires_grad = True
-    return net
 
 
 def _targets(cells: Mapping[str, nn.Cell], config: DeltaConfig) -> tuple[dict[str, nn.Cell], list[str]]:

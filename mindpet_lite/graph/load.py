@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,23 +22,27 @@ from mindpet_lite.formats.peft import unsaved_modules
 from mindpet_lite.formats.peft_config import tokens_are_of_table_alone
 from mindpet_lite.formats.placed import placed
 from mindpet_lite.formats.problems import listed
+from mindpet_lite.formats.starts import on_residual_base
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.formats.values import in_float32
-from mindpet_lite.graph.adapters import Adapter, adapters_of, deltas_in
+from mindpet_lite.graph.adapters import adapters_of, deltas_in
 from mindpet_lite.graph.base_hash import layer_hash
+from mindpet_lite.graph.fill import fill, fill_saved
 from mindpet_lite.graph.home import with_path
-from mindpet_lite.graph.modules_to_save import Found, find_trained, of_the_base, ties, value_problems
+from mindpet_lite.graph.modules_to_save import Found, find_trained, of_the_base, tied_problems, ties, value_problems
 from mindpet_lite.graph.parameters import apply_trains, parameters_with, what_trains
 from mindpet_lite.graph.parents import refusal_at
 from mindpet_lite.graph.peft_semantics import shared_layers
 from mindpet_lite.graph.put_in import followers_of, put_in, start_problems
-from mindpet_lite.graph.saved_parameter import SavedParameter
+from mindpet_lite.graph.replicate import replicated
 from mindpet_lite.graph.shapes import shape_problems
 from mindpet_lite.graph.shared import with_shared
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, without_inner
 from mindpet_lite.names.table import Table, check_table
 
 TRAINABLE = ("adapter", "keep")
+_RESIDUAL_CURE = ("Load the residual base first and give residual_base=True; or adapt the net first as it was in "
+                  "training, where that gives the same weights again.")
 
 
 def read_for(net: nn.Cell, path: Path, format: str | None, name_map: Table | None, trainable: str) -> Source:
@@ -50,7 +54,7 @@ def read_for(net: nn.Cell, path: Path, format: str | None, name_map: Table | Non
 
 
 def install(net: nn.Cell, source: Source, path: str, name_map: Table | None = None, strict_base: bool = False,
-            trainable: str = "adapter", component: str | None = None) -> nn.Cell:
+            trainable: str = "adapter", component: str | None = None, residual_base: bool = False) -> nn.Cell:
     """Put an adapter that was read into a net, all of it or nothing; see `load_adapter`.
 
     Args:
@@ -61,15 +65,27 @@ def install(net: nn.Cell, source: Source, path: str, name_map: Table | None = No
         strict_base: likewise.
         trainable: likewise.
         component: likewise.
+        residual_base: likewise.
     """
+    with replicated(net, source.state.config.get("layer_replication")):
+        _install(net, source, path, name_map, strict_base, trainable, component, residual_base)
+    return net
+
+
+def _install(net: nn.Cell, source: Source, path: str, name_map: Table | None, strict_base: bool, trainable: str,
+             component: str | None, residual_base: bool) -> None:
+    """Put an adapter that was read into a net whose layers are replicated as it says."""
     cells = cells_by_path(net)
     problems: list[str] = []
     state = with_path(part(source.state, component), cells, name_map, problems)
     state = under_paths(state, source.kind, cells, name_map, component, problems)
+    state, unsettled = on_residual_base(state, _hashes(state, cells), residual_base, _RESIDUAL_CURE)
+    problems += unsettled
     values = in_float32(state, path)
     adapted, shared, made = _adapted(values, cells, problems)
     new = {place: delta for place, delta in adapted.items() if delta is not cells[place]}
-    problems += start_problems(net, new)
+    problems += [*start_problems(net, new),
+                 *tied_problems(net, new, bool(state.config.get("ensure_weight_tying")))]
     trained = find_trained(values, net, problems)
     alone = source.kind == "peft" and tokens_are_of_table_alone(state.config)
     problems += _missing_modules(values, trained, adapted, cells)
@@ -105,12 +121,12 @@ def install(net: nn.Cell, source: Source, path: str, name_map: Table | None = No
     for name, item in shared.items():
         if item is not made[name]:
             put(item, Tensor(made[name].asnumpy()))
-    _fill_saved(record, values, state, {name: (place, untied.get(place, item))
-                                        for name, (place, item) in trained.items()}, unchanged)
+    found = {name: (place, untied.get(place, item)) for name, (place, item) in trained.items()}
+    fill_saved(record, values, state, found, unchanged)
     if not adapted or any(delta.adapter is record for delta in adapted.values()):
         # Else what it trains belongs to another adapter of the net now, which has a config of its own.
         record.config, record.carried, record.component = state.config, state.carried, state.component
-    return net
+    record.replication = [list(part) for part in state.config.get("layer_replication") or ()]
 
 
 def under_paths(state: AdapterState, kind: str, cells: Mapping[str, nn.Cell], name_map: Table | None,
@@ -138,9 +154,7 @@ def _by_parameter_name(state: AdapterState, cells: Mapping[str, nn.Cell]) -> Ada
 
 def _other_base(state: AdapterState, cells: Mapping[str, nn.Cell], path: str, strict: bool) -> list[str]:
     """Warn of an adapter that was trained on another base, or return that as a problem."""
-    found = deltas_in(cells)
-    other = differing(state.config, {place: functools.partial(layer_hash, cells[place], found.get(place))
-                                     for place in state.layers if place in cells})
+    other = differing(state.config, _hashes(state, cells))
     if not other:
         return []
     text = (f"{path} was trained on another base than this net: the weights of {', '.join(other[:3])}"
@@ -149,6 +163,13 @@ def _other_base(state: AdapterState, cells: Mapping[str, nn.Cell], path: str, st
         return [text]
     warn_user(text)
     return []
+
+
+def _hashes(state: AdapterState, cells: Mapping[str, nn.Cell]) -> dict[str, Callable[[], str]]:
+    """Return what gives the hash of each of an adapter's layers that the net has."""
+    found = deltas_in(cells)
+    return {place: functools.partial(layer_hash, cells[place], found.get(place))
+            for place in state.layers if place in cells}
 
 
 def _adapted(state: AdapterState, cells: Mapping[str, nn.Cell], problems: list[str]
@@ -246,44 +267,3 @@ def _missing_modules(state: AdapterState, found: Found, adapted: Mapping[str, De
     return [f"missing: {item.path or item.parameter.name}, which trained with the net's adapter, is not in the file: "
             f"load it into a net without that adapter." for record in adapters_of(present) for item in record.saved
             if item.other is not None and not item.is_untrained() and id(item.parameter) not in in_file]
-
-
-def fill(delta: Delta, layer: LayerState, in_file: LayerState, saved: Mapping[int, SavedParameter]) -> None:
-    """Give a delta the values and settings of a layer of a file, whose own types are those of `in_file`.
-
-    Args:
-        delta: to fill.
-        layer: as the net takes it.
-        in_file: as the file has it.
-        saved: by their ids the base Parameters of the adapter, of which the delta may train some.
-    """
-    for name, parameter in delta.delta_parameters().items():
-        value = Tensor(layer.tensors[name]).astype(parameter.dtype)
-        if id(parameter) in saved:
-            saved[id(parameter)].set_trained(value)
-        else:
-            put(parameter, value)
-    delta.file_types = {name: value.dtype for name, value in in_file.tensors.items()}
-    if layer.settings is not None:
-        delta.adopt_settings(layer.settings)
-
-
-def _fill_saved(record: Adapter, values: AdapterState, in_file: AdapterState, found: Found,
-                unchanged: Iterable[str]) -> None:
-    """Give the base Parameters of an adapter the values of its file.
-
-    Args:
-        record: of the adapter.
-        values: as the net takes them.
-        in_file: as the file has them.
-        found: where the net has each.
-        unchanged: names of those that are the base's own.
-    """
-    known = {id(item.parameter): item for item in record.saved}
-    for name, (path, parameter) in found.items():
-        if id(parameter) not in known:
-            known[id(parameter)] = SavedParameter(parameter, None)
-            record.saved.append(known[id(parameter)])
-        item = known[id(parameter)]
-        item.path, item.file_type = path, in_file.trained[name].dtype
-        item.set_trained(Tensor(values.trained[name]).astype(parameter.dtype))

@@ -14,8 +14,9 @@ from mindpet_lite.formats.problems import listed
 from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.formats.values import in_float32
 from mindpet_lite.graph.adapters import Adapter
+from mindpet_lite.graph.fill import fill
 from mindpet_lite.graph.home import with_path
-from mindpet_lite.graph.load import fill, install, mismatches, read_for, under_paths
+from mindpet_lite.graph.load import install, mismatches, read_for, under_paths
 from mindpet_lite.graph.named import Named, banks_of, check_new, keep, named, plain_cells, put_beside, write_beside
 from mindpet_lite.graph.turns import adds_up, make_way
 from mindpet_lite.names.table import Table
@@ -23,7 +24,7 @@ from mindpet_lite.names.table import Table
 
 def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None = None,
                  name_map: Table | None = None, strict_base: bool = False, trainable: str = "adapter",
-                 component: str | None = None, name: str | None = None) -> nn.Cell:
+                 component: str | None = None, name: str | None = None, residual_base: bool = False) -> nn.Cell:
     """Load an adapter into `net`, all of it or nothing, in place.
 
     Layers that the file names and that are still plain are adapted first, with the file's settings. Where the net has
@@ -51,6 +52,9 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
         name: of the adapter among others on the net, see :func:`mindpet_lite.set_adapter`. It stands beside those that
             are there, frozen, and counts from `set_adapter` on; the first counts at once. In room that
             :func:`mindpet_lite.reserve_adapters` made it is loaded in the running graph, by values.
+        residual_base: the weights in `net` are those that the adapter's start left of its base, as PiSSA's: nothing is
+            taken out of them. Needed for starts of which no file tells what they left (pissa_niter_N, CorDA, LoftQ,
+            LoRA-GA), unless the file holds the hash of these weights, as those of `save_adapter` do.
 
     Returns:
         `net`.
@@ -63,11 +67,11 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     """
     source = read_for(net, Path(path), format, name_map, trainable)
     if name is None:
-        return install(net, source, str(path), name_map, strict_base, trainable, component)
+        return install(net, source, str(path), name_map, strict_base, trainable, component, residual_base)
     known = named(net)
     check_new(name, known)
     if not known.names and not known.method:
-        install(net, source, str(path), name_map, strict_base, trainable, component)
+        install(net, source, str(path), name_map, strict_base, trainable, component, residual_base)
         known = named(net)
         keep(net, Named({name: known.records.popitem()[1]}, {name: 1.0}, known.method, live=name))
         return net

@@ -34,6 +34,8 @@ def targets(cells: Mapping[str, nn.Cell], config: DeltaConfig) -> tuple[dict[str
     problems: list[str] = []
     cells = without_inner(cells)
     wanted = config.target_modules
+    if not wanted and config.has_other_targets:
+        return {}, []
     try:
         default = config.default_paths(cells) if wanted is None else []
     except ValueError as error:

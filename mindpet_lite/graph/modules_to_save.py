@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import numpy as np
-from mindspore import Parameter, nn
+from mindspore import Parameter, mint, nn
 from mindspore import dtype as mstype
 
 from mindpet_lite.arguments import did_you_mean
@@ -56,7 +56,7 @@ def saved_by(config: DeltaConfig, net: nn.Cell, cells: Mapping[str, nn.Cell], ch
              if path.startswith(tuple(whole))}
     problems += [f"modules_to_save holds {path}, whose type {item.dtype} cannot train: take it out."
                  for path, item in named.items() if item.dtype not in FLOATS and not path.endswith(STATISTICS)]
-    ties = shared_outside(net, named)
+    ties: Ties = {} if config.keeps_ties else shared_outside(net, named)
     found.update({id(item): item for path, item in named.items() if path not in ties})
     return list(found.values()), ties
 
@@ -78,7 +78,31 @@ def ties(net: nn.Cell, state: AdapterState, found: Found) -> Ties:
     own = {path for name, (path, _) in found.items() if name.rpartition(".")[0] not in state.layers
            and not (biases and name.endswith("bias"))
            and (all_are_whole or any(f".{entry}." in f".{name}" for entry in whole))}
-    return {**shared_outside(net, own), **_parted(net, state, found)}
+    is_one = state.config.get("ensure_weight_tying") and "peft_type" in state.config
+    return {**({} if is_one else shared_outside(net, own)), **_parted(net, state, found)}
+
+
+def tied_problems(net: nn.Cell, new: Mapping[str, Delta], keeps_ties: bool) -> list[str]:
+    """Return a sentence for each new delta on a weight that an embedding and another layer share, if ties are kept.
+
+    PEFT gives both layers one adapter then.
+
+    Args:
+        net: as it is before.
+        new: the deltas that are to be put in, by the path of their layer.
+        keeps_ties: an adapter's `ensure_weight_tying`.
+    """
+    if not keeps_ties:
+        return []
+    own = {id(item) for delta in new.values() for _, item in delta.base_layer.parameters_and_names(expand=False)}
+    shared = [owners for parameter, owners in owners_of_parameters(net) if id(parameter) in own
+              and len({id(cell) for _, cell in owners}) > 1
+              and any(isinstance(cell, (nn.Embedding, mint.nn.Embedding)) for _, cell in owners)]
+    following = {path for path, delta in new.items() if delta.follows_ties}
+    return [f"{' and '.join(path for path, _ in owners)} are one weight (tied weights), whose adapters "
+            f"ensure_weight_tying makes one, which is not done here: leave both out, train tokens or name one in "
+            f"modules_to_save, or set it to false." for owners in shared
+            if not following & {path.rpartition(".")[0] for path, _ in owners}]
 
 
 def _parted(net: nn.Cell, state: AdapterState, found: Found) -> Ties:

@@ -88,6 +88,10 @@ def _check(net: nn.Cell, optimizers: Sequence[nn.Cell]) -> None:
     if settings:
         problems.append(f"it holds {_some(settings)}, which the settings say, such as lora_alpha, and which never "
                         f"train: it was made from net.get_parameters().")
+    waiting = [path for path, delta in found.items() if delta.data_start is not None and delta.delta_norm() == 0]
+    if waiting:
+        problems.append(f"{_some(waiting)} still {'waits' if len(waiting) == 1 else 'wait'} for the data that the "
+                        f"start is made from: call initialize_from_data(net, batches) before it is made.")
     if problems:
         raise ValueError("The optimizer does not fit the net:\n  " + "\n  ".join(problems) + "\nMake it from "
                          "net.trainable_params(), after the net is adapted and frozen.")

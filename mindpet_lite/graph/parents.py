@@ -13,7 +13,7 @@ _READ_BY_PARENT: dict[type[nn.Cell], tuple[str, ...]] = {nn.MultiheadAttention: 
 
 def refusal_at(config: DeltaConfig, path: str, cells: Mapping[str, nn.Cell]) -> str | None:
     """Return why a method cannot adapt the layer at `path`, for what the layer is or what stands around it, or None."""
-    reason = config.refusal(cells[path])
+    reason = config.refuses(cells[path])
     if reason is None and not config.adds_nothing:
         reason = _never_called(path, cells)
     return reason or config.refusal_in(path, cells)

@@ -63,9 +63,14 @@ def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft
         raise ValueError("The net itself is the adapted layer, so it has no path to be saved under: put it in a cell.")
     if not state.config:
         cells, found = cells_by_path(net), deltas(net)
-        # Of a weight out of which the start took a part, the base's own is not known here.
-        state.config[FIELD] = {place: value for place in state.layers if not found[place].base_values()
+        # Of a weight out of which the start took a part, the base's own is not known here. Where it could not be taken
+        # again, what was left is the base.
+        state.config[FIELD] = {place: value for place in state.layers
+                               if (found[place].base_is_lost or not found[place].base_values())
                                and (value := layer_hash(cells[place], found[place]))}
+    replication = next((record.replication for record in adapters_of(deltas(net).values()) if record.replication), None)
+    if replication:
+        state.config["layer_replication"] = replication
     try:
         files = to_files(part(state, component, format), format, Path(path), METHODS)
     except ValueError as error:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -72,6 +72,13 @@ def set_parameter(cell: nn.Cell, name: str, parameter: Parameter) -> None:
     # Some cells keep their Parameters as plain attributes beside.
     if name in vars(cell):
         object.__setattr__(cell, name, parameter)
+
+
+def set_cells(net: nn.Cell, parent: nn.CellList, cells: Sequence[nn.Cell]) -> None:
+    """Let a CellList of `net` hold these cells; no Parameter is renamed, and compiled graphs are dropped."""
+    parent._cells.clear()
+    parent._cells.update({str(index): cell for index, cell in enumerate(cells)})
+    drop_compiled_graphs(net)
 
 
 def replace(net: nn.Cell, swaps: Mapping[nn.Cell, nn.Cell]) -> None:

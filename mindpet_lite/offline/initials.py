@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mindpet_lite.formats.peft_config import RESIDUAL_STARTS
+from mindpet_lite.formats.starts import RESIDUAL_STARTS
 
 Taken = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from mindpet_lite.arguments import warn_user
@@ -15,6 +15,7 @@ from mindpet_lite.formats.component import part
 from mindpet_lite.formats.folder import new_directory, refuse_filled
 from mindpet_lite.formats.placed import placed
 from mindpet_lite.formats.problems import first_of
+from mindpet_lite.formats.starts import on_residual_base
 from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.names.table import Table
 from mindpet_lite.offline.base import Base, open_base
@@ -25,6 +26,9 @@ from mindpet_lite.offline.plan import plan
 from mindpet_lite.offline.progress import Progress
 from mindpet_lite.offline.rewrite import rewrite
 from mindpet_lite.offline.ties import settle_ties
+
+_RESIDUAL_CURE = ("Give the residual base, the weights that were trained on; if this is it, set init_lora_weights to "
+                  "true in the adapter's config.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +79,14 @@ def merge(base: Path, adapter: Path, out: Path, kind: str | None = None, table: 
     with open_base(base) as tensors:
         found = read_adapter(adapter, kind, methods, tensors.owners)
         try:
+            if found.state.config.get("layer_replication"):
+                raise ValueError("by its layer_replication layers of the base stand several times, each with another "
+                                 "update, which one base cannot hold: use it unmerged.")
             state = settle_ties(placed_heads(part(found.state, component), tensors), tensors, table)
             state = placed(state, tensors.owners, table, component)
+            state, unsettled = on_residual_base(state, _hashes(state, tensors), False, _RESIDUAL_CURE)
+            if unsettled:
+                raise ValueError(unsettled[0])
             changes = plan(state, tensors, methods)
             for text in found.remarks:
                 warn_user(f"{adapter}: {text}")
@@ -92,13 +102,18 @@ def merge(base: Path, adapter: Path, out: Path, kind: str | None = None, table: 
 
 def _compare(state: AdapterState, base: Base, strict: bool) -> None:
     """Warn of an adapter that was trained on another base, or refuse it."""
-    other = differing(state.config, {path: functools.partial(base.layer_hash, path) for path in state.layers})
+    other = differing(state.config, _hashes(state, base))
     if other:
         text = (f"it was trained on another base: the weights of {', '.join(other[:3])}"
                 f"{f' and {len(other) - 3} more layers' if len(other) > 3 else ''} are not those it belongs to.")
         if strict:
             raise ValueError(text)
         warnings.warn(f"Merging the adapter all the same, though {text}", stacklevel=3)
+
+
+def _hashes(state: AdapterState, base: Base) -> dict[str, Callable[[], str]]:
+    """Return what gives the hash of each of an adapter's layers."""
+    return {path: functools.partial(base.layer_hash, path) for path in state.layers}
 
 
 def _tell_of_float8(changes: Mapping[str, Change]) -> None:

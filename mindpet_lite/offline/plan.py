@@ -108,6 +108,10 @@ def _of_layer(path: str, layer: LayerState, state: AdapterState, base: Base) -> 
     broken = [name for name, value in layer.tensors.items() if not np.isfinite(as_float(value)).all()]
     if broken:
         raise ValueError(f"{', '.join(broken)} holds NaN or infinite values.")
+    parameter = layer.settings.get("target_parameter", "weight")
+    if parameter != "weight" or "target_parameter" in layer.settings and not _is_matrix(layer):
+        raise ValueError(f"it adapts the Parameter {parameter!r:.100} of a cell (target_parameters), which is not "
+                         f"merged file to file: load it into the net, and merge() that.")
     weight = _weight(path, base)
     if TOKENS in layer.tensors:
         return {weight: _tokens(layer, base.shape(weight))}
@@ -119,7 +123,8 @@ def _of_layer(path: str, layer: LayerState, state: AdapterState, base: Base) -> 
     in_by_out = inputs_first(path, base.config, state.config.get("fan_in_fan_out"))
     left, right, in_rows = _oriented(layer, base.shape(weight), in_by_out, scale)
     # PEFT starts embeddings in its plain way whatever the config says.
-    start = None if EMBEDDING_A in layer.tensors else layer.settings.get("init_lora_weights")
+    is_plain = EMBEDDING_A in layer.tensors or layer.settings.get("residual_base")
+    start = None if is_plain else layer.settings.get("init_lora_weights")
     residual = residual_of(start, layer.settings["lora_rank"], scale, in_rows)
     magnitude = layer.tensors.get(MAGNITUDE)
     if magnitude is not None:
@@ -128,6 +133,11 @@ def _of_layer(path: str, layer: LayerState, state: AdapterState, base: Base) -> 
     if B_BIAS in layer.tensors:
         found.update(_bias(path, scale * as_float(layer.tensors[B_BIAS]).astype(np.float32), base))
     return found
+
+
+def _is_matrix(layer: LayerState) -> bool:
+    """Tell whether an adapted Parameter is one matrix, and no stack of them."""
+    return A in layer.tensors and layer.tensors[A].shape[0] == (layer.settings or {})["lora_rank"]
 
 
 def _weight(path: str, base: Base) -> str:

@@ -76,7 +76,8 @@ def settle_ties(state: AdapterState, base: Base, table: Table | None = None) -> 
         # Nothing tells; an output layer that the base lacks, though, has nowhere else to be.
         _warn_of_unknown(changed, base)
         changed = [part for part in changed if part.weight is None and not _has_twin(part, own)]
-    elif _are_one(changed, tables) or _tokens_of_both(changed, tables, state, base):
+    elif _are_one(changed, tables) or _tokens_of_both(changed, tables, state, base) or (
+            state.config.get("ensure_weight_tying") and all(part.value is not None for part in changed)):
         changed = []
     if changed and is_tied is None:
         raise ValueError("\n  ".join(

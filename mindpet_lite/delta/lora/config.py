@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 
 from mindspore import nn
 
-from mindpet_lite.arguments import check_alpha, check_int, did_you_mean
+from mindpet_lite.arguments import check_alpha, check_bool, check_int, did_you_mean
 from mindpet_lite.delta.adapted import adapted_class
-from mindpet_lite.delta.base import Delta, DeltaConfig, end_expression
+from mindpet_lite.delta.base import Delta, DeltaConfig, end_expression, names_of
 from mindpet_lite.delta.hosts import Host, host_of, host_refusal, is_linear
+from mindpet_lite.delta.hosts.dense import DenseHost
+from mindpet_lite.delta.hosts.linear import LinearHost
 from mindpet_lite.delta.lora.bank import LoRABank
 from mindpet_lite.delta.lora.conv import (
     LoRAConv1d,
@@ -24,9 +26,12 @@ from mindpet_lite.delta.lora.dense import LoRADense
 from mindpet_lite.delta.lora.embedding import LoRAEmbedding, LoRAMintEmbedding
 from mindpet_lite.delta.lora.linear import LoRALinear
 from mindpet_lite.delta.lora.low_rank import LowRank
+from mindpet_lite.delta.lora.parameter import LoRAParameter
 from mindpet_lite.delta.lora.settings import LoraSettings
-from mindpet_lite.delta.lora.start import RESIDUAL
+from mindpet_lite.delta.lora.start import DATA_STARTS
 from mindpet_lite.delta.tokens import RowsOf, TokenTable, are_tokens, rows_shape, table_for, token_table
+from mindpet_lite.formats.replication import range_problem
+from mindpet_lite.formats.starts import takes_from_base
 
 # The layers that are built by hand too, by the kind of host.
 LAYERS: dict[type[Host] | None, type[LowRank]] = {
@@ -48,14 +53,34 @@ class LoraConfig(DeltaConfig, LoraSettings):
 
     Args:
         init_lora_weights: how A and B start, by PEFT's names: True as above, False B at random too, "gaussian",
-            "orthogonal", "pissa" or "olora" (linear layers only). PiSSA and OLoRA take what the factors start with out
-            of the base's weight.
+            "orthogonal", "pissa", "pissa_niter_4" (with any number of iterations), "olora", "loftq", "eva" or "corda"
+            (linear layers only). PiSSA, OLoRA and CorDA take what the factors start with out of the base's weight, and
+            LoftQ quantises it. EVA and CorDA start like True, and begin with
+            :func:`mindpet_lite.initialize_from_data`.
+        residual_base: the base's weights are those that this start left already: nothing is taken out of them.
+        eva_config: for "eva": rho, tau, use_label_mask, label_mask_value, whiten and adjust_scaling_factors, see
+            :class:`mindpet_lite.delta.lora.eva.EvaConfig`.
+        corda_config: for "corda": corda_method, "ipm" or "kpm"; see
+            :class:`mindpet_lite.delta.lora.corda.CordaConfig`.
+        loftq_config: for "loftq": loftq_bits, 4 or 8, and loftq_iter; see
+            :class:`mindpet_lite.delta.lora.loftq.LoftQConfig`.
         rank_pattern: ranks by regular expression; the first that fits the end of a layer's path counts.
         alpha_pattern: alphas, likewise.
         bias: which biases of the base train too: "none", "all", or "lora_only", those of the adapted layers.
         trainable_token_indices: token numbers whose rows train, by the name of the embedding, or a list of them for
             ``embed_tokens``. An output layer with the same table as its weight (tied weights) has the trained rows too.
         token_indices: the same for the one layer that these settings are made for.
+        ensure_weight_tying: a weight that an embedding and an output layer share stays one where `modules_to_save`
+            names one of them alone, and trains for both. (So do tokens that train, in any case.) A LoRA on one of them
+            is refused then.
+        layer_replication: ranges of the net's layers, ``[[0, 4], [2, 5]]`` for the layers 0, 1, 2, 3, 2, 3, 4: the list
+            called ``layers``, ``encoder.layer`` or ``h`` has them then. Those that are one layer share its Parameters;
+            each has a LoRA of its own.
+        target_parameters: Parameters of any cells that are adapted themselves, each named by its path or the end of it,
+            such as ``"experts.up_proj"``: matrices, and stacks of them as a mixture of experts has. A cell can have
+            one. The weight of a linear layer named so is adapted like the layer. With them, `target_modules` can be
+            left out; `lora_dropout` must be 0, and `lora_bias` and `use_dora` do not go with them.
+        target_parameter: the name of the Parameter for the one cell that these settings are made for.
 
     Raises:
         TypeError, ValueError: as :class:`LoRADense`.
@@ -69,6 +94,10 @@ class LoraConfig(DeltaConfig, LoraSettings):
     bias: str = "none"
     trainable_token_indices: Mapping[str, Sequence[int]] | Sequence[int] | None = None
     token_indices: Sequence[int] | None = None
+    ensure_weight_tying: bool = False
+    layer_replication: Sequence[Sequence[int]] | None = None
+    target_parameters: tuple[str, ...] | None = None
+    target_parameter: str | None = None
 
     def __post_init__(self) -> None:
         DeltaConfig.__post_init__(self)
@@ -80,6 +109,16 @@ class LoraConfig(DeltaConfig, LoraSettings):
             for pattern, value in _mapping(name, getattr(self, name)).items():
                 check(f"{name}[{pattern!r}]", value)
                 end_expression(name, pattern)
+        object.__setattr__(self, "target_parameters",
+                           names_of("target_parameters", self.target_parameters, allow_text=False))
+        wrong = [name for name in ("lora_dropout", "lora_bias", "use_dora") if getattr(self, name)]
+        if (self.target_parameters or self.target_parameter) and wrong:
+            raise ValueError(f"target_parameters changes Parameters, whatever they are used for, and {wrong[0]} is of "
+                             f"layers: leave one of them out.")
+        check_bool("ensure_weight_tying", self.ensure_weight_tying)
+        reason = range_problem(self.layer_replication)
+        if reason:
+            raise ValueError(reason)
         for name in ("trainable_token_indices", "token_indices"):
             tokens = getattr(self, name)
             for item in tokens.values() if isinstance(tokens, Mapping) else [tokens]:
@@ -95,7 +134,10 @@ class LoraConfig(DeltaConfig, LoraSettings):
             if fitting:
                 changed[field] = fitting[0]
         tokens = next((tokens for name, tokens in self._tokens().items() if _ends(path, name)), None)
-        return dataclasses.replace(self, **changed, token_indices=tokens) if changed or tokens else self
+        own = next((entry.rpartition(".")[2] for entry in self.target_parameters or ()
+                    if _ends(path, entry.rpartition(".")[0]) or "." not in entry), None)
+        return dataclasses.replace(self, **changed, token_indices=tokens, target_parameter=own) \
+            if changed or tokens or own else self
 
     def unhit(self, adapted: Iterable[str]) -> list[str]:
         """Return a sentence for each pattern of a rank or an alpha that fits the end of no adapted layer's path."""
@@ -111,10 +153,10 @@ class LoraConfig(DeltaConfig, LoraSettings):
         return name.endswith("bias") and (self.bias == "all" or self.bias == "lora_only" and of_adapted_layer)
 
     def more_targets(self, cells: Mapping[str, nn.Cell]) -> dict[str, nn.Cell]:
-        """Return the embeddings of which tokens train.
+        """Return the embeddings of which tokens train, and the cells of which a Parameter is adapted.
 
         Raises:
-            ValueError: a name hits none.
+            ValueError: a name hits none; or a cell would have two Parameters adapted.
         """
         found: dict[str, nn.Cell] = {}
         for name in self._tokens():
@@ -123,7 +165,49 @@ class LoraConfig(DeltaConfig, LoraSettings):
                 raise ValueError(f"trainable_token_indices names {name!r}, but the net has no embedding there."
                                  f"{did_you_mean(name, [path.rpartition('.')[2] for path in cells if path])}")
             found.update(hits)
+        for entry in self.target_parameters or ():
+            hits = _owners(entry, cells)
+            if not hits:
+                known = [name for path, cell in cells.items() for name in _own_names(path, cell)]
+                raise ValueError(f"target_parameters entry {entry!r:.100} hits no Parameter; it must equal a path or "
+                                 f"its last parts, such as {known[0] if known else '(the net has none)'!r}."
+                                 f"{did_you_mean(entry, known)}")
+            twice = [path for path in hits if path in found]
+            if twice:
+                raise ValueError(f"target_parameters entry {entry!r:.100} hits {twice[0]}, which is adapted already by "
+                                 f"this config: a cell can have one Parameter adapted, or tokens. Put the other one "
+                                 f"into a cell of its own.")
+            found.update(hits)
         return found
+
+    @property
+    def replication(self) -> list[list[int]]:
+        """Return layer_replication as lists."""
+        return [list(part) for part in self.layer_replication or ()]
+
+    @property
+    def keeps_ties(self) -> bool:
+        """Return ensure_weight_tying."""
+        return self.ensure_weight_tying
+
+    @property
+    def has_other_targets(self) -> bool:
+        """Tell whether target_parameters names some."""
+        return bool(self.target_parameters)
+
+    def refuses(self, cell: nn.Cell) -> str | None:
+        """Return why `cell`, or its Parameter that is meant, cannot carry LoRA, or None."""
+        if self.target_parameter is None:
+            return self.refusal(cell)
+        if isinstance(cell, Delta) or _is_linear_weight(cell, self.target_parameter):
+            return self.refusal(cell)
+        if host_of(cell) is not None:
+            return (f"target_parameters adapts the weights of linear layers and Parameters of cells of your own, not "
+                    f"{self.target_parameter} of a {type(cell).__name__}: name the layer in target_modules.")
+        if self.init_lora_weights not in (True, False):
+            return (f"init_lora_weights {self.init_lora_weights!r} is for linear layers, and target_parameters names a "
+                    f"Parameter of a {type(cell).__name__}: adapt it with another config.")
+        return LoRAParameter.refusal(cell, self.target_parameter)
 
     def _tokens(self) -> dict[str, Sequence[int]]:
         tokens = self.trainable_token_indices
@@ -137,14 +221,18 @@ class LoraConfig(DeltaConfig, LoraSettings):
         """Return why `cell` cannot carry LoRA, or None."""
         return host_refusal(cell, "LoRA")
 
-    def adapt(self, cell: nn.Cell) -> LowRank | TokenTable:
+    def adapt(self, cell: nn.Cell) -> LowRank | TokenTable | LoRAParameter:
         """Return the LoRA cell on the Parameter objects of `cell`."""
+        if self.target_parameter is not None and host_of(cell) is None:
+            return LoRAParameter.on(cell, self, self.target_parameter)
         if self.token_indices is not None:
             return table_for(cell).on_rows(cell, self.token_indices, _ROWS)
         return self._kind_for(cell)._on(cell, self)
 
     def shapes(self, cell: nn.Cell) -> dict[str, tuple[int, ...]]:
         """Return the shapes of what these settings train on `cell`."""
+        if self.target_parameter is not None and host_of(cell) is None:
+            return LoRAParameter.shapes(cell, self, self.target_parameter)
         if self.token_indices is None:
             return self._kind_for(cell).delta_shapes(cell, self)
         return {_ROWS.parameter: rows_shape(cell, self.token_indices)}
@@ -159,7 +247,8 @@ class LoraConfig(DeltaConfig, LoraSettings):
     def adds_up(self) -> bool:
         """Tell whether adapters with these settings add up with others: no DoRA, no base parameters of their own."""
         alone = (self.use_dora, self.lora_bias, self.bias != "none", self.trainable_token_indices, self.token_indices,
-                 self.init_lora_weights in RESIDUAL)
+                 takes_from_base(self.init_lora_weights), self.init_lora_weights in DATA_STARTS,
+                 self.layer_replication, self.target_parameters)
         return super().adds_up() and not any(alone)
 
     @classmethod
@@ -176,6 +265,25 @@ class LoraConfig(DeltaConfig, LoraSettings):
 
 def _ends(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
+
+
+def _owners(entry: str, cells: Mapping[str, nn.Cell]) -> dict[str, nn.Cell]:
+    """Return the cells that hold the Parameters that an entry names, each once."""
+    found: dict[int, tuple[str, nn.Cell]] = {}
+    for path, cell in cells.items():
+        if any(_ends(name, entry) for name in _own_names(path, cell)):
+            found.setdefault(id(cell), (path, cell))
+    return dict(found.values())
+
+
+def _own_names(path: str, cell: nn.Cell) -> list[str]:
+    """Return the paths of a cell's own Parameters."""
+    return [f"{path}.{name}" if path else name for name, _ in cell.parameters_and_names(expand=False)]
+
+
+def _is_linear_weight(cell: nn.Cell, name: str) -> bool:
+    """Tell whether a Parameter is the weight of a linear layer."""
+    return name == "weight" and host_of(cell) in (DenseHost, LinearHost)
 
 
 def _mapping(name: str, value: object) -> Mapping[str, Any]:

@@ -14,8 +14,9 @@ from mindpet_lite.delta.hosts.conv import (
     MintConv2dHost,
     MintConv3dHost,
 )
-from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, LowRank
+from mindpet_lite.delta.lora.low_rank import LowRank
 from mindpet_lite.delta.lora.settings import LoraSettings
+from mindpet_lite.delta.lora.starting import HE_UNIFORM
 
 
 class LoRAConv(LowRank):

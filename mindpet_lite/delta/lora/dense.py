@@ -10,10 +10,11 @@ from mindpet_lite.delta.dense import check_dense, dense_refusal
 from mindpet_lite.delta.dropout import delta_dropout
 from mindpet_lite.delta.hosts import require_float
 from mindpet_lite.delta.hosts.dense import DenseHost
-from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, LowRank
+from mindpet_lite.delta.lora.low_rank import LowRank
 from mindpet_lite.delta.lora.settings import NEWER, LoraSettings
-from mindpet_lite.delta.lora.start import RESIDUAL
+from mindpet_lite.delta.lora.starting import HE_UNIFORM
 from mindpet_lite.delta.parts import check_strategies, set_strategies
+from mindpet_lite.formats.starts import takes_from_base
 
 
 class LoRADense(LowRank, DenseHost):
@@ -101,7 +102,7 @@ class LoRADense(LowRank, DenseHost):
         reason = dense_refusal(dense, "LoRA")
         if reason:
             raise TypeError(reason)
-        if newer.get("init_lora_weights") in RESIDUAL:
+        if takes_from_base(newer.get("init_lora_weights")):
             raise ValueError(f"init_lora_weights {newer['init_lora_weights']!r} takes a part out of the weight of "
                              f"`dense`, which from_dense() leaves as it is: use get_pet_model().")
         layer = cls._on(dense, LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init,

@@ -7,8 +7,9 @@ import mindspore
 
 from mindpet_lite.delta.hosts import require_float
 from mindpet_lite.delta.hosts.linear import LinearHost
-from mindpet_lite.delta.lora.low_rank import HE_UNIFORM, LowRank
+from mindpet_lite.delta.lora.low_rank import LowRank
 from mindpet_lite.delta.lora.settings import LoraSettings
+from mindpet_lite.delta.lora.starting import HE_UNIFORM
 
 
 class LoRALinear(LowRank, LinearHost):

@@ -8,24 +8,22 @@ from typing import Any, ClassVar, TypeVar
 import mindspore
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
-from mindspore.common.initializer import HeUniform, Normal
+from mindspore.common.initializer import Normal
 
 from mindpet_lite.arguments import warn_user
-from mindpet_lite.delta.adapted import Adapted
 from mindpet_lite.delta.base import float64, overflow
 from mindpet_lite.delta.dropout import delta_dropout
 from mindpet_lite.delta.lora.settings import LoraSettings, OwnStart, scale_of
-from mindpet_lite.delta.lora.start import RESIDUAL, factors
-from mindpet_lite.delta.parts import as_type, initial, prefix_of, put
-from mindpet_lite.delta.values import set_value
+from mindpet_lite.delta.lora.start import DATA_STARTS
+from mindpet_lite.delta.lora.starting import HE_UNIFORM, Starting, numbers_of
+from mindpet_lite.delta.parts import as_type, initial, prefix_of
 
 Self = TypeVar("Self", bound="LowRank")
 
-HE_UNIFORM = HeUniform(negative_slope=math.sqrt(5))
 UNIT_NORMAL = Normal(1.0)
 
 
-class LowRank(Adapted):
+class LowRank(Starting):
     r"""The LoRA half of an adapted layer: factors A and B, what is optional beside them, and what steers them.
 
     The update of a weight W is s · B A with s = alpha / rank, or alpha / √rank with `use_rslora`
@@ -57,7 +55,8 @@ class LowRank(Adapted):
     over_outputs: tuple[int, ...]
     scaling: Parameter
     strength_factor: Parameter
-    init_lora_weights: bool | str
+    # By this name target_parameters named the weight.
+    target_parameter: str | None = None
     mindpet_delta_lora_b_bias: Parameter
     mindpet_delta_lora_magnitude: Parameter
 
@@ -103,15 +102,20 @@ class LowRank(Adapted):
         self.dropout_rate = float(config.lora_dropout)
         self.use_rslora, self.use_dora, self.has_lora_bias = config.use_rslora, config.use_dora, config.lora_bias
         self.init_lora_weights = config.init_lora_weights
-        if config.init_lora_weights is not True:
-            values = dict(zip(values, self._other_start(config, shapes[a_name], shapes[b_name])))
+        self.target_parameter = getattr(config, "target_parameter", None)
+        if config.init_lora_weights in (*DATA_STARTS, "loftq"):
+            self.start_settings = config
+        if config.residual_base:
+            self._note_residual(takes_again=False)
+        elif config.init_lora_weights is not True:
+            values.update(zip(values, self._other_start(config, shapes[a_name], shapes[b_name])))
         # A graph calls no method of a class.
         self.factor_paths = (a_name, b_name)
         self.over_outputs = self.across_output(self.outputs(self))
         if config.lora_bias:
             values["mindpet_delta_lora_b_bias"] = initial("lora_bias", "zeros", (self.outputs(self),),
                                                           config.param_init_type)
-        self.add_parameters(values, {"scaling": self._factor(),
+        self.add_parameters(values, {"scaling": self.factor(),
                                      **({"strength_factor": 1.0} if config.use_dora else {})})
         self.output_names = self.delta_names[1:]
         if config.use_dora:
@@ -182,52 +186,7 @@ class LowRank(Adapted):
         norm = self._weight_norm().asnumpy()
         return Tensor(norm.reshape(self.over_outputs).copy())
 
-    def base_parameter(self) -> Parameter | None:
-        """Return the weight where DoRA's magnitude, or the factors, are made from it."""
-        return self.weight if self.use_dora or self.init_lora_weights in RESIDUAL else None
-
-    def start_again(self) -> None:
-        """Make DoRA's magnitude from the weight as it is now; for PiSSA and OLoRA the factors and what is left of it.
-
-        DoRA's magnitude becomes the norm of W + s B A, so the layer computes as LoRA without DoRA does.
-        """
-        if self.use_dora:
-            magnitude = self.mindpet_delta_lora_magnitude
-            put(magnitude, self._magnitude().astype(magnitude.dtype))
-            return
-        for name, value in zip(self.delta_names, self._start_factors()):
-            put(getattr(self, name), value.astype(getattr(self, name).dtype))
-        for parameter, value in self.base_values().items():
-            # Not into its own memory, which is that of the loaded checkpoint.
-            set_value(parameter, value)
-
-    def _other_start(self, config: LoraSettings, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
-                     ) -> tuple[Tensor, Tensor]:
-        """Return A and B as `init_lora_weights` says."""
-        if config.init_lora_weights is False:
-            return (initial("A", HE_UNIFORM, a_shape, config.param_init_type),
-                    initial("B", HE_UNIFORM, b_shape, config.param_init_type))
-        if len(self.logical_shape(self)) != 2 or self.out_axis:
-            raise ValueError(f"init_lora_weights {config.init_lora_weights!r} is for linear layers: leave this one "
-                             f"out, or adapt it with another config.")
-        a, b = self._start_factors()
-        if config.init_lora_weights in RESIDUAL:
-            self.fixed = (f"its start ({config.init_lora_weights}) took a part out of the base's weight, so without "
-                          f"the delta the layer is not its base.")
-        return a.astype(config.param_init_type), b.astype(config.param_init_type)
-
-    def _start_factors(self) -> tuple[Tensor, Tensor]:
-        """Return A and B made from the weight by `init_lora_weights`, in float32."""
-        a, b = factors(str(self.init_lora_weights), self.weight_numbers(), self.lora_rank, self._factor())
-        return Tensor(a.astype(np.float32)), Tensor(b.astype(np.float32))
-
-    def base_values(self) -> dict[Parameter, Tensor]:
-        """Return the weight without what the factors start with, for PiSSA and OLoRA."""
-        if self.init_lora_weights not in RESIDUAL:
-            return {}
-        return {self.weight: self.as_weight(self.weight_numbers() - self._factor() * self._update())}
-
-    def _factor(self) -> float:
+    def factor(self) -> float:
         """Return s."""
         return scale_of(self.lora_alpha, self.lora_rank, self.use_rslora)
 
@@ -236,11 +195,11 @@ class LowRank(Adapted):
         types = (mindspore.float32, self._compute_type())
         if self.use_dora:
             return overflow("the strength", strength, types)
-        return overflow("strength times lora_alpha / lora_rank", strength * self._factor(), types)
+        return overflow("strength times lora_alpha / lora_rank", strength * self.factor(), types)
 
     def _require_scale(self) -> None:
         """Raise ValueError where s is not finite in the type that the layer computes in."""
-        reason = overflow("the scale", self._factor(), (self._compute_type(),))
+        reason = overflow("the scale", self.factor(), (self._compute_type(),))
         if reason:
             raise ValueError(f"lora_alpha {self.lora_alpha} is too large for lora_rank {self.lora_rank}: {reason}")
 
@@ -251,14 +210,14 @@ class LowRank(Adapted):
         groups, rank = self.lora_rank // b.shape[1], b.shape[1]
         a, b = a.reshape(groups, rank, -1), b.reshape(groups, -1, rank)
         squares = np.sum((b.swapaxes(1, 2) @ b) * (a @ a.swapaxes(1, 2)))
-        return float(self._factor() * np.sqrt(np.maximum(squares, 0)))
+        return float(self.factor() * np.sqrt(np.maximum(squares, 0)))
 
     def setting_values(self) -> dict[str, Any]:
         """Return ``strength · s`` as the scaling, or 0 where switched off; with DoRA s, and the strength."""
         strength = self.strength if self.enabled else 0.0
         if self.use_dora:
-            return {"scaling": self._factor(), "strength_factor": strength}
-        return {"scaling": strength * self._factor()}
+            return {"scaling": self.factor(), "strength_factor": strength}
+        return {"scaling": strength * self.factor()}
 
     def _scaled_bias(self, dtype: mindspore.dtype) -> Tensor:
         """Return s times the bias of B, in the shape that is added to the layer's output."""
@@ -301,7 +260,7 @@ class LowRank(Adapted):
 
     def _update(self) -> np.ndarray:
         """Return B A in float32 and the shape that the weight has for methods."""
-        a, b = (_numbers(getattr(self, name)) for name in self.factor_paths)
+        a, b = (numbers_of(getattr(self, name)) for name in self.factor_paths)
         with np.errstate(over="ignore", invalid="ignore"):
             product = b.reshape(-1, self.lora_rank) @ a.reshape(self.lora_rank, -1)
         return self._oriented(product).reshape(self.logical_shape(self))
@@ -312,7 +271,7 @@ class LowRank(Adapted):
         # In float64 no square of a float32 vanishes.
         norm = np.sqrt(np.square(whole, dtype=np.float64).sum(axes))
         is_zero = norm == 0
-        magnitude = _numbers(self.mindpet_delta_lora_magnitude).reshape(-1)
+        magnitude = numbers_of(self.mindpet_delta_lora_magnitude).reshape(-1)
         return np.where(is_zero, 1, magnitude / np.where(is_zero, 1, norm)).astype(np.float32)
 
     def merged_value(self) -> dict[Parameter, Tensor]:
@@ -329,7 +288,7 @@ class LowRank(Adapted):
                 whole = weight + self.strength_factor.asnumpy() * (scale * whole - weight)
             merged = {self.weight: self.as_weight(whole)}
             if self.has_lora_bias:
-                bias = _numbers(self.bias) + self.scaling.asnumpy() * _numbers(self.mindpet_delta_lora_b_bias)
+                bias = numbers_of(self.bias) + self.scaling.asnumpy() * numbers_of(self.mindpet_delta_lora_b_bias)
                 merged[self.bias] = Tensor(bias).astype(self.bias.dtype)
         return merged
 
@@ -339,7 +298,8 @@ class LowRank(Adapted):
         return {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha,
                 **({} if self.takes_ids else {"lora_dropout": self.dropout_rate}),
                 **{name: True for name, is_used in used.items() if is_used},
-                **({"init_lora_weights": self.init_lora_weights} if self.init_lora_weights in RESIDUAL else {})}
+                **({"init_lora_weights": self.init_lora_weights} if self.took else {}),
+                **({"target_parameter": self.target_parameter} if self.target_parameter else {})}
 
     def unlike(self, settings: Mapping[str, Any]) -> list[str]:
         """Return where alpha is too large: it is taken over; all else shows in the tensors, or may differ."""
@@ -349,12 +309,10 @@ class LowRank(Adapted):
     def adopt_settings(self, settings: Mapping[str, Any]) -> None:
         """Take over lora_alpha and use_rslora: they are values; the rank is a shape."""
         self.lora_alpha, self.use_rslora = settings["lora_alpha"], settings.get("use_rslora", False)
+        # A file's factors have begun already.
+        self.data_start = None
         self.refresh()
 
     def extend_repr(self) -> str:
         """Show the low-rank settings beside those of the plain layer."""
         return super().extend_repr() + f", lora_rank={self.lora_rank}, lora_alpha={self.lora_alpha}"
-
-
-def _numbers(value: Parameter) -> np.ndarray:
-    return value.astype(mindspore.float32).asnumpy()

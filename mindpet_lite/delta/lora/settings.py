@@ -9,11 +9,19 @@ import mindspore
 
 from mindpet_lite.arguments import check_alpha, check_bool, check_int, check_probability
 from mindpet_lite.delta.base import check_float_type, overflow
-from mindpet_lite.delta.lora.start import RESIDUAL, check_start
+from mindpet_lite.delta.data_start import fields_of
+from mindpet_lite.delta.lora.corda import CordaConfig
+from mindpet_lite.delta.lora.eva import EvaConfig
+from mindpet_lite.delta.lora.loftq import LoftQConfig
+from mindpet_lite.delta.lora.start import check_start
 from mindpet_lite.delta.parts import check_init
+from mindpet_lite.formats.starts import takes_from_base
 
 # The settings that MindPet's LoRA did not have.
 NEWER = ("use_rslora", "use_dora", "lora_bias")
+
+# By the name of a start the class of its own settings.
+START_CONFIGS: dict[str, Any] = {"eva": EvaConfig, "corda": CordaConfig, "loftq": LoftQConfig}
 
 
 class OwnStart:
@@ -46,6 +54,10 @@ class LoraSettings:
     use_dora: bool = False
     lora_bias: bool = False
     init_lora_weights: bool | str = True
+    residual_base: bool = False
+    eva_config: Any = None
+    corda_config: Any = None
+    loftq_config: Any = None
 
     def __post_init__(self) -> None:
         check_int("lora_rank", self.lora_rank)
@@ -58,14 +70,21 @@ class LoraSettings:
         reason = overflow("the scale", scale_of(self.lora_alpha, self.lora_rank, self.use_rslora is True), types)
         if reason:
             raise ValueError(f"lora_alpha {self.lora_alpha} is too large for lora_rank {self.lora_rank}: {reason}")
-        for name in NEWER:
+        for name in (*NEWER, "residual_base"):
             check_bool(name, getattr(self, name))
-        check_start(self.init_lora_weights)
+        check_start(self.init_lora_weights, self.residual_base)
+        for start, kind in START_CONFIGS.items():
+            given = getattr(self, f"{start}_config")
+            if self.init_lora_weights == start and not self.residual_base:
+                object.__setattr__(self, f"{start}_config", fields_of(kind, f"{start}_config", given))
+            elif given:
+                raise ValueError(f"{start}_config is for init_lora_weights {start!r}, but that is "
+                                 f"{self.init_lora_weights!r:.100}: leave one out.")
         if self.init_lora_weights is not True and not (isinstance(self.lora_a_init, OwnStart)
                                                        and isinstance(self.lora_b_init, OwnStart)):
             raise ValueError("init_lora_weights and lora_a_init or lora_b_init both say how the factors start: give "
                              "one of them.")
-        if self.init_lora_weights in RESIDUAL and self.use_dora:
+        if takes_from_base(self.init_lora_weights) and self.use_dora:
             raise ValueError(f"init_lora_weights {self.init_lora_weights!r} does not go with use_dora.")
         if self.use_dora and self.lora_bias:
             raise ValueError("use_dora and lora_bias do not go together: DoRA scales the rows of a weight, and a bias "

@@ -31,6 +31,7 @@ class TokenTable(WithRows, Host):
     """
 
     setting_names = ("scaling",)
+    follows_ties = True
 
     _plain: tuple[nn.Cell, ...] = ()
     starts_as_base = True

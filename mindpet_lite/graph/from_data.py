@@ -1,0 +1,165 @@
+"""Let the adapters of a net start from data: what their layers are given decides how they begin."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mindspore
+import numpy as np
+from mindspore import Tensor, nn
+from mindspore.communication import get_group_size
+
+from mindpet_lite.arguments import some_of
+from mindpet_lite.delta.base import Delta
+from mindpet_lite.delta.data_start import Begin, DataStart, Gathered
+from mindpet_lite.formats.problems import listed
+from mindpet_lite.graph.adapters import Adapter, deltas
+from mindpet_lite.graph.tree import cells_by_path, replace
+
+# By path the layer that waits, and what is gathered for it.
+_Found = dict[str, tuple[Delta, Gathered]]
+
+
+def initialize_from_data(net: nn.Cell, batches: Iterable[Any], forward: Callable[[nn.Cell, Any], Any] | None = None
+                         ) -> nn.Cell:
+    """Start the adapters of `net` from data, in place: those that were injected with a start such as EVA or CorDA.
+
+    Runs the net on the batches, in evaluation and PyNative mode, and gathers what each adapted layer is given. Nothing
+    trains. Call it after :func:`mindpet_lite.get_pet_model` and before the optimizer is made: EVA may give layers
+    another rank, and those that it gives none are plain again.
+
+    Where every layer has settled before the batches end (EVA's tau), the others are not read. A mapping may hold
+    "attention_mask" and "labels", by which EVA leaves places out.
+
+    Args:
+        net: with adapters of `init_lora_weights` "eva" or "corda", see :class:`mindpet_lite.LoraConfig`.
+        batches: each a tuple or list of the net's arguments, a mapping of them by name, or one argument.
+        forward: what runs the net on a batch, `forward(net, batch)`, for batches of another form.
+
+    Returns:
+        `net`.
+
+    Raises:
+        TypeError: `net` is no Cell.
+        ValueError: no adapter waits for data, or one has trained; there is no batch; a layer was given nothing, or NaN
+            or infinite values; a mask does not fit; the data are too few. Or this is a distributed job, where each
+            process would see other data. The net is unchanged.
+    """
+    waiting = {path: delta for path, delta in deltas(net).items() if delta.data_start is not None}
+    if not waiting:
+        raise ValueError("No adapter of the net waits for data: they start so with init_lora_weights='eva' or 'corda' "
+                         "in LoraConfig, and begin once.")
+    trained = [path for path, delta in waiting.items() if delta.delta_norm() != 0]
+    if trained:
+        raise ValueError(f"{some_of(trained)}: trained already, which a start would overwrite. Adapt the net anew.")
+    if get_group_size() > 1:
+        raise ValueError("Each process of a distributed job would start from its own data: start the net in one "
+                         "process, save it with mindspore.save_checkpoint(), and load that in all.")
+    groups: dict[DataStart, _Found] = {}
+    for path, delta in waiting.items():
+        groups.setdefault(delta.data_start, {})[path] = (delta, delta.data_start.gathered(delta))
+    _gather(net, groups, batches, forward or _call)
+    begins: dict[str, Begin] = {}
+    for start, found in groups.items():
+        begins.update(start.begin(found))
+    _begin(net, waiting, begins)
+    return net
+
+
+def _call(net: nn.Cell, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return net(**batch)
+    return net(*batch) if isinstance(batch, (tuple, list)) else net(batch)
+
+
+def _gather(net: nn.Cell, groups: Mapping[DataStart, _Found], batches: Iterable[Any],
+            forward: Callable[[nn.Cell, Any], Any]) -> None:
+    """Run the net on the batches, and let each layer's share take in what it is given."""
+    count = 0
+    given = {path: 0 for found in groups.values() for path in found}
+    places: dict[str, np.ndarray | None] = {}
+
+    def take(path: str, gathered: Gathered, value: Any) -> None:
+        rows = _rows(path, value, places[path])
+        given[path] += len(rows)
+        if len(rows):
+            gathered.add(rows)
+
+    takers = {path: (delta, gathered) for found in groups.values() for path, (delta, gathered) in found.items()}
+    with _running(net), _heard(takers, take):
+        for batch in batches:
+            for start, found in groups.items():
+                places.update(dict.fromkeys(found, start.places(batch)))
+            forward(net, batch)
+            count += 1
+            if all(given.values()) and all(start.is_settled(found) for start, found in groups.items()):
+                break
+    if not count:
+        raise ValueError("There is no batch to start from: give some. (A generator that was used up gives none.)")
+    silent = [path for path, rows in given.items() if not rows]
+    if silent:
+        raise ValueError(listed([f"{path}: no batch gave it anything. The net does not call it, or calls it inside a "
+                                 f"compiled function (jit), or a mask left nothing." for path in silent]))
+
+
+def _rows(path: str, value: Any, places: np.ndarray | None) -> np.ndarray:
+    """Return what a layer is given as rows (n, inputs), those that count."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{path}: it is given a {type(value).__name__}, but a start from data needs a Tensor.")
+    found = value.astype(mindspore.float32).asnumpy().astype(np.float64)
+    if places is not None and places.shape != found.shape[:-1]:
+        raise ValueError(f"{path}: the mask of the batch has the shape {places.shape}, but its input {found.shape}: "
+                         f"give batches without attention_mask and labels.")
+    rows = found.reshape(-1, found.shape[-1]) if places is None else found[places]
+    if not np.isfinite(rows).all():
+        raise ValueError(f"{path}: it is given NaN or infinite values: look at the batch, and at the base.")
+    return rows
+
+
+@contextmanager
+def _running(net: nn.Cell) -> Iterator[None]:
+    """Let the net run in PyNative mode and in evaluation; put both back."""
+    mode, flags = mindspore.get_context("mode"), {cell: cell.training for cell in cells_by_path(net).values()}
+    mindspore.set_context(mode=mindspore.PYNATIVE_MODE)
+    net.set_train(False)
+    try:
+        yield
+    finally:
+        for cell, flag in flags.items():
+            cell.add_flags(training=flag)
+        mindspore.set_context(mode=mode)
+
+
+@contextmanager
+def _heard(takers: Mapping[str, tuple[Delta, Gathered]], take: Callable[[str, Gathered, Any], None]) -> Iterator[None]:
+    """Call `take` with what each layer is given, whenever it is called."""
+    def listen(path: str, layer: Any, gathered: Gathered) -> Any:
+        def hear(cell: nn.Cell, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+            take(path, gathered, next(iter([*inputs, *named.values()]), None))
+
+        return layer.register_forward_pre_hook(hear, with_kwargs=True)
+
+    handles = [listen(path, layer, gathered) for path, (layer, gathered) in takers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _begin(net: nn.Cell, waiting: Mapping[str, Delta], begins: Mapping[str, Begin]) -> None:
+    """Put the starts into effect."""
+    records: Sequence[Adapter] = list({id(item.adapter): item.adapter for item in waiting.values()
+                                       if item.adapter is not None}.values())
+    for record in records:
+        record.unwatch(delta for delta in waiting.values() if delta.adapter is record)
+    swaps: dict[nn.Cell, nn.Cell] = {}
+    for path, old in waiting.items():
+        layer = begins[path]()
+        if layer is not old:
+            swaps[old] = old.plain_cell() if layer is None else layer
+    if swaps:
+        replace(net, swaps)
+    for delta in deltas(net).values():
+        delta.watch_start()

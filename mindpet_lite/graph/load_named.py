@@ -17,7 +17,7 @@ from mindpet_lite.graph.adapters import Adapter
 from mindpet_lite.graph.fill import fill
 from mindpet_lite.graph.home import with_path
 from mindpet_lite.graph.load import install, mismatches, read_for, under_paths
-from mindpet_lite.graph.named import Named, banks_of, check_new, keep, named, plain_cells, put_beside, write_beside
+from mindpet_lite.graph.named import Named, check_new, keep, named, plain_cells, put_beside, write_beside
 from mindpet_lite.graph.turns import adds_up, make_way
 from mindpet_lite.names.table import Table
 
@@ -132,7 +132,4 @@ def put_state(net: nn.Cell, state: AdapterState, path: str, name: str, known: Na
     for place, delta in new.items():
         fill(delta, values.layers[place], state.layers[place], {})
     put_beside(net, known, name, new, record)
-    for place, bank in banks_of(net).items():
-        for parameter in bank.parameters_of(name).values() if place in new else ():
-            parameter.requires_grad = False
     return net

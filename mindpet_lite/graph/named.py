@@ -15,7 +15,7 @@ from mindpet_lite.delta.base import Delta
 from mindpet_lite.formats.problems import listed
 from mindpet_lite.formats.state import AdapterState, LayerState
 from mindpet_lite.graph.adapters import Adapter, adapters_of, deltas_in
-from mindpet_lite.graph.tree import cells_by_path, replace
+from mindpet_lite.graph.tree import cells_by_path, replace, structure_changes
 
 # PEFT's name of an adapter that was given none.
 DEFAULT = "default"
@@ -34,6 +34,8 @@ class Named:
         method: of those in banks.
         turns: where adapters do not add up, those that are not in the net now.
         live: then the one that is.
+        trainable: the names of those that were made to train.
+        found: the banks of the net, and `structure_changes()` when they were found.
     """
 
     records: dict[str, Adapter]
@@ -41,6 +43,8 @@ class Named:
     method: str = ""
     turns: dict[str, AdapterState] = dataclasses.field(default_factory=dict)
     live: str = ""
+    trainable: set[str] = dataclasses.field(default_factory=set)
+    found: tuple[int, dict[str, Any]] = (-1, {})
 
     @property
     def names(self) -> list[str]:
@@ -50,14 +54,18 @@ class Named:
 
 def named(net: nn.Cell) -> Named:
     """Return what a net knows of its adapters; the only one of a net that was given no name is called "default"."""
-    present = deltas_in(cells_by_path(net))
     found = vars(net).get(_KEPT)
+    if isinstance(found, Named) and found.found[0] == structure_changes() and found.found[1]:
+        return found
+    present = deltas_in(cells_by_path(net))
     if isinstance(found, Named) and (present or found.turns):
         return found
     if not present:
         return Named({}, {})
     record = next(iter(adapters_of(present.values())), Adapter())
-    return Named({DEFAULT: record}, {DEFAULT: 1.0}, next(iter(present.values())).method, live=DEFAULT)
+    trains = any(item.requires_grad for delta in present.values() for item in delta.delta_parameters().values())
+    return Named({DEFAULT: record}, {DEFAULT: 1.0}, next(iter(present.values())).method, live=DEFAULT,
+                 trainable={DEFAULT} if trains else set())
 
 
 def keep(net: nn.Cell, known: Named) -> None:
@@ -85,7 +93,13 @@ def check_names(names: Iterable[str], known: Named) -> None:
 
 def banks_of(net: nn.Cell) -> dict[str, Any]:
     """Return the layers of a net that can hold several adapters, by path."""
-    return {path: delta for path, delta in deltas_in(cells_by_path(net)).items() if hasattr(delta, "slots")}
+    known = vars(net).get(_KEPT)
+    if isinstance(known, Named) and known.found[0] == structure_changes():
+        return known.found[1]
+    found = {path: delta for path, delta in deltas_in(cells_by_path(net)).items() if hasattr(delta, "slots")}
+    if isinstance(known, Named):
+        known.found = (structure_changes(), found)
+    return found
 
 
 def plain_cells(net: nn.Cell) -> dict[str, nn.Cell]:
@@ -162,6 +176,8 @@ def put_beside(net: nn.Cell, known: Named, name: str, new: Mapping[str, Delta], 
         METHODS[method].bank(delta, name)
     for path, delta in new.items():
         banks[path].take(name, delta)
+        for parameter in banks[path].parameters_of(name).values():
+            parameter.requires_grad = False
         banks[path].adapter = banks[path].adapter or record
     _add(net, known, name, record)
     known.method = method

@@ -59,6 +59,7 @@ def add_adapter(net: nn.Cell, name: str, config: DeltaConfig | Mapping[str, Any]
         get_pet_model(net, config)
         known = named(net)
         known.records, known.active, known.live = {name: known.records.popitem()[1]}, {name: 1.0}, name
+        known.trainable = {name}
         keep(net, known)
         return net
     if known.turns or not adds_up(net, config):
@@ -75,22 +76,22 @@ def add_adapter(net: nn.Cell, name: str, config: DeltaConfig | Mapping[str, Any]
     if problems:
         raise ValueError(f"The adapter {name!r} does not fit the net, which is unchanged:\n  {listed(problems)}")
     put_beside(net, known, name, new, record_of(new.values()))
-    for path, bank in banks_of(net).items():
-        for parameter in bank.parameters_of(name).values() if path in new else ():
-            parameter.requires_grad = False
+    known.trainable.add(name)
     return net
 
 
-def set_adapter(net: nn.Cell, names: str | Mapping[str, float]) -> None:
+def set_adapter(net: nn.Cell, names: str | Mapping[str, float], train: bool | None = None) -> None:
     """Let one adapter count, or several with their weights, and no other, from the next call on; nothing compiles anew.
 
-    Given one name, and where adapters of the net train, that one trains from now on and no other: make the optimizer
-    afterwards. Adapters that do not add up change places, by values where they have the same layers and settings;
-    otherwise the net's graphs compile again.
+    Given one name, only that one's Parameters train from now on: make the optimizer afterwards. Adapters that do not
+    add up change places, by values where they have the same layers and settings; otherwise the net's graphs compile
+    again.
 
     Args:
         net: a net with adapters.
         names: a name, or weights by name; an empty mapping is the base.
+        train: of one name whether it trains; without it the adapters train that were made by `get_pet_model` or
+            `add_adapter`, and those that were loaded by name do not.
 
     Raises:
         TypeError: a weight is no number.
@@ -107,11 +108,12 @@ def set_adapter(net: nn.Cell, names: str | Mapping[str, float]) -> None:
             raise ValueError(f"the weight of adapter {name!r} must be finite, but got {weight}.")
     known.active = _without_banks(net, known.live, weights) if not banks else {
         name: float(weight) for name, weight in weights.items()}
-    trains = any(item.requires_grad for bank in banks.values() for item in bank.delta_parameters().values())
     for bank in banks.values():
         bank.set_weights(weights)
-        if isinstance(names, str) and trains:
-            bank.train_with(names)
+    if isinstance(names, str):
+        trained = names if train or train is None and names in known.trainable else ""
+        for bank in banks.values():
+            bank.train_with(trained)
     keep(net, known)
 
 
@@ -183,7 +185,7 @@ def adapters_for_samples(net: nn.Cell, names: Sequence[str | None]) -> Iterator[
                          "one batch cannot have different ones: call the net once for each adapter.")
     banks, swaps = make_banks(net, known)
     keep(net, known)
-    before = {path: len(bank.samples) for path, bank in banks.items()}
+    before = {path: bank.samples for path, bank in banks.items()}
     _count_samples(net, banks, {path: len(names) for path in banks}, swaps)
     for bank in banks.values():
         bank.set_samples(names)
@@ -198,7 +200,7 @@ def adapters_for_samples(net: nn.Cell, names: Sequence[str | None]) -> Iterator[
 def _count_samples(net: nn.Cell, banks: Mapping[str, Any], counts: Mapping[str, int],
                    swaps: dict[nn.Cell, nn.Cell]) -> None:
     """Let the banks of a net have a row of `scaling` for each sample; new ones take their places."""
-    changed = [path for path, bank in banks.items() if len(bank.samples) != counts[path]]
+    changed = [path for path, bank in banks.items() if bank.samples != counts[path]]
     for path in changed:
         banks[path].reserve(banks[path].room, counts[path])
     if changed or swaps:

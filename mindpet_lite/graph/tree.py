@@ -19,6 +19,10 @@ _CARRIED = ("_forward_pre_hook", "_forward_hook", "_backward_pre_hook", "_backwa
             "_forward_hook_always_called", "_scope", "_param_prefix", "_jit_config_dict")
 
 
+# How often `replace` was called.
+_CHANGES = [0]
+
+
 def require_cell(net: object) -> nn.Cell:
     """Return `net` if it is a Cell; raise TypeError otherwise."""
     if not isinstance(net, nn.Cell):
@@ -81,11 +85,17 @@ def set_cells(net: nn.Cell, parent: nn.CellList, cells: Sequence[nn.Cell]) -> No
     drop_compiled_graphs(net)
 
 
+def structure_changes() -> int:
+    """Return how often `replace` changed a net; while the number stays, what was found in a net is still there."""
+    return _CHANGES[0]
+
+
 def replace(net: nn.Cell, swaps: Mapping[nn.Cell, nn.Cell]) -> None:
     """Put ``swaps[old]`` wherever `old` stands below `net`; drop the compiled graphs that still run the old cells.
 
     Parameter names stay as they are: nothing is assigned through `Cell.__setattr__`, which renames.
     """
+    _CHANGES[0] += 1
     new_of = {id(old): new for old, new in swaps.items()}
     for parent in set(cells_by_path(net).values()):
         for name, child in parent._cells.items():

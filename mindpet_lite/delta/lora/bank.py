@@ -25,7 +25,19 @@ from mindpet_lite.delta.lora.settings import scale_of
 from mindpet_lite.delta.parts import as_type, prefix_of, put
 from mindpet_lite.delta.values import setting_parameter
 
+# Choices of which a bank keeps the numbers.
+_MOST_SEEN = 64
 ROOM_A, ROOM_B = "mindpet_room_lora_a", "mindpet_room_lora_b"
+
+
+@dataclasses.dataclass
+class Choice:
+    """Which adapters of a bank count: weights by name, or where samples differ a name, or None, for each."""
+
+    weights: dict[str, float]
+    names: tuple[str | None, ...] | None = None
+    # The numbers of `scaling` by choice, strength and switch: a choice that was made before costs a look-up.
+    seen: dict[Any, Tensor] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -67,12 +79,14 @@ class LoRABank(Adapted):
 
     scaling: Parameter
     slots: dict[str, Slot]
-    weights: dict[str, float]
+    choice: Choice
     row_count: int
-    samples: tuple[str | None, ...]
+    # How many samples have a row of `scaling` each; 0 where they share one.
+    samples: int
     room: int
     has_dropout: bool
-    is_mixed: bool
+    # The adapter whose Parameters train; empty where none does.
+    trained: str
 
     @classmethod
     def of(cls, layer: LowRank, name: str) -> LoRABank:
@@ -88,10 +102,10 @@ class LoRABank(Adapted):
         for path in layer.factor_paths:
             bank.insert_param_to_cell(path, getattr(layer, path))
         bank.slots = {name: Slot(layer.settings(), layer.factor_paths, 0, layer.file_types)}
-        bank.weights, bank.unmergeable = {name: layer.strength}, layer.unmergeable
+        bank.choice, bank.unmergeable = Choice({name: layer.strength}), layer.unmergeable
         bank.enabled, bank.adapter = layer.enabled, layer.adapter
         bank.rebuild()
-        bank.train_with(name if any(item.requires_grad for item in layer.delta_parameters().values()) else None)
+        bank.train_with(name if any(item.requires_grad for item in layer.delta_parameters().values()) else "")
         return bank
 
     @classmethod
@@ -105,8 +119,8 @@ class LoRABank(Adapted):
         bank: LoRABank = cls.on(cls, layer)
         bank.check()
         bank._plain = plain or (() if isinstance(layer, Delta) else (layer,))
-        bank.slots, bank.weights, bank.samples, bank.room = {}, {}, (), 0
-        bank.has_dropout, bank.is_mixed = False, False
+        bank.slots, bank.choice, bank.samples, bank.room = {}, Choice({}), 0, 0
+        bank.has_dropout, bank.trained = False, ""
         if bank.group_count(bank) > 1:
             bank.unmergeable = "with groups an update makes each output depend on every input channel; use it unmerged."
         take_types(bank, layer)
@@ -142,6 +156,7 @@ class LoRABank(Adapted):
         slot = Slot(dict(settings), None, self.free_place(int(settings["lora_rank"])))
         self._write_room(slot, a, b)
         self.slots[name] = slot
+        self.choice.seen.clear()
 
     def free_place(self, rank: int) -> int:
         """Return the first place of a group's share of the room that has `rank` rows free.
@@ -167,8 +182,7 @@ class LoRABank(Adapted):
     def remove(self, name: str) -> None:
         """Take an adapter out; by values where it stands in the room."""
         slot = self.slots.pop(name)
-        self.weights.pop(name, None)
-        self.samples = tuple(None if item == name else item for item in self.samples)
+        self.choice = Choice({own: weight for own, weight in self.choice.weights.items() if own != name})
         if slot.names is None:
             self._write_room(slot, *(np.zeros(shape) for shape in self._shapes(slot.rank)))
             return
@@ -208,7 +222,7 @@ class LoRABank(Adapted):
                     delattr(self, path)
                 setattr(self, path, Parameter(Tensor(np.zeros(shape, np.float32)), prefix + path, requires_grad=False))
             self.room = room
-        self.samples = (None,) * samples
+        self.samples = samples
         self.rebuild()
         for slot, factors in before:
             self._write_room(slot, *factors)
@@ -217,28 +231,35 @@ class LoRABank(Adapted):
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """Let these adapters count, each times its number, for all samples; by values."""
-        self.weights = {name: float(value) for name, value in weights.items() if name in self.slots}
-        self.samples = (None,) * len(self.samples)
-        self.is_mixed = False
+        self.choice.weights = {name: float(value) for name, value in weights.items() if name in self.slots}
+        self.choice.names = None
         self.refresh()
 
     def set_samples(self, names: Sequence[str | None]) -> None:
         """Let another adapter count for each sample, None for the base; by values."""
-        self.samples, self.is_mixed = tuple(name if name in self.slots else None for name in names), True
+        self.choice.names = tuple(name if name in self.slots else None for name in names)
         self.refresh()
+
+    def refresh(self) -> None:
+        """Write the numbers of `scaling`; a running graph sees them at its next call."""
+        choice = self.choice
+        key = (tuple(choice.weights.items()), choice.names, self.strength, self.enabled)
+        if key not in choice.seen:
+            if len(choice.seen) >= _MOST_SEEN:
+                choice.seen.clear()
+            choice.seen[key] = Tensor(self.setting_values()["scaling"])
+        put(self.scaling, choice.seen[key])
 
     def setting_values(self) -> dict[str, Any]:
         """Return the numbers of `scaling`, or zeros where switched off."""
-        scales, strength = self.row_scales(), self.strength if self.enabled else 0.0
-        order = list(self.slots)
-        if self.is_mixed:
-            table = np.stack([scales[order.index(name)] if name is not None else np.zeros(self.row_count, np.float32)
-                              for name in self.samples])
+        scales = dict(zip(self.slots, self.row_scales()))
+        strength, none = self.strength if self.enabled else 0.0, np.zeros(self.row_count, np.float32)
+        if self.choice.names is not None:
+            table = np.stack([none if name is None else scales[name] for name in self.choice.names])
             return {"scaling": (strength * table).astype(np.float32)}
-        row = sum((self.weights.get(name, 0.0) * scales[index] for index, name in enumerate(order)),
-                  np.zeros(self.row_count, np.float32))
-        row = (strength * row).astype(np.float32)
-        return {"scaling": np.tile(row, (len(self.samples), 1)) if self.samples else row}
+        row = strength * sum((weight * scales[name] for name, weight in self.choice.weights.items()), none)
+        return {"scaling": np.tile(row, (self.samples, 1)).astype(np.float32) if self.samples
+                else row.astype(np.float32)}
 
     def setting_parameters(self) -> dict[str, Parameter]:
         """Return the scaling and the room, which never train."""
@@ -246,7 +267,7 @@ class LoRABank(Adapted):
 
     def overflows(self, strength: float) -> str:
         """Return why the scaling cannot be that of this strength, or nothing."""
-        largest = max((abs(self.weights.get(name, 0.0)) * slot.scale for name, slot in self.slots.items()), default=0.0)
+        largest = max((abs(self.choice.weights.get(name, 0.0)) * slot.scale for name, slot in self.slots.items()), default=0.0)
         return overflow("strength times lora_alpha / lora_rank", strength * largest,
                         (mindspore.float32, self._compute_type()))
 
@@ -267,15 +288,18 @@ class LoRABank(Adapted):
         self.has_groups = groups > 1
         if self.row_count:
             self.add_low_rank_operators(self.row_count)
-        self.is_mixed = False
+        self.choice = Choice(self.choice.weights)
         value = Tensor(self.setting_values()["scaling"])
         if hasattr(self, "scaling") and self.scaling.shape == value.shape:
             self.refresh()
         else:
             self.scaling = setting_parameter(value, prefix_of(self.weight.name) + "scaling")
 
-    def train_with(self, name: str | None) -> None:
-        """Let the Parameters of this adapter train, and no other's; in training its dropout is that of all."""
+    def train_with(self, name: str) -> None:
+        """Let this adapter's Parameters train, none where it is empty; in training its dropout is that of all."""
+        if name == self.trained:
+            return
+        self.trained = name
         for other in self.slots:
             for parameter in self.parameters_of(other).values():
                 parameter.requires_grad = other == name
@@ -286,7 +310,7 @@ class LoRABank(Adapted):
 
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError where samples have different adapters and the first axis does not count them."""
-        if len(self.samples) > 0 and (len(shape) < 2 or shape[0] != len(self.samples)):
+        if self.samples > 0 and (len(shape) < 2 or shape[0] != self.samples):
             raise ValueError("a layer with one adapter for each sample needs an input whose first axis counts as many "
                              "samples as adapters_for_samples() or reserve_adapters() was given")
 
@@ -314,7 +338,7 @@ class LoRABank(Adapted):
 
     def _scaled(self, low: Tensor, scaling: Tensor) -> Tensor:
         """Return the low-rank activations times the number of each row, or of each row and sample."""
-        count = len(self.samples)
+        count = self.samples
         if self.takes_ids:
             if count:
                 by_sample = ops.expand_dims(ops.transpose(scaling, (1, 0)), 2)
@@ -332,13 +356,13 @@ class LoRABank(Adapted):
         Raises:
             ValueError: samples have different adapters.
         """
-        if self.is_mixed:
+        if self.choice.names is not None:
             raise ValueError("samples have different adapters, which no single weight holds: leave the block of "
                              "adapters_for_samples() first.")
         whole, strength = self.weight_numbers(), self.strength if self.enabled else 0.0
         # What is not finite is for the caller to refuse, by name.
         with np.errstate(over="ignore", invalid="ignore"):
-            for name, weight in self.weights.items():
+            for name, weight in self.choice.weights.items():
                 a, b = self.factors(name).values()
                 product = b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1)
                 number = np.float32(strength * weight * self.slots[name].scale)

@@ -267,7 +267,8 @@ class LoRABank(Adapted):
 
     def overflows(self, strength: float) -> str:
         """Return why the scaling cannot be that of this strength, or nothing."""
-        largest = max((abs(self.choice.weights.get(name, 0.0)) * slot.scale for name, slot in self.slots.items()), default=0.0)
+        largest = max((abs(self.choice.weights.get(name, 0.0)) * slot.scale for name, slot in self.slots.items()),
+                      default=0.0)
         return overflow("strength times lora_alpha / lora_rank", strength * largest,
                         (mindspore.float32, self._compute_type()))
 

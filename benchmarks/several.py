@@ -4,8 +4,8 @@
     python benchmarks/several.py --layers 200 --rounds 60
 
 Prints, for a net of so many layers, the time of `set_adapter` beyond the writes of its values (the same writes alone,
-in turns), and the compiles that switching causes. Then, on the text shape at inference, graph mode: eight adapters of rank
-8 side by side, in room of rank 64, and one adapter of rank 64, in turns; medians.
+in turns), and the compiles that switching causes. Then, on the text shape at inference, graph mode: eight adapters of
+rank 8 side by side, room of rank 64, and one adapter of rank 64, in turns; medians.
 """
 from __future__ import annotations
 

@@ -108,9 +108,9 @@ def test_a_codec_that_lost_something_would_be_found(monkeypatch):
     source = write_adapter(Path("adapter"), lora(SHAPES))
     whole = conversion.to_files
 
-    def losing(state, kind, path):
+    def losing(state, kind, path, methods):
         state.layers["mid_block.attentions.0.to_q"].settings["lora_alpha"] += 1
-        found = whole(state, kind, path)
+        found = whole(state, kind, path, methods)
         state.layers["mid_block.attentions.0.to_q"].settings["lora_alpha"] -= 1
         return found
 

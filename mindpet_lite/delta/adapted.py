@@ -62,8 +62,7 @@ class Adapted(Delta, Host):
         """Apply the layer to `x`."""
         # What is decided here is decided for each layer as a graph is compiled; functions, flags and properties cost
         # the compiler far less than conditions on shapes and types.
-        shape, output_type, dtype = x.shape, self._output_type(x), self._compute_type()
-        self.check_input(shape)
+        shape, output_type, dtype = self.checked(x.shape), self._output_type(x), self._compute_type()
         x = self._entered(x, dtype)
         h = self.arranged(x)
         if self.in_graph:
@@ -74,8 +73,9 @@ class Adapted(Delta, Host):
             y = self.adapted(h, h, dtype)
         return self.finish(y, shape, output_type, dtype)
 
-    def check_input(self, shape: tuple[int, ...]) -> None:
-        """Raise ValueError where the method cannot take an input of this shape."""
+    def checked(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the input; raise ValueError where the method cannot take it."""
+        return shape
 
     def adapted(self, h: Tensor, again: Tensor, dtype: mindspore.dtype) -> Tensor:
         """Return the output before `finish`.

@@ -309,11 +309,12 @@ class LoRABank(Adapted):
         if self.has_dropout:
             self.lora_dropout = delta_dropout(rate)
 
-    def check_input(self, shape: tuple[int, ...]) -> None:
-        """Raise ValueError where samples have different adapters and the first axis does not count them."""
+    def checked(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the input; raise ValueError where samples have different adapters and the first axis does not count them."""
         if self.samples > 0 and (len(shape) < 2 or shape[0] != self.samples):
             raise ValueError("a layer with one adapter for each sample needs an input whose first axis counts as many "
                              "samples as adapters_for_samples() or reserve_adapters() was given")
+        return shape
 
     def adapted(self, h: Tensor, again: Tensor, dtype: mindspore.dtype) -> Tensor:
         """Return the output before the activation, the updates added to what the weight makes of the input."""

@@ -10,7 +10,7 @@ import copy
 import mindspore as ms
 import numpy as np
 import pytest
-from host_layers import LAYERS, SETTINGS, STARTS, WITHOUT_KERNELS, plain_net
+from host_layers import IN_GRAPHS_ALONE, LAYERS, SETTINGS, STARTS, WITHOUT_KERNELS, plain_net
 from mindspore import Tensor, nn
 from nets import compile_count, gradient_function, numbers, pynative, unchanged
 
@@ -29,7 +29,7 @@ IDS = [f"{name}{index or ''}-{host.plain_name}" for name, host, index in CASES]
 
 
 def test_every_method_and_every_host_has_its_line():
-    assert set(SETTINGS) == set(HOSTED) and {*LAYERS, *WITHOUT_KERNELS} == set(HOSTS)
+    assert set(SETTINGS) == set(HOSTED) and {*LAYERS, *IN_GRAPHS_ALONE, *WITHOUT_KERNELS} == set(HOSTS)
 
 
 def adapted(name, host, index):

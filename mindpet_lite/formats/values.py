@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 
 import numpy as np
 
+from mindpet_lite.arguments import warn_user
 from mindpet_lite.formats.files import BF16, as_float, to_bfloat16, type_name
 from mindpet_lite.formats.float8 import FLOAT8
 from mindpet_lite.formats.state import AdapterState
@@ -29,9 +29,9 @@ def in_float32(state: AdapterState, source: str) -> AdapterState:
     held = {value.dtype for values in (state.trained, state.shared, *(layer.tensors for layer in state.layers.values()))
             for value in values.values()}
     if BF16 in held:
-        warnings.warn(f"{source} stores values as bfloat16: they are read as float32, the same numbers.", stacklevel=3)
+        warn_user(f"{source} stores values as bfloat16: they are read as float32, the same numbers.")
     if _WIDE in held:
-        warnings.warn(f"{source} stores values as float64: they are rounded to float32.", stacklevel=3)
+        warn_user(f"{source} stores values as float64: they are rounded to float32.")
     if not held & {BF16, _WIDE}:
         return state
     return dataclasses.replace(

@@ -310,7 +310,7 @@ class LoRABank(Adapted):
             self.lora_dropout = delta_dropout(rate)
 
     def checked(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the input; raise ValueError where samples have different adapters and the first axis does not count them."""
+        """Return the shape of the input, having refused one whose first axis does not count the samples."""
         if self.samples > 0 and (len(shape) < 2 or shape[0] != self.samples):
             raise ValueError("a layer with one adapter for each sample needs an input whose first axis counts as many "
                              "samples as adapters_for_samples() or reserve_adapters() was given")

@@ -17,7 +17,7 @@ from mindpet_lite.graph.adapters import Adapter
 from mindpet_lite.graph.fill import fill
 from mindpet_lite.graph.home import with_path
 from mindpet_lite.graph.load import install, mismatches, read_for, under_paths
-from mindpet_lite.graph.named import Named, check_new, keep, named, plain_cells, put_beside, write_beside
+from mindpet_lite.graph.named import Named, banks_of, check_new, keep, named, plain_cells, put_beside, write_beside
 from mindpet_lite.graph.turns import adds_up, make_way
 from mindpet_lite.names.table import Table
 
@@ -66,6 +66,9 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
             message. The net is unchanged.
     """
     source = read_for(net, Path(path), format, name_map, trainable)
+    if name is None and banks_of(net):
+        raise ValueError(f"The net holds adapters by name ({', '.join(named(net).names) or 'none yet'}): give this one a "
+                         f"name too.")
     if name is None:
         return install(net, source, str(path), name_map, strict_base, trainable, component, residual_base)
     known = named(net)

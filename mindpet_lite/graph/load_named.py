@@ -67,8 +67,8 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
     """
     source = read_for(net, Path(path), format, name_map, trainable)
     if name is None and banks_of(net):
-        raise ValueError(f"The net holds adapters by name ({', '.join(named(net).names) or 'none yet'}): give this one a "
-                         f"name too.")
+        raise ValueError(f"The net holds adapters by name ({', '.join(named(net).names) or 'none yet'}): give this one "
+                         f"a name too.")
     if name is None:
         return install(net, source, str(path), name_map, strict_base, trainable, component, residual_base)
     known = named(net)

@@ -68,6 +68,41 @@ def prepared(cache: Path, out: Path, *flags: str) -> int:
     return prepare_data.main(["--cache", str(cache), "--out", str(out), "--size", "16", *flags])
 
 
+def square(size: int, inside: tuple, outside: tuple = (255, 255, 255)) -> np.ndarray:
+    """The ink drawing, size x size, of a square whose edges fall in the middle of the 8th and the 25th of 32 pixels."""
+    zoom = size * prepare_data.INK_ZOOM // 64
+    pixels = np.full((64, 64, 3), outside, np.uint8)
+    pixels[15:49, 15:49] = inside
+    drawn = prepare_data.ink(Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1)))
+    assert drawn.mode == "L"
+    return np.asarray(drawn)
+
+
+def framed(line: int, inside: int, outside: int) -> np.ndarray:
+    expected = np.full((32, 32), outside, np.uint8)
+    expected[7:25, 7:25] = line
+    expected[8:24, 8:24] = inside
+    return expected
+
+
+class TestInk:
+    @pytest.mark.parametrize(("colour", "tone"), [((255, 255, 0), 255), ((255, 0, 0), 159), ((0, 0, 128), 64)])
+    def test_a_square_is_a_tone_in_a_black_frame_on_white(self, colour, tone):
+        np.testing.assert_array_equal(square(32, colour), framed(0, tone, 255))
+
+    def test_a_line_where_only_the_hue_changes(self):
+        np.testing.assert_array_equal(square(32, (255, 0, 0), (0, 130, 0)), framed(0, 159, 159))
+
+    @pytest.mark.parametrize(("blue", "line"), [(225, 255), (192, 125), (160, 0)])
+    def test_a_small_change_of_colour_is_a_faint_line_or_none(self, blue, line):
+        """30, 63 and 95 of 255 less: (e - 0.12) / 0.25 is below 0, 0.508, and above 1; 255 - 255 * 0.508 = 125."""
+        np.testing.assert_array_equal(square(32, (255, 255, blue)), framed(line, 255, 255))
+
+    def test_lines_grow_with_the_picture(self):
+        expected = framed(0, 159, 255).repeat(2, 0).repeat(2, 1)
+        np.testing.assert_array_equal(square(64, (255, 0, 0)), expected)
+
+
 class TestPrepare:
     def test_folders_captions_names_and_pixels(self, cache, tmp_path, capsys):
         assert prepared(cache, tmp_path / "out") == 0
@@ -95,6 +130,18 @@ class TestPrepare:
         images, texts, skipped = load_folder(out / "flat", 16)
         assert images.shape == (3, 3, 16, 16) and texts == ["狐狸，扁平", "红心，扁平", "猫脸，扁平"] and skipped == []
 
+    def test_ink_is_drawn_from_flat(self, cache, tmp_path):
+        """The edge is between two pixels; each has one black column of six: 64 * 5 / 6, and 255 * 5 / 6 = 212.5."""
+        out = tmp_path / "out"
+        assert prepared(cache, out, "--styles", "flat", "ink") == 0
+        assert sorted(entry.name for entry in out.iterdir()) == ["flat", "ink", "names.json"]
+        assert [sample.text for sample in read_captions(out / "ink")[0]] == ["狐狸，黑白", "红心，黑白", "猫脸，黑白"]
+        row = np.array([64] * 7 + [53, 212] + [255] * 7, np.uint8)
+        for file, expected in (("1f98a.png", row), ("1f431.png", row[::-1])):
+            drawn = Image.open(out / "ink" / file)
+            assert drawn.mode == "L"
+            np.testing.assert_array_equal(np.asarray(drawn), np.tile(expected, (16, 1)))
+
     def test_split_is_the_same_in_any_order(self, cache, tmp_path, monkeypatch):
         codes = {f"1F{number:03X}" for number in range(500)} | set(prepare_data.DEMO)
         emoji = [prepare_data.Emoji(code, "", "", 3) for code in sorted(codes)]
@@ -104,7 +151,7 @@ class TestPrepare:
         assert set(prepare_data.DEMO) <= {one.hexcode for one in parts["heldout"]}
         monkeypatch.setattr(prepare_data, "TRAIN", 1)
         monkeypatch.setattr(prepare_data, "HELDOUT", 2)
-        assert prepared(cache, tmp_path / "out", "--styles", "contrast", "--split") == 0
+        assert prepared(cache, tmp_path / "out", "--styles", "ink", "--split") == 0
         read = {part: read_captions(tmp_path / "out" / part)[0] for part in ("train", "heldout")}
         assert {part: {sample.text for sample in samples} for part, samples in read.items()} == {
             "train": {"红心，黑白"}, "heldout": {"狐狸，黑白", "猫脸，黑白"}}

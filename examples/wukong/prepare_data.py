@@ -1,12 +1,12 @@
 """Makes captioned emoji images in Wukong's format: folders of PNG images, each with a captions.csv (columns dir,text).
 
-    python prepare_data.py                                  # the five colour sets and the black-and-white one
+    python prepare_data.py                                  # the five colour sets and the high-contrast one
     python prepare_data.py --styles noto flat --groups 3 4 --size 64 --out /tmp/nature
-    python prepare_data.py --styles contrast --split --out /tmp/small      # what is committed in examples/wukong/data
+    python prepare_data.py --styles ink --split --out /tmp/small           # what is committed in examples/wukong/data
 
 A caption is emojibase's Chinese name of the emoji and the word for the style: "狐狸，扁平". Images come from icon sets
-on npm. Emoji that stand in noto, flat and contrast are taken, without skin-tone variants; the other sets lack some of
-them. names.json tells which file is which emoji.
+on npm; the pictures of ink are computed from those of flat. Emoji that stand in noto, flat and contrast are taken,
+without skin-tone variants; the other sets lack some of them. names.json tells which file is which emoji.
 """
 import argparse
 import csv
@@ -25,16 +25,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data import COLUMNS, DataError
-from PIL import Image
+from PIL import Image, ImageChops, ImageFilter
 
 
 class Style(NamedTuple):
-    """An icon set on npm, the word for it in captions, and the mode of its PNG images."""
+    """An icon set on npm, the word for it in captions, the mode of its PNG images, and whether ``ink`` draws them."""
 
     package: str
     version: str
     word: str
     mode: str = "RGB"
+    ink: bool = False
 
 
 HERE = Path(__file__).resolve().parent
@@ -46,12 +47,16 @@ STYLES = {
     "noto-v1": Style("@iconify-json/noto-v1", "1.2.5", "圆润"),
     "firefox": Style("@iconify-json/fxemoji", "1.2.2", "淡彩"),
     "contrast": Style("@iconify-json/fluent-emoji-high-contrast", "1.2.6", "黑白", "L"),
+    "ink": Style("@iconify-json/fluent-emoji-flat", "1.2.6", "黑白", "L", ink=True),
 }
+# Not ink: that is the style to teach by fine-tuning, and a base that has learned it already would show nothing.
+DEFAULT = tuple(style for style, one in STYLES.items() if not one.ink)
 # The sets that name the emoji of each icon. An emoji is taken where all of them have it.
 COMPLETE = ("noto", "flat", "contrast")
 GROUPS = {0: "smileys", 1: "people", 3: "animals and nature", 4: "food and drink", 5: "travel", 6: "activities",
           7: "objects", 8: "symbols", 9: "flags"}
 TRAIN, HELDOUT, SPLIT_SEED = 300, 100, 0
+INK_ZOOM = 6  # a drawing is computed from a picture of this many times its size
 # Held out whatever the draw says: things anybody recognises, for the demo's prompts.
 DEMO = ("1F98A", "1F43C", "1F431", "1F438", "1F34E", "1F355", "1F33B", "1F344")
 
@@ -195,13 +200,15 @@ def read_shortcodes(archive: Path) -> dict[str, list[str]]:
 def read_icons(chosen: list[str], emoji: list[Emoji], cache: Path) -> tuple[dict[str, IconSet], list[Emoji]]:
     """Reads the icon sets of the chosen styles, and tells which emoji stand in all complete sets."""
     needed = [style for style in STYLES if style in chosen or style in COMPLETE]
-    icons = {style: IconSet(fetch(STYLES[style].package, STYLES[style].version, cache)) for style in needed}
+    packages = {STYLES[style][:2]: IconSet(fetch(*STYLES[style][:2], cache)) for style in needed}
+    icons = {style: packages[STYLES[style][:2]] for style in needed}
     complete = [icons[style] for style in COMPLETE]
     common = [one for one in emoji if all(one.hexcode in each for each in complete)]
     shortcodes = read_shortcodes(fetch(*NAMES, cache))
     names = {one.hexcode: list(english_names(one, complete, shortcodes)) for one in common}
-    for style in set(needed) - set(COMPLETE):
-        icons[style].find(names)
+    for one_set in packages.values():
+        if one_set not in complete:
+            one_set.find(names)
     return icons, common
 
 
@@ -214,6 +221,40 @@ def render(svg: str, size: int, mode: str) -> Image.Image:
     return Image.open(io.BytesIO(bytes(png))).convert(mode)
 
 
+def ink(picture: Image.Image) -> Image.Image:
+    """Draws a coloured picture in ink: lines where its colours change, three tones of grey for its luminance.
+
+    All of it follows from the coloured picture, so a net that draws the thing in colour can learn it from few pictures.
+    In a set drawn by hand, what is filled with black has to be learned of each thing.
+
+    - Line: e is the greatest range, of red, green and blue, in the square of (2n + 1) x (2n + 1) pixels around a pixel,
+      n = width / 64 rounded down, but at least 1. The line is min(max((e - 0.12) / 0.25, 0), 1); at the edge between
+      two colours it is 2n pixels wide, about 1/32 of the picture.
+    - Tone: 1, 0.625 or 0.25 for a luminance (ITU-R 601) above 0.75, above 0.25, or less. No tone is black, so lines can
+      be told from dark colours.
+    - Value: tone times (1 - line), the mean of 6 x 6 pixels.
+
+    Args:
+        picture: RGB, 6 times the size of the drawing.
+
+    Returns:
+        The drawing, mode "L".
+    """
+    darkest = lightest = picture
+    for _ in range(max(1, picture.width // 64)):
+        darkest, lightest = darkest.filter(ImageFilter.MinFilter(3)), lightest.filter(ImageFilter.MaxFilter(3))
+    red, green, blue = ImageChops.difference(lightest, darkest).split()
+    ranges = ImageChops.lighter(ImageChops.lighter(red, green), blue)
+    paper = ranges.point([round(255 - 255 * min(max((value / 255 - 0.12) / 0.25, 0), 1)) for value in range(256)])
+    tones = picture.convert("L").point([(64, 159, 255)[round(value / 127.5)] for value in range(256)])
+    return ImageChops.multiply(tones, paper).reduce(INK_ZOOM)
+
+
+def draw(svg: str, size: int, style: Style) -> Image.Image:
+    """An SVG as a picture of a style."""
+    return ink(render(svg, INK_ZOOM * size, "RGB")) if style.ink else render(svg, size, style.mode)
+
+
 def write_folder(folder: Path, emoji: list[Emoji], icons: IconSet, style: str, size: int) -> None:
     """Writes one folder in Wukong's format: an image for each emoji of the set and ``captions.csv``."""
     from tqdm import tqdm
@@ -221,7 +262,7 @@ def write_folder(folder: Path, emoji: list[Emoji], icons: IconSet, style: str, s
     folder.mkdir()
     emoji = [one for one in emoji if one.hexcode in icons]
     for one in tqdm(emoji, desc=folder.name, unit="image"):
-        render(icons.svg(one.hexcode), size, STYLES[style].mode).save(folder / one.file, optimize=True)
+        draw(icons.svg(one.hexcode), size, STYLES[style]).save(folder / one.file, optimize=True)
     with (folder / "captions.csv").open("w", encoding="utf-8", newline="") as stream:
         rows = csv.writer(stream, lineterminator="\n")
         rows.writerow(COLUMNS)
@@ -284,8 +325,8 @@ def run(args: argparse.Namespace) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Reads and checks the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--styles", nargs="+", choices=STYLES, default=list(STYLES), metavar="STYLE",
-                        help=f"icon sets to draw, of {', '.join(STYLES)} (default: all)")
+    parser.add_argument("--styles", nargs="+", choices=STYLES, default=list(DEFAULT), metavar="STYLE",
+                        help=f"styles to draw, of {', '.join(STYLES)} (default: all but ink, which is for fine-tuning)")
     groups = ", ".join(f"{key} {name}" for key, name in GROUPS.items())
     parser.add_argument("--groups", nargs="+", type=int, choices=GROUPS, default=[0, 3, 4], metavar="GROUP",
                         help=f"emoji groups, of {groups} (default: 0 3 4)")

@@ -1,4 +1,4 @@
-"""The demo: teaches the small base a black-and-white style with LoRA and shows it on prompts it was not trained on.
+"""The demo: teaches the small base to draw in ink with LoRA and shows it on prompts it was not trained on.
 
     python demo.py
     python demo.py --out /tmp/demo --steps 100 --overwrite

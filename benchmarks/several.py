@@ -54,8 +54,8 @@ def switch(layers: int, rounds: int) -> None:
             put(parameter, value)
 
     with compile_count() as compiled:
-        pairs = [(seconds(lambda: mp.set_adapter(net, "b")), seconds(writes),
-                  seconds(lambda: mp.set_adapter(net, "default"))) for _ in range(rounds)]
+        pairs = [(seconds(lambda: mp.set_adapter(net, "b", train=False)), seconds(writes),
+                  seconds(lambda: mp.set_adapter(net, "default", train=False))) for _ in range(rounds)]
         net(x).asnumpy()
     beyond = [1e3 * ((there + back) / 2 - alone) for there, alone, back in pairs]
     row(f"switch between adapters, {layers} layers", f"{statistics.median(beyond):.2f} ms",

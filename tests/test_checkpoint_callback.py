@@ -16,7 +16,7 @@ from nets import Attention, config, inputs, load_values, randomise
 
 import mindpet_lite as mp
 from mindpet_lite.graph import TrainableParamsCheckPoint
-from mindpet_lite.graph.callback import save_trainable, trainable_parameters
+from mindpet_lite.train.checkpoints import save_trainable, trainable_parameters
 
 
 def data(steps: int = 3):

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 import mindpet_lite as mp
 from mindpet_lite import LNTuningConfig
-from mindpet_lite.graph.callback import save_trainable
+from mindpet_lite.train.checkpoints import save_trainable
 
 TRAINED = {"first.gamma", "first.beta", "last.weight"}
 

@@ -9,7 +9,7 @@ import pytest
 from mindspore import Tensor, nn
 from nets import TOLERANCE
 
-from mindpet_lite.delta.r_drop import RDropLoss, rdrop_repeat
+from mindpet_lite.train.r_drop import RDropLoss, rdrop_repeat
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -22,9 +22,9 @@ from mindpet_lite.formats.adapters import TARGETS, open_file, read_adapter, to_f
 from mindpet_lite.formats.checkpoint_file import to_parts
 from mindpet_lite.formats.directory import CONFIG_FILE, TENSOR_FILE
 from mindpet_lite.formats.files import to_bytes
-from mindpet_lite.graph.callback import save_trainable
 from mindpet_lite.offline.inspect import inspect, table
 from mindpet_lite.offline.merge import merge
+from mindpet_lite.train.checkpoints import save_trainable
 
 VALUES: list[Any] = [None, True, -1, 0.5, 10 ** 15, "x", [1, "x"], {"a": 1}]
 TOKENS = {"trainable_token_indices": {"table": [1, 3]}}

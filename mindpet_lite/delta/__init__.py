@@ -1,4 +1,7 @@
 """The methods: one file = one method = one paper = one line in `METHODS`."""
+import importlib
+from typing import Any
+
 from mindpet_lite.delta.adalora import AdaLoraConfig
 from mindpet_lite.delta.adapter import AdapterConfig, AdapterDense, AdapterLayer
 from mindpet_lite.delta.base import Delta, DeltaConfig
@@ -36,7 +39,6 @@ from mindpet_lite.delta.prefix import PrefixDense, PrefixLayer, PrefixTuningConf
 from mindpet_lite.delta.prefix_dense import prefix_mask, prepend_prefix
 from mindpet_lite.delta.prompt_tuning import PromptTuningConfig
 from mindpet_lite.delta.ptuning2 import PrefixEmbedding, PrefixEncoder, Ptuning2Config, Ptuning2Dense
-from mindpet_lite.delta.r_drop import RDropLoss, rdrop_repeat
 from mindpet_lite.delta.trainable_tokens import TrainableTokensConfig
 from mindpet_lite.delta.vera import VeraConfig
 from mindpet_lite.delta.virtual_tokens import prompt_mask
@@ -68,6 +70,13 @@ METHODS: dict[str, type[DeltaConfig]] = {kind.pet_type: kind for kind in (
 __all__ = ["METHODS", "AdapterDense", "AdapterLayer", "Delta", "DeltaConfig", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d",
            "LoRADense", "LoRAEmbedding", "LoRALinear", "LoRAMintConv1d", "LoRAMintConv2d", "LoRAMintConv3d",
            "LoRAMintEmbedding", "LowRankAdapterDense", "LowRankAdapterLayer", "LowRankLinear", "PrefixDense",
-           "PrefixEncoder", "PrefixEmbedding", "PrefixLayer", "Ptuning2Dense", "RDropLoss", "prefix_mask",
-           "prepend_prefix", "prompt_mask", "rdrop_repeat"]
+           "PrefixEncoder", "PrefixEmbedding", "PrefixLayer", "Ptuning2Dense", "prefix_mask",
+           "prepend_prefix", "prompt_mask"]
 __all__ += [kind.__name__ for kind in METHODS.values()]
+
+
+def __getattr__(name: str) -> Any:
+    # MindPet has R-Drop here; it lives in train/, which is built on this room: imported when it is asked for.
+    if name in ("RDropLoss", "rdrop_repeat"):
+        return getattr(importlib.import_module("mindpet_lite.train.r_drop"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,7 @@
 """What is done to a whole net: adapt, freeze, merge, save, load. Knows no method by name."""
-from mindpet_lite.graph.callback import TrainableParamsCheckPoint
+import importlib
+from typing import Any
+
 from mindpet_lite.graph.check import check_adapters
 from mindpet_lite.graph.fold import fold_prefixes
 from mindpet_lite.graph.freeze import TrainableReport, freeze_delta, freeze_from_config, freeze_modules
@@ -8,7 +10,6 @@ from mindpet_lite.graph.inject import get_pet_model
 from mindpet_lite.graph.load_named import load_adapter
 from mindpet_lite.graph.merge import merge, unmerge
 from mindpet_lite.graph.optimizer import check_optimizer
-from mindpet_lite.graph.recompute import net_recompute, undo_recompute
 from mindpet_lite.graph.refresh import refresh_base
 from mindpet_lite.graph.save import save_adapter
 from mindpet_lite.graph.several import (
@@ -24,9 +25,15 @@ from mindpet_lite.graph.statistics import freeze_statistics
 from mindpet_lite.graph.strength import adapters_disabled, set_lora_scale
 from mindpet_lite.graph.summary import Summary, summary
 
-__all__ = ["Summary", "TrainableParamsCheckPoint", "TrainableReport", "active_adapters", "adapters_disabled",
-           "adapters_for_samples", "add_adapter", "check_adapters", "check_optimizer", "combine_adapters",
-           "delete_adapter", "fold_prefixes", "freeze_delta", "freeze_from_config", "freeze_modules",
-           "freeze_statistics", "get_pet_model", "initialize_from_data", "load_adapter", "merge", "net_recompute",
-           "refresh_base", "reserve_adapters", "save_adapter", "set_adapter", "set_lora_scale", "summary",
-           "undo_recompute", "unmerge"]
+__all__ = ["Summary", "TrainableReport", "active_adapters", "adapters_disabled", "adapters_for_samples",
+           "add_adapter", "check_adapters", "check_optimizer", "combine_adapters", "delete_adapter", "fold_prefixes",
+           "freeze_delta", "freeze_from_config", "freeze_modules", "freeze_statistics", "get_pet_model",
+           "initialize_from_data", "load_adapter", "merge", "refresh_base", "reserve_adapters", "save_adapter",
+           "set_adapter", "set_lora_scale", "summary", "unmerge"]
+
+
+def __getattr__(name: str) -> Any:
+    # MindPet has its callback here; it lives in train/, which is built on this room: imported when it is asked for.
+    if name == "TrainableParamsCheckPoint":
+        return importlib.import_module("mindpet_lite.train").TrainableParamsCheckPoint
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,6 @@ each sample are the same kernels; only the values of s differ. The source is Hu 
 """
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -21,50 +20,11 @@ from mindpet_lite.delta.base import Delta, overflow
 from mindpet_lite.delta.dropout import delta_dropout
 from mindpet_lite.delta.hosts import take_types
 from mindpet_lite.delta.lora.low_rank import LowRank
-from mindpet_lite.delta.lora.settings import scale_of
+from mindpet_lite.delta.lora.slots import Choice, Slot, free_place
 from mindpet_lite.delta.parts import as_type, prefix_of, put
 from mindpet_lite.delta.values import setting_parameter
 
-# Choices of which a bank keeps the numbers.
-_MOST_SEEN = 64
 ROOM_A, ROOM_B = "mindpet_room_lora_a", "mindpet_room_lora_b"
-
-
-@dataclasses.dataclass
-class Choice:
-    """Which adapters of a bank count: weights by name, or where samples differ a name, or None, for each."""
-
-    weights: dict[str, float]
-    names: tuple[str | None, ...] | None = None
-    # The numbers of `scaling` by choice, strength and switch: a choice that was made before costs a look-up.
-    seen: dict[Any, Tensor] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass
-class Slot:
-    """One adapter of a bank.
-
-    Args:
-        settings: lora_rank, lora_alpha, lora_dropout, use_rslora.
-        names: of its Parameters A and B in the layer, or None where it stands in the reserved room.
-        start: its first place in a group's share of the room.
-        file_types: see `Delta.file_types`.
-    """
-
-    settings: dict[str, Any]
-    names: tuple[str, str] | None
-    start: int = 0
-    file_types: Mapping[str, np.dtype] = dataclasses.field(default_factory=dict)
-
-    @property
-    def rank(self) -> int:
-        """Its rank."""
-        return int(self.settings["lora_rank"])
-
-    @property
-    def scale(self) -> float:
-        """Its alpha / rank, or alpha / √rank."""
-        return scale_of(self.settings["lora_alpha"], self.rank, self.settings.get("use_rslora", False))
 
 
 class LoRABank(Adapted):
@@ -159,25 +119,12 @@ class LoRABank(Adapted):
         self.choice.seen.clear()
 
     def free_place(self, rank: int) -> int:
-        """Return the first place of a group's share of the room that has `rank` rows free.
+        """Return the first place of the room where an adapter of this rank fits.
 
         Raises:
             ValueError: there is none.
         """
-        groups = self.group_count(self)
-        share, wanted = self.room // groups, rank // groups
-        taken = sorted((slot.start, slot.start + slot.rank // groups) for slot in self.slots.values()
-                       if slot.names is None)
-        start = 0
-        for begin, end in taken:
-            if begin - start >= wanted:
-                break
-            start = end
-        if rank % groups or start + wanted > share:
-            used = sum(end - begin for begin, end in taken) * groups
-            raise ValueError(f"rank {rank} does not fit the room of rank {self.room}, of which {used} are taken: "
-                             f"delete_adapter() frees some, reserve_adapters() makes more.")
-        return start
+        return free_place(self.slots, rank, self.room, self.group_count(self))
 
     def remove(self, name: str) -> None:
         """Take an adapter out; by values where it stands in the room."""
@@ -245,9 +192,7 @@ class LoRABank(Adapted):
         choice = self.choice
         key = (tuple(choice.weights.items()), choice.names, self.strength, self.enabled)
         if key not in choice.seen:
-            if len(choice.seen) >= _MOST_SEEN:
-                choice.seen.clear()
-            choice.seen[key] = Tensor(self.setting_values()["scaling"])
+            choice.remember(key, Tensor(self.setting_values()["scaling"]))
         put(self.scaling, choice.seen[key])
 
     def setting_values(self) -> dict[str, Any]:
@@ -394,15 +339,8 @@ class LoRABank(Adapted):
     def _room_names(self) -> tuple[str, ...]:
         return (ROOM_A, ROOM_B) if self.room else ()
 
-    def _places(self, slot: Slot) -> tuple[np.ndarray, slice]:
-        """Return which rows of the room's A and columns of its B are an adapter's."""
-        groups = self.group_count(self)
-        share, own = self.room // groups, slot.rank // groups
-        rows = np.concatenate([np.arange(own) + group * share + slot.start for group in range(groups)])
-        return rows, slice(slot.start, slot.start + own)
-
     def _write_room(self, slot: Slot, a: np.ndarray, b: np.ndarray) -> None:
-        rows, columns = self._places(slot)
+        rows, columns = slot.places(self.room, self.group_count(self))
         whole_a, whole_b = (getattr(self, path).asnumpy().copy() for path in (ROOM_A, ROOM_B))
         whole_a[rows], whole_b[:, columns] = a, b
         put(getattr(self, ROOM_A), Tensor(whole_a))
@@ -412,7 +350,7 @@ class LoRABank(Adapted):
         if slot.names is not None:
             a, b = (getattr(self, path).astype(mindspore.float32).asnumpy() for path in slot.names)
             return a, b
-        rows, columns = self._places(slot)
+        rows, columns = slot.places(self.room, self.group_count(self))
         return getattr(self, ROOM_A).asnumpy()[rows], getattr(self, ROOM_B).asnumpy()[:, columns]
 
     def row_scales(self) -> np.ndarray:
@@ -424,7 +362,8 @@ class LoRABank(Adapted):
                 begin += slot.rank
         for index, slot in enumerate(self.slots.values()):
             if slot.names is None:
-                found[index, begin + self._places(slot)[0]] = slot.scale
+                rows, _ = slot.places(self.room, self.group_count(self))
+                found[index, begin + rows] = slot.scale
         return found[:, self.order]
 
 

@@ -51,10 +51,6 @@ def written(name: str, index: int) -> Net:
 @pytest.mark.parametrize(("name", "index"), [(name, index) for name in HOSTED for index in range(len(SETTINGS[name]))])
 def test_the_files_numbers_are_the_nets(name, index):
     net = written(name, index)
-    if not SETTINGS[name][index].get("save_projection", True):
-        with pytest.raises(ValueError, match="it keeps a seed instead"):
-            merge(Path("base.safetensors"), Path("adapter"), Path("out"), quiet=True, methods=METHODS)
-        return
     merge(Path("base.safetensors"), Path("adapter"), Path("out"), quiet=True, methods=METHODS)
     mp.merge(net)
     found = load_file("out/base.safetensors")
@@ -75,7 +71,7 @@ def folders() -> list[Path]:
     kinds = {kind.peft.peft_type for kind in METHODS.values()
              if issubclass(kind, MethodConfig) and not kind.layer.unmergeable}
     found = [path.parent for path in sorted(ROOT.glob("*/*/adapter_config.json"))
-             if json.loads(path.read_text())["peft_type"] in kinds and path.parent.name != "vera_no_projection"]
+             if json.loads(path.read_text())["peft_type"] in kinds]
     return [path for path in found if any(key.startswith("merged_weight.") for key in np.load(path / "io.npz"))]
 
 

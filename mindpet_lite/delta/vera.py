@@ -129,6 +129,16 @@ class _File(PeftMethod):
                              f"{'save_projection says that it holds' if says else 'go together'}.")
         return state
 
+    def drawn(self, state: AdapterState, shapes: Iterable[tuple[int, ...]]) -> Mapping[str, np.ndarray]:
+        """Return A and B, drawn for the largest of these weights where the file keeps the key alone."""
+        shapes = [shape for shape in shapes if len(shape) == 2]
+        if state.shared or not shapes:
+            return state.shared
+        outputs, inputs = (max(sizes) for sizes in zip(*shapes))
+        layer = next(iter(state.layers.values()))
+        key = (layer.settings or {}).get("projection_prng_key", self.fields["projection_prng_key"])
+        return _projections(key, len(layer.tensors[_D]), inputs, outputs)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VeraConfig(MethodConfig):

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,15 @@ class PeftMethod:
             ValueError: they do not belong together.
         """
         return state
+
+    def drawn(self, state: AdapterState, shapes: Iterable[tuple[int, ...]]) -> Mapping[str, np.ndarray]:
+        """Return the tensors that layers with weights of these shapes (outputs, inputs) share.
+
+        Args:
+            state: an adapter as a file holds it; where that keeps a seed alone, its numbers are drawn.
+            shapes: of the weights of all its layers.
+        """
+        return state.shared
 
     def layer_settings(self, path: str, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings that a config of PEFT's gives the layer at `path`."""

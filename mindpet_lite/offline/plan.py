@@ -43,7 +43,8 @@ def plan(state: AdapterState, base: Base, methods: Methods = LORA) -> dict[str, 
     Raises:
         ValueError: the adapter does not fit the base or cannot be merged. All problems of a kind stand in one message.
     """
-    method = getattr(methods.get(state.method), "layer", None)
+    kind = methods.get(state.method)
+    method = getattr(kind, "layer", None)
     if state.method != "lora" and method is None:
         raise ValueError(f"an adapter of method {state.method!r} cannot be merged file to file: load it into the net "
                          f"and use mindpet_lite.merge().")
@@ -58,10 +59,11 @@ def plan(state: AdapterState, base: Base, methods: Methods = LORA) -> dict[str, 
             found[_trained(name, value, base)] = [Replaced(value)]
         except ValueError as error:
             problems.append(f"{name}: {error}")
+    shared = state.shared if kind is None or kind.peft is None else kind.peft.drawn(state, _shapes(state, base))
     for path, layer in state.layers.items():
         try:
             own = _of_layer(path, layer, state, base) if method is None else remade(
-                layer, state.shared, _weight(path, base),
+                layer, shared, _weight(path, base),
                 inputs_first(path, base.config, state.config.get("fan_in_fan_out")), method, base)
             for name, change in own.items():
                 found.setdefault(name, []).append(change)
@@ -133,6 +135,14 @@ def _of_layer(path: str, layer: LayerState, state: AdapterState, base: Base) -> 
     if B_BIAS in layer.tensors:
         found.update(_bias(path, scale * as_float(layer.tensors[B_BIAS]).astype(np.float32), base))
     return found
+
+
+def _shapes(state: AdapterState, base: Base) -> list[tuple[int, ...]]:
+    """Return the shape of each adapted layer's weight with the outputs first; none where the base has none."""
+    weights = {path: base.weight_of(path) for path in state.layers}
+    turned = state.config.get("fan_in_fan_out")
+    return [base.shape(name)[::-1] if inputs_first(path, base.config, turned) else base.shape(name)
+            for path, name in weights.items() if name is not None]
 
 
 def _is_matrix(layer: LayerState) -> bool:

@@ -76,11 +76,7 @@ def remade(layer: LayerState, shared: Numbers, weight: str, in_by_out: bool | No
     bias = base.parameter(weight.rpartition(".")[0] + ".bias")
 
     def new(values: Numbers) -> dict[str, np.ndarray]:
-        try:
-            return method.merged(values, tensors, layer.settings or {})
-        except KeyError as error:
-            raise ValueError(f"the file does not hold {error}, which its layers share (it keeps a seed instead): load "
-                             f"it into a net and use mindpet_lite.merge().") from error
+        return method.merged(values, tensors, layer.settings or {})
 
     def of_weight(value: np.ndarray) -> np.ndarray:
         found = new({"weight": value.T if turned else value})["weight"]

@@ -126,8 +126,8 @@ class MintEmbeddingHost(_Table, mint.nn.Embedding):
         for name, reason in (("max_norm", "rewrites the rows of the table whenever they are looked up, frozen or not"),
                              ("scale_grad_by_freq", "scales the table's gradient, which A's would not follow")):
             if getattr(self, name):
-                raise ValueError(f"LoRA does not adapt an embedding with {name}={getattr(self, name)!r}, which "
-                                 f"{reason}: leave it out with exclude_modules.")
+                raise ValueError(f"no method adapts an embedding with {name}={getattr(self, name)!r}, which {reason}: "
+                                 f"leave it out with exclude_modules.")
 
     def _output_type(self, x: Tensor) -> mindspore.dtype:
         return self.weight.dtype if self.in_graph else super()._output_type(x)

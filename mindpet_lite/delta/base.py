@@ -82,6 +82,8 @@ class Delta:
     follows: bool = False
     # Other layers with the same weight are changed with it, by `followers`.
     follows_ties: bool = False
+    # By the names of its Parameters of which each process of a job has a part: along which axis.
+    split_axes: Mapping[str, int] = {}
 
     @property
     def base_layer(self) -> Any:
@@ -260,6 +262,11 @@ class DeltaConfig:
 
     def more_targets(self, cells: Mapping[str, nn.Cell]) -> dict[str, nn.Cell]:
         """Return the layers that are adapted besides those that `target_modules` names; raise ValueError for none."""
+        return {}
+
+    @classmethod
+    def split_axes(cls, cell: nn.Cell) -> Mapping[str, int]:
+        """Return, by the names of what trains on `cell`, of what each process has a part: along which axis."""
         return {}
 
     def unhit(self, adapted: Iterable[str]) -> list[str]:

@@ -21,6 +21,7 @@ from mindpet_lite.graph.several import (
     reserve_adapters,
     set_adapter,
 )
+from mindpet_lite.graph.split import split_linear
 from mindpet_lite.graph.statistics import freeze_statistics
 from mindpet_lite.graph.strength import adapters_disabled, set_lora_scale
 from mindpet_lite.graph.summary import Summary, summary
@@ -29,7 +30,7 @@ __all__ = ["Summary", "TrainableReport", "active_adapters", "adapters_disabled",
            "add_adapter", "check_adapters", "check_optimizer", "combine_adapters", "delete_adapter", "fold_prefixes",
            "freeze_delta", "freeze_from_config", "freeze_modules", "freeze_statistics", "get_pet_model",
            "initialize_from_data", "load_adapter", "merge", "refresh_base", "reserve_adapters", "save_adapter",
-           "set_adapter", "set_lora_scale", "summary", "unmerge"]
+           "set_adapter", "set_lora_scale", "split_linear", "summary", "unmerge"]
 
 
 def __getattr__(name: str) -> Any:

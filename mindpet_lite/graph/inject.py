@@ -122,7 +122,9 @@ def _adapt(net: nn.Cell, config: DeltaConfig) -> None:
                  for item in delta.delta_parameters().values()}
     # What freeze_exclude names belongs to the adapter too.
     more = [item for (item, _), value in zip(parameters, trains) if value and id(item) not in of_deltas]
-    same_on_all_ranks([parameter for (parameter, _), value in zip(parameters, trains) if value])
+    parts = {id(delta.delta_parameters()[name]) for delta in adapted.values() for name in delta.split_axes}
+    same_on_all_ranks([parameter for (parameter, _), value in zip(parameters, trains)
+                       if value and id(parameter) not in parts])
     apply_trains(net, parameters, trains)
     record, untied = put_in(net, cells, adapted, followers, [*saved, *more], ties, shared)
     record.replication = record.replication or config.replication

@@ -37,6 +37,7 @@ from mindpet_lite.graph.put_in import followers_of, put_in, start_problems
 from mindpet_lite.graph.replicate import replicated
 from mindpet_lite.graph.shapes import shape_problems
 from mindpet_lite.graph.shared import with_shared
+from mindpet_lite.graph.split import is_split, parts_of
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, without_inner
 from mindpet_lite.names.table import Table, check_table
 
@@ -78,7 +79,7 @@ def _install(net: nn.Cell, source: Source, path: str, name_map: Table | None, st
     cells = cells_by_path(net)
     problems: list[str] = []
     state = with_path(part(source.state, component), cells, name_map, problems)
-    state = under_paths(state, source.kind, cells, name_map, component, problems)
+    state = parts_of(under_paths(state, source.kind, cells, name_map, component, problems), cells)
     state, unsettled = on_residual_base(state, _hashes(state, cells), residual_base, _RESIDUAL_CURE)
     problems += unsettled
     values = in_float32(state, path)
@@ -169,7 +170,7 @@ def _hashes(state: AdapterState, cells: Mapping[str, nn.Cell]) -> dict[str, Call
     """Return what gives the hash of each of an adapter's layers that the net has."""
     found = deltas_in(cells)
     return {place: functools.partial(layer_hash, cells[place], found.get(place))
-            for place in state.layers if place in cells}
+            for place in state.layers if place in cells and not is_split(cells[place])}
 
 
 def _adapted(state: AdapterState, cells: Mapping[str, nn.Cell], problems: list[str]

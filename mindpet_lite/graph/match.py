@@ -69,6 +69,32 @@ def targets(cells: Mapping[str, nn.Cell], config: DeltaConfig) -> tuple[dict[str
     return chosen, problems
 
 
+def named_by(field: str, pattern: str | Sequence[str], cells: Mapping[str, nn.Cell], example: str,
+             problems: list[str]) -> list[str]:
+    """Return the paths that an expression matches whole, or that names equal or end, in the net's order.
+
+    Args:
+        field: the argument that `pattern` is, for messages.
+        pattern: a regular expression or a list of names.
+        cells: by path.
+        example: a path that could be meant.
+        problems: what hits nothing is added, a sentence each.
+
+    Raises:
+        TypeError, ValueError: `pattern` is of another kind, or empty.
+    """
+    names = [pattern] if isinstance(pattern, str) else pattern
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{field} must be a regular expression or a list of names such as ['blocks.0', 'blocks.1'], "
+                        f"but got {pattern!r:.100}.")
+    if not names or not all(names):
+        raise ValueError(f"{field} must name something, but got {pattern!r:.100}.")
+    if isinstance(pattern, str):
+        return by_expression(field, pattern, cells, repr(example), problems)
+    found = {path for name in names for path in by_name(field, name, cells, repr(example), problems)}
+    return [path for path in cells if path in found]
+
+
 def _hits(field: str, wanted: str | Sequence[str] | None, cells: Mapping[str, nn.Cell], config: DeltaConfig,
           problems: list[str]) -> list[str]:
     """Return the paths that `wanted` names, in the net's order; every entry must name something."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from mindspore import Parameter, nn
+from mindspore.communication import get_rank
 
 from mindpet_lite.delta import METHODS
 from mindpet_lite.delta.base import Delta
@@ -21,6 +22,7 @@ from mindpet_lite.graph.adapters import adapters_of, deltas, saved_of
 from mindpet_lite.graph.base_hash import layer_hash
 from mindpet_lite.graph.named import banks_of, check_names, named, state_of
 from mindpet_lite.graph.parameters import STATISTICS, net_parameters
+from mindpet_lite.graph.split import is_split, wait_for_all, whole
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, require_cell
 
 
@@ -58,15 +60,18 @@ def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft
     """
     if not os.fspath(path):
         raise ValueError("path must name a directory or a file to write, but got an empty string.")
-    state = _state(require_cell(net), name)
+    cells = cells_by_path(require_cell(net))
+    splits = [place for place, cell in cells.items() if is_split(cell)]
+    state = whole(_state(net, name), cells)
     if "" in state.layers:
         raise ValueError("The net itself is the adapted layer, so it has no path to be saved under: put it in a cell.")
     if not state.config:
-        cells, found = cells_by_path(net), deltas(net)
+        found = deltas(net)
         # Of a weight out of which the start took a part, the base's own is not known here. Where it could not be taken
         # again, what was left is the base.
         state.config[FIELD] = {place: value for place in state.layers
-                               if (found[place].base_is_lost or not found[place].base_values())
+                               if place not in splits
+                               and (found[place].base_is_lost or not found[place].base_values())
                                and (value := layer_hash(cells[place], found[place]))}
     replication = next((record.replication for record in adapters_of(deltas(net).values()) if record.replication), None)
     if replication:
@@ -75,7 +80,10 @@ def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft
         files = to_files(part(state, component, format), format, Path(path), METHODS)
     except ValueError as error:
         raise ValueError(f"The adapter was not written to {path}:\n  {first_of(error)}") from error
-    write_files(files)
+    if not splits or get_rank() == 0:
+        write_files(files)
+    if splits:
+        wait_for_all()
     return Path(path)
 
 

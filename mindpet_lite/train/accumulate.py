@@ -10,6 +10,7 @@ from mindspore import dtype as mstype
 
 from mindpet_lite.arguments import check_int, check_positive
 from mindpet_lite.delta.parts import as_type, put
+from mindpet_lite.graph.split import is_split
 from mindpet_lite.graph.tree import call_at_train_end
 from mindpet_lite.train.allocation import RankAllocation
 from mindpet_lite.train.clip import clip_global_norm
@@ -53,7 +54,8 @@ class GradientAccumulation(nn.Cell):
 
     Raises:
         TypeError: an argument is of another kind.
-        ValueError: `steps` or `max_norm` is not positive.
+        ValueError: `steps` or `max_norm` is not positive, or `max_norm` is given and layers are split over processes
+            (:func:`mindpet_lite.split_linear`).
     """
 
     def __init__(self, network: nn.Cell, optimizer: nn.Optimizer | RankAllocation, steps: int,
@@ -71,6 +73,9 @@ class GradientAccumulation(nn.Cell):
             if not isinstance(value, kind) and (needed or value is not None):
                 raise TypeError(f"{name} must be a {kind.__name__}{'' if needed else ' or None'}, but got "
                                 f"{type(value).__name__}.")
+        if max_norm is not None and any(is_split(cell) for _, cell in network.cells_and_names()):
+            raise ValueError("max_norm does not go with layers that are split over processes: each process would "
+                             "measure the norm of its own part, and clip by another number. Leave it out.")
         self.network, self.optimizer, self.ema, self.loss_scaler = network, optimizer, ema, loss_scaler
         self.steps = steps
         self.update = _Update(optimizer, max_norm, loss_scaler, ema)

@@ -10,7 +10,7 @@ from mindspore import mint, nn
 from mindpet_lite.arguments import warn_user
 from mindpet_lite.delta.source import tree_of
 from mindpet_lite.formats.problems import listed
-from mindpet_lite.graph.match import by_expression, by_name
+from mindpet_lite.graph.match import named_by
 from mindpet_lite.graph.statistics import statistics_are_frozen
 from mindpet_lite.graph.tree import (
     cells_by_path,
@@ -61,7 +61,10 @@ def net_recompute(net: nn.Cell, pattern: str | Sequence[str]) -> list[str]:
     cells = without_inner(cells_by_path(require_cell(net)))
     problems: list[str] = []
     chosen: dict[int, str] = {}
-    for path in _hits(pattern, cells, problems):
+    # The first cell that is run with others inside is what most nets call a block.
+    example = next((path for path, cell in cells.items() if path and _is_called(cell) and any(cell.cells())),
+                   "blocks.0")
+    for path in named_by("pattern", pattern, cells, example, problems):
         chosen.setdefault(id(cells[path]), path)
     for path in chosen.values():
         reason = _refusal(path, cells[path], chosen, cells)
@@ -95,23 +98,6 @@ def undo_recompute(net: nn.Cell) -> list[str]:
         keep_activations(cells[path])
     drop_compiled_graphs(net)
     return list(found.values())[::-1]
-
-
-def _hits(pattern: str | Sequence[str], cells: Mapping[str, nn.Cell], problems: list[str]) -> list[str]:
-    """Return the paths that `pattern` names, in the net's order."""
-    names = [pattern] if isinstance(pattern, str) else pattern
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"pattern must be a regular expression or a list of names such as ['blocks.0', 'blocks.1'], "
-                        f"but got {pattern!r:.100}.")
-    if not names or not all(names):
-        raise ValueError(f"pattern must name something, but got {pattern!r:.100}.")
-    # The first cell that is run with others inside is what most nets call a block.
-    example = repr(next((path for path, cell in cells.items() if path and _is_called(cell) and any(cell.cells())),
-                        "blocks.0"))
-    if isinstance(pattern, str):
-        return by_expression("pattern", pattern, cells, example, problems)
-    found = {path for name in names for path in by_name("pattern", name, cells, example, problems)}
-    return [path for path in cells if path in found]
 
 
 def _refusal(path: str, cell: nn.Cell, chosen: Mapping[int, str], cells: Mapping[str, nn.Cell]) -> str | None:

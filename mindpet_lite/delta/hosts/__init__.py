@@ -25,6 +25,7 @@ from mindpet_lite.delta.hosts.conv import (
 from mindpet_lite.delta.hosts.dense import DenseHost
 from mindpet_lite.delta.hosts.embedding import EmbeddingHost, MintEmbeddingHost
 from mindpet_lite.delta.hosts.linear import LinearHost
+from mindpet_lite.delta.hosts.split import ColumnDense, RowDense, SplitDense
 from mindpet_lite.delta.hosts.transposed import TransposedHost
 
 HOSTS: tuple[type[Host], ...] = (
@@ -41,13 +42,17 @@ HOSTS: tuple[type[Host], ...] = (
     TransposedHost,
 )
 
-__all__ = ["HOSTS", "DenseHost", "Host", "TransposedHost", "TypedCell", "as_running", "host_of", "host_refusal",
-           "is_linear", "keeps_types", "override_refusal", "require_float", "rewritten_refusal", "take_types"]
+# Layers of which each process has a part. A method fits them where it knows which of its numbers are parts then.
+SPLIT_HOSTS: tuple[type[Host], ...] = (ColumnDense, RowDense)
+
+__all__ = ["HOSTS", "SPLIT_HOSTS", "DenseHost", "Host", "SplitDense", "TransposedHost", "TypedCell", "as_running",
+           "host_of", "host_refusal", "is_linear", "keeps_types", "override_refusal", "require_float",
+           "rewritten_refusal", "take_types"]
 
 
 def host_of(cell: nn.Cell) -> type[Host] | None:
     """Return the kind of host that a plain or adapted cell is, or None."""
-    return next((host for host in HOSTS if host.matches(cell)), None)
+    return next((host for host in (*SPLIT_HOSTS, *HOSTS) if host.matches(cell)), None)
 
 
 def is_linear(cell: nn.Cell) -> bool:

@@ -104,6 +104,9 @@ class Host(TypedCell):
         dims: axes of space that the layer slides over.
         takes_ids: the input is of whole numbers, so that it can be neither scaled nor dropped.
         is_linear: ``"all-linear"`` means it.
+        narrow_axis: the axis of the weight of `narrow` of which each process has a part; None where all have the whole.
+        widen_axis: likewise of `widen`.
+        is_split: each process of a job has a part of the layer.
     """
 
     plain_type: ClassVar[type[nn.Cell]]
@@ -114,6 +117,9 @@ class Host(TypedCell):
     dims: ClassVar[int] = 0
     takes_ids: ClassVar[bool] = False
     is_linear: ClassVar[bool] = False
+    narrow_axis: ClassVar[int | None] = None
+    widen_axis: ClassVar[int | None] = None
+    is_split: ClassVar[bool] = False
     weight: Parameter
     bias: Any
 

@@ -58,8 +58,8 @@ class _NNConv(_Conv):
     def check(self) -> None:
         """Raise ValueError for a layout that is not channels first."""
         if self.data_format == "NHWC":
-            raise ValueError("an adapted convolution is channels first, but data_format is 'NHWC': build the layer with "
-                             "'NCHW'.")
+            raise ValueError("an adapted convolution is channels first, but data_format is 'NHWC': build the layer "
+                             "with 'NCHW'.")
 
     def linear(self, h: Tensor, weight: Tensor, dtype: mindspore.dtype) -> Tensor:
         """Return W * h."""

@@ -1,7 +1,7 @@
 """`mindspore.nn.Dense` as a host."""
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import mindspore
 from mindspore import Tensor, nn, ops
@@ -14,7 +14,8 @@ class DenseHost(Host, nn.Dense):
     """`nn.Dense` with the dtype rule: act(x Wᵀ + b) on rows."""
 
     plain_type, plain_name = nn.Dense, "nn.Dense"
-    parts = ("in_channels", "out_channels", "has_bias", "reshape", "shape_op", "matmul", "bias_add", "activation_flag")
+    parts: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels", "has_bias", "reshape", "shape_op", "matmul",
+                                        "bias_add", "activation_flag")
     is_linear = True
 
     @classmethod

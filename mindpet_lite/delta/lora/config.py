@@ -10,7 +10,7 @@ from mindspore import nn
 from mindpet_lite.arguments import check_alpha, check_bool, check_int, did_you_mean
 from mindpet_lite.delta.adapted import adapted_class
 from mindpet_lite.delta.base import Delta, DeltaConfig, end_expression, names_of
-from mindpet_lite.delta.hosts import Host, host_of, host_refusal, is_linear
+from mindpet_lite.delta.hosts import HOSTS, SPLIT_HOSTS, Host, host_of, host_refusal, is_linear
 from mindpet_lite.delta.hosts.dense import DenseHost
 from mindpet_lite.delta.hosts.linear import LinearHost
 from mindpet_lite.delta.lora.bank import LoRABank
@@ -219,7 +219,13 @@ class LoraConfig(DeltaConfig, LoraSettings):
     @classmethod
     def refusal(cls, cell: nn.Cell) -> str | None:
         """Return why `cell` cannot carry LoRA, or None."""
-        return host_refusal(cell, "LoRA")
+        return host_refusal(cell, "LoRA", HOSTS + SPLIT_HOSTS)
+
+    @classmethod
+    def split_axes(cls, cell: nn.Cell) -> Mapping[str, int]:
+        """Return which axis of A or B is split, where each process has a part of `cell`."""
+        host = host_of(cell)
+        return {} if host is None or not host.is_split else cls._kind_for(cell).axes_of_parts()
 
     def adapt(self, cell: nn.Cell) -> LowRank | TokenTable | LoRAParameter:
         """Return the LoRA cell on the Parameter objects of `cell`."""
@@ -254,7 +260,10 @@ class LoraConfig(DeltaConfig, LoraSettings):
     @classmethod
     def bank(cls, layer: nn.Cell, name: str) -> LoRABank:
         """Return a layer for several adapters in the place of this one; see `DeltaConfig.bank`."""
-        kind = adapted_class(LoRABank, host_of(layer))
+        host = host_of(layer)
+        if host is not None and host.is_split:
+            raise ValueError("each process has a part of this layer, which holds one adapter alone.")
+        kind = adapted_class(LoRABank, host)
         return kind.of(layer, name) if isinstance(layer, Delta) else kind.empty(layer)
 
     @classmethod

@@ -13,6 +13,7 @@ from mindspore.common.initializer import Normal
 from mindpet_lite.arguments import warn_user
 from mindpet_lite.delta.base import float64, overflow
 from mindpet_lite.delta.dropout import delta_dropout
+from mindpet_lite.delta.hosts.split import own_part, whole_shape
 from mindpet_lite.delta.lora.settings import LoraSettings, OwnStart, scale_of
 from mindpet_lite.delta.lora.start import DATA_STARTS
 from mindpet_lite.delta.lora.starting import HE_UNIFORM, Starting, numbers_of
@@ -67,6 +68,12 @@ class LowRank(Starting):
         return f"mindpet_delta_lora_{between}a", f"mindpet_delta_lora_{between}b"
 
     @classmethod
+    def axes_of_parts(cls) -> dict[str, int]:
+        """Return which axis of A or B is split where each process has a part of the layer."""
+        axes = zip(cls.factor_names(), (cls.narrow_axis, cls.widen_axis))
+        return {name: axis for name, axis in axes if axis is not None}
+
+    @classmethod
     def delta_shapes(cls, layer: nn.Cell, config: LoraSettings) -> dict[str, tuple[int, ...]]:
         """Return the shape of each Parameter that these settings add to a plain layer; nothing is made."""
         a, b = cls.factor_names()
@@ -90,8 +97,9 @@ class LowRank(Starting):
         # A table starts the other way round: through an A of the size 1/√ids B would learn slowly.
         a_start, b_start = ("zeros", UNIT_NORMAL) if self.takes_ids else (HE_UNIFORM, "zeros")
         shapes = self.delta_shapes(self, config)
-        values = {name: initial(field, own if isinstance(given, OwnStart) else given, shapes[name],
-                                config.param_init_type)
+        self.split_axes = self.axes_of_parts()
+        values = {name: self._started(name, field, own if isinstance(given, OwnStart) else given, shapes[name],
+                                      config.param_init_type)
                   for name, field, given, own in ((a_name, "lora_a_init", config.lora_a_init, a_start),
                                                   (b_name, "lora_b_init", config.lora_b_init, b_start))}
         most = min(self.outputs(self), math.prod(shapes[a_name][1:]))
@@ -127,9 +135,19 @@ class LowRank(Starting):
             self.lora_dropout = delta_dropout(self.dropout_rate)
         self._require_scale()
 
+    def _started(self, name: str, field: str, value: Any, shape: tuple[int, ...], dtype: mindspore.dtype) -> Tensor:
+        """Return what a factor starts with: where it is split, this process's part of what the whole starts with."""
+        if name not in self.split_axes:
+            return initial(field, value, shape, dtype)
+        axis = self.split_axes[name]
+        return own_part(initial(field, value, whole_shape(shape, axis), dtype), axis)
+
     def _check_settings(self, config: LoraSettings) -> None:
         """Check what the host asks of LoRA, and say why the layer cannot be merged where it cannot."""
         groups = self.group_count(self)
+        reason = split_problem(self, config) if self.is_split else ""
+        if reason:
+            raise ValueError(f"each process has a part of this layer, and {reason}")
         if config.lora_bias and self.takes_ids:
             raise ValueError("LoRA on an embedding has no bias: leave lora_bias out, or the layer, with "
                              "exclude_modules.")
@@ -316,3 +334,17 @@ class LowRank(Starting):
     def extend_repr(self) -> str:
         """Show the low-rank settings beside those of the plain layer."""
         return super().extend_repr() + f", lora_rank={self.lora_rank}, lora_alpha={self.lora_alpha}"
+
+
+def split_problem(layer: LowRank, config: LoraSettings) -> str:
+    """Return why LoRA with these settings does not go with a layer that is split over processes, or nothing."""
+    if config.use_dora:
+        return "DoRA needs the norm of the whole weight: leave use_dora out."
+    if config.lora_bias:
+        return "B has no bias then: leave lora_bias out."
+    if config.init_lora_weights not in (True, False, "gaussian") or config.residual_base:
+        return f"init_lora_weights {config.init_lora_weights!r} needs the whole weight: take True, False or 'gaussian'."
+    if config.lora_dropout and layer.widen_axis is not None:
+        return ("lora_dropout would drop other inputs on each: set it to 0 for column-split layers, by a config of "
+                "their own.")
+    return ""

@@ -103,19 +103,20 @@ class Attention(nn.Cell):
 
     def __init__(self, width: int, heads: int, dense: Dense) -> None:
         super().__init__()
-        self.heads, self.size = heads, width // heads
+        self.size = width // heads
         self.to_q, self.to_k, self.to_v, self.to_out = (dense(width, width, has_bias=True) for _ in range(4))
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.mix = ops.BatchMatMul()
         self.softmax = cpu_operators.Softmax()
 
     def split(self, x):
-        return x.reshape(x.shape[0], x.shape[1], self.heads, self.size).transpose(0, 2, 1, 3)
+        # As many heads as arrive: a process may have some of them.
+        return x.reshape(x.shape[0], x.shape[1], -1, self.size).transpose(0, 2, 1, 3)
 
     def construct(self, x):
         q, k, v = self.split(self.to_q(x)), self.split(self.to_k(x)), self.split(self.to_v(x))
         y = self.mix(self.softmax(self.scores(q, k) * self.size ** -0.5), v)
-        return self.to_out(y.transpose(0, 2, 1, 3).reshape(x.shape))
+        return self.to_out(y.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[1], -1))
 
 
 class LayerNorm(nn.LayerNorm):

@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # What is SAME in both languages runs once.
 SAME = ["README", "docs/mindpet", "docs/training", "docs/formats", "docs/tools", "docs/ascend", "docs/methods",
-        "docs/adapters"]
+        "docs/adapters", "docs/distributed"]
 PAGES = ["README.md", "docs/guide.md", "docs/guide_CN.md", "docs/mindpet.md", "docs/training.md", "docs/methods.md",
-         "docs/adapters.md"]
+         "docs/adapters.md", "docs/distributed.md"]
 
 
 def blocks_of(page: str, language: str) -> list[str]:
@@ -47,7 +47,7 @@ for script in sys.argv[1:]:
     os.chdir(os.path.dirname(script))
     runpy.run_path(script, run_name="__main__")
 """
-SUBJECTS = ["guide", "methods", "adapters", "training", "formats", "tools", "mindpet", "tasks", "ascend"]
+SUBJECTS = ["guide", "methods", "adapters", "training", "formats", "tools", "mindpet", "tasks", "ascend", "distributed"]
 
 
 def test_the_first_program_of_each_page_and_each_of_the_readmes_runs_alone(tmp_path):

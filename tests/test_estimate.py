@@ -62,10 +62,21 @@ def test_parameters_of_published_models(changes, parameters):
     assert tape.bytes_of(False) == parameters
 
 
+def test_qwen2_has_biases_that_its_config_does_not_say():
+    # Qwen2-7B, whose card says 7.62 B parameters, and Qwen2-0.5B with its tied head, 0.49 B.
+    sizes = {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+             "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}
+    report = estimate(sizes, 1, 16)
+    assert report.kind == "Qwen2" and report.parameters == 7_615_616_512
+    small = {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+             "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}
+    assert estimate(small, 1, 16).parameters == 494_032_768
+
+
 def test_weights_train_or_do_not():
     report = estimate(LLAMA_2, 1, 16)
     assert report.parameters == 6_738_415_616 and report.plans["LoRA"].weights == 4 * report.parameters
-    assert report.plans["full"].deltas == 4 * report.parameters and report.plans["full"].weights == 0
+    assert report.plans["full"].weights == 4 * report.parameters and report.plans["full"].deltas == 0
 
 
 def test_attention_goes_head_by_head_from_as_many_queries_as_in_the_example():
@@ -138,7 +149,7 @@ def test_activations_of_a_chain_by_hand():
     # At the last Exp: what all three wrote, what it reads, and the loss's gradient, which waits for nothing.
     assert highest(as_run(kernels)) == 5 * size
     full = plan(forward, None)
-    assert full.deltas == full.gradients == 3 * weight and full.optimizer == 6 * weight and full.weights == 0
+    assert full.weights == full.gradients == 3 * weight and full.optimizer == 6 * weight and full.deltas == 0
     # With LoRA on the last layer the others have no gradient: nothing of them is kept.
     adapted = plan(forward, {"2": Lora(4, 0.5)})
     assert adapted.deltas == 2 * 4 * 256 * 4 and adapted.weights == 3 * weight
@@ -203,7 +214,9 @@ def test_the_command(config, capfd):
     assert errors == "" and first == ("Llama of 6,738,415,616 parameters; LoRA of rank 8 on 128 layers, 8,388,608 "
                                       "parameters")
     assert head.split("  ")[0] == "GB" and head.endswith("LoRA  LoRA, recompute    full  full, recompute")
-    assert len(rows) == 9 and rows[0].split()[2:] == ["26.95", "26.95", "0.00", "0.00"]
+    assert rows[0].split()[2:] == ["26.95", "26.95", "26.95", "26.95"] and rows[1].split()[2:3] == ["0.03"]
+    assert rows[9] == "" and [row.partition(":")[0] for row in rows[10:]] == [
+        "model's weights", "gradients, optimizer", "activations", "on the device"]
     assert command("--config", config, "--batch", "4", "--seq", "512", "--lora-rank", "16", "--target-modules",
                    "q_proj,v_proj", "--json") == 0
     found = json.loads(capfd.readouterr().out)

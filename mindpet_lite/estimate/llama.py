@@ -3,15 +3,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from mindpet_lite.estimate.layers import Layers
 from mindpet_lite.estimate.mindformers import NAMES, llama_sizes
 from mindpet_lite.estimate.sizes import number, switch
 from mindpet_lite.estimate.tape import Value
 
-# Models of the same operators and names.
-MODEL_TYPES = ("llama", "mistral")
+# Models of the same operators and names, by `model_type`.
+MODEL_TYPES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +19,11 @@ class Llama:
     """Sizes of a Llama, by their names in Hugging Face's `config.json`.
 
     Attributes:
+        attention_bias: whether `q_proj`, `k_proj` and `v_proj` have biases; Qwen2's have.
         output_bias: whether `o_proj` has a bias.
         length: tokens of a sample where nothing else is said.
         names: what another library calls a part, by Hugging Face's name.
+        kind: of model.
     """
 
     hidden_size: int
@@ -38,7 +40,7 @@ class Llama:
     length: int | None = None
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    kind: ClassVar[str] = "Llama"
+    kind: str = "Llama"
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -52,9 +54,10 @@ class Llama:
         Raises:
             ValueError: a size is missing or no positive int, or they do not fit together; it is another model's.
         """
-        if config.get("model_type", "llama") not in MODEL_TYPES:
+        model = config.get("model_type", "llama")
+        if model not in MODEL_TYPES:
             raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, whose operators the plan knows, but "
-                             f"is {config['model_type']!r}.")
+                             f"is {model!r}.")
         # What a config leaves out is null in some.
         config = {key: value for key, value in config.items() if value is not None}
         width, between, layers, heads, vocabulary = (number(config, name) for name in (
@@ -67,8 +70,11 @@ class Llama:
             raise ValueError(f"num_attention_heads must divide hidden_size where there is no head_dim, but {heads} "
                              f"does not divide {width}.")
         tied, bias, mlp_bias = (switch(config, name) for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"))
+        # Qwen2's config does not say it.
+        is_qwen = model == "qwen2"
         return cls(width, between, layers, heads, groups, vocabulary, number(config, "head_dim", width // heads), tied,
-                   attention_bias=bias, mlp_bias=mlp_bias, output_bias=bias)
+                   attention_bias=bias or is_qwen, mlp_bias=mlp_bias, output_bias=bias and not is_qwen,
+                   kind=MODEL_TYPES[model])
 
     @classmethod
     def of_mindformers(cls, config: Mapping[str, Any]) -> Llama:

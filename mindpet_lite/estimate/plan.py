@@ -23,8 +23,8 @@ class Plan:
     """Bytes of a training step.
 
     Attributes:
-        weights: what does not train.
-        deltas: what trains.
+        weights: of the model, frozen or not.
+        deltas: of LoRA; none in full fine-tuning.
         gradients: of what trains.
         optimizer: its state.
         activations: the most that forward and backward hold at a time, beside the gradients.
@@ -64,11 +64,12 @@ def plan(forward: Callable[[CpuOperators], Value], lora: Mapping[str, Lora] | No
     tape = CpuOperators(ITEMS[dtype], (lambda path: lora is None or ".mindpet_delta_lora_" in path),
                       lora or {})
     kernels = tape.backward(forward(tape))
-    deltas = tape.bytes_of(True)
+    trained = tape.bytes_of(True)
     # The optimizer comes last, so all gradients are there in the end, each as large as what it is of.
     gradients = [piece for kernel in kernels if not kernel.writes for piece in kernel.reads]
-    activations = max(0, highest(as_run(kernels), gradients) - deltas)
-    return Plan(tape.bytes_of(False), deltas, deltas, OPTIMIZERS[optimizer] * deltas, activations,
+    activations = max(0, highest(as_run(kernels), gradients) - trained)
+    weights, deltas = (trained, 0) if lora is None else (tape.bytes_of(False), trained)
+    return Plan(weights, deltas, trained, OPTIMIZERS[optimizer] * trained, activations,
                 sum(kernel.tables for kernel in kernels), compiled(kernels))
 
 

@@ -33,6 +33,7 @@ class Report:
         lora_parameters: of LoRA.
         lora_layers: the paths of the layers that it adapts.
         lora_rank: its rank.
+        dtype: of weights that are frozen, and of activations.
         plans: of a training step.
     """
 
@@ -41,6 +42,7 @@ class Report:
     lora_parameters: int
     lora_layers: tuple[str, ...]
     lora_rank: int
+    dtype: str
     plans: dict[str, Plan]
 
 
@@ -91,7 +93,7 @@ def estimate(config: Mapping[str, Any], batch: int, seq: int | None = None, lora
     plans = {name: plan(lambda tape, again=again: net.forward(tape, batch, seq, again),  # type: ignore[misc]
                         lora if adapts else None, dtype, optimizer)
              for name, (adapts, again) in COLUMNS.items()}
-    return Report(net.kind, plain.bytes_of(False), plans["LoRA"].deltas // 4, layers, lora_rank, plans)
+    return Report(net.kind, plain.bytes_of(False), plans["LoRA"].deltas // 4, layers, lora_rank, dtype, plans)
 
 
 def net_of(config: Mapping[str, Any]) -> Llama | UNet:
@@ -168,7 +170,7 @@ def as_dict(report: Report) -> dict[str, Any]:
     return {**dataclasses.asdict(report), "plans": plans}
 
 
-ROWS = (("weights, frozen", "weights"), ("what trains", "deltas"), ("gradients", "gradients"),
+ROWS = (("model's weights", "weights"), ("LoRA's weights", "deltas"), ("gradients", "gradients"),
         ("optimizer", "optimizer"), ("activations", "activations"), ("on the device", "device"),
         ("CPU: kernels' tables", "tables"), ("CPU: compiled graph", "compiler"), ("a process on CPU", "process"))
 
@@ -185,4 +187,16 @@ def table(report: Report) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines += ["  ".join(cell.rjust(width) if place else cell.ljust(width)
                         for place, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_notes(report)]) + "\n"
+
+
+def _notes(report: Report) -> list[str]:
+    """Return sentences that make the columns comparable, line by line."""
+    kept = report.dtype
+    return [f"model's weights: {kept} where they are frozen (LoRA)"
+            f"{', float32 where they train (full)' if kept != 'float32' else ', and where they train (full)'}.",
+            "gradients, optimizer: float32, of what trains: LoRA's weights, or all of the model's.",
+            "activations: what the step holds beside all gradients when both together are most. With LoRA that is "
+            "where the backward pass begins; in full it may be where it ends, when the gradients are there and most "
+            "activations are not.",
+            "on the device: the sum of the rows above."]

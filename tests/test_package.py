@@ -180,6 +180,6 @@ def test_no_asserts_prints_exits_or_logging_in_the_package():
         calls = {node.func.id for node in ast.walk(tree)
                  if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
         assert not calls & {"exit", "quit", "exec", "eval"}, path
-        assert "print" not in calls or path == ROOT / "graph" / "summary.py", path
+        assert "print" not in calls or path.name in ("summary.py", "peft_calls.py"), path
         processes = {"subprocess"} if path == ROOT / "tasks" / "process.py" else set()
         assert not imports_of(path) & {"logging", "pickle", "subprocess"} - processes, path

@@ -258,7 +258,7 @@ class AdaLoraConfig(MethodConfig):
          "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5, "total_step": None},
         neutral={"use_dora": (False, None), "layer_replication": (None, []), "target_parameters": (None, []),
                  "trainable_token_indices": (None, [], {}), "alora_invocation_tokens": (None, [])},
-        written={"fan_in_fan_out": False, "init_lora_weights": True}, bias="lora_only", may_be_empty=True)
+        written={"fan_in_fan_out": False, "init_lora_weights": True, "r": 8}, bias="lora_only", may_be_empty=True)
 
     total_step: int
     init_r: int = 12

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
@@ -11,9 +12,12 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
 
+from mindpet_lite.arguments import check_bool, did_you_mean
 from mindpet_lite.delta.parts import put
+from mindpet_lite.delta.spelling import TASK_TYPES, Spelled
 from mindpet_lite.delta.values import Start
 from mindpet_lite.formats.peft_method import PeftMethod
+from mindpet_lite.names.default_targets import Family
 from mindpet_lite.names.expressions import compile_end
 
 FLOAT_TYPES = (mstype.float16, mstype.bfloat16, mstype.float32)
@@ -186,8 +190,10 @@ def float64(value: Tensor) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DeltaConfig:
+class DeltaConfig(metaclass=Spelled):
     """Which layers a method adapts and how; the base of every method's config.
+
+    PEFT's spellings are understood too: ``LoraConfig(r=8, task_type="CAUSAL_LM", inference_mode=False)``.
 
     Args:
         target_modules: a regular expression that must match a layer's whole path, a list of names (each equal to a
@@ -204,6 +210,11 @@ class DeltaConfig:
         freeze_include: patterns (`*` matches anything) of parameters to freeze. Everything but the deltas is frozen
             without it; what both lists name is left alone, as in `freeze_delta`.
         freeze_exclude: patterns of parameters that train together with the deltas.
+        task_type: PEFT's name of the task, which is written to adapter files: SEQ_CLS, SEQ_2_SEQ_LM, CAUSAL_LM,
+            TOKEN_CLS, QUESTION_ANS or FEATURE_EXTRACTION. PEFT picks the class of the model by it. (PEFT saves a
+            classifier by it as well; here `modules_to_save` names one.)
+        base_model_name_or_path: the name or path of the base model, likewise: PEFT's `AutoPeftModel` loads it.
+        inference_mode: nothing trains: the deltas are frozen too.
     """
 
     pet_type: ClassVar[str]
@@ -225,8 +236,23 @@ class DeltaConfig:
     layers_pattern: tuple[str, ...] | None = None
     freeze_include: tuple[str, ...] | None = None
     freeze_exclude: tuple[str, ...] | None = None
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    inference_mode: bool = False
 
     def __post_init__(self) -> None:
+        if self.task_type is not None:
+            # PEFT's TaskType is a text as well.
+            task = str(getattr(self.task_type, "value", self.task_type))
+            if task not in TASK_TYPES:
+                raise ValueError(f"task_type must be one of {', '.join(TASK_TYPES)}, but got {task!r:.100}."
+                                 f"{did_you_mean(task, TASK_TYPES)}")
+            object.__setattr__(self, "task_type", task)
+        name = self.base_model_name_or_path
+        if name is not None and not isinstance(name, (str, os.PathLike)):
+            raise TypeError(f"base_model_name_or_path must be a name or a path, but got {name!r:.100}.")
+        object.__setattr__(self, "base_model_name_or_path", name if name is None else os.fspath(name))
+        check_bool("inference_mode", self.inference_mode)
         for name in ("target_modules", "exclude_modules"):
             object.__setattr__(self, name, names_of(name, getattr(self, name), allow_text=True))
         for name in ("modules_to_save", "freeze_include", "freeze_exclude"):
@@ -241,6 +267,11 @@ class DeltaConfig:
         if self.layers_to_transform is not None and not isinstance(self.target_modules, tuple):
             raise ValueError("layers_to_transform needs target_modules as a list of names; a regular expression can "
                              "name the blocks itself.")
+
+    def told(self) -> dict[str, str]:
+        """Return what the user said of the adapter for other tools, by PEFT's names of the fields."""
+        return {name: value for name in ("task_type", "base_model_name_or_path")
+                if (value := getattr(self, name)) is not None}
 
     def trains_base(self, name: str, of_adapted_layer: bool) -> bool:
         """Tell whether a base Parameter of this attribute name trains together with the deltas."""
@@ -259,6 +290,11 @@ class DeltaConfig:
         if not cls.all_by_default:
             raise ValueError("target_modules is missing: give a regular expression, a list of names or 'all-linear'.")
         return [path for path, cell in cells.items() if cls.is_meant(cell)]
+
+    @classmethod
+    def default_fields(cls, family: Family) -> dict[str, tuple[str, ...]]:
+        """Return the fields that name the layers PEFT adapts in a family of models; none where it has no default."""
+        return {}
 
     def more_targets(self, cells: Mapping[str, nn.Cell]) -> dict[str, nn.Cell]:
         """Return the layers that are adapted besides those that `target_modules` names; raise ValueError for none."""

@@ -22,6 +22,7 @@ from mindpet_lite.delta.hosts import HOSTS, Host
 from mindpet_lite.delta.method_config import MethodConfig
 from mindpet_lite.delta.parts import as_type
 from mindpet_lite.formats.peft_method import PeftMethod
+from mindpet_lite.names.default_targets import Family
 from mindpet_lite.names.expressions import compile_checked
 
 _L = "mindpet_delta_ia3_l"
@@ -124,6 +125,11 @@ class IA3Config(MethodConfig):
         super().__post_init__()
         names = names_of("feedforward_modules", self.feedforward_modules or None, allow_text=True)
         object.__setattr__(self, "feedforward_modules", names or ())
+
+    @classmethod
+    def default_fields(cls, family: Family) -> dict[str, tuple[str, ...]]:
+        """Return the layers that PEFT scales in a family of models."""
+        return {"target_modules": family.scaled, "feedforward_modules": family.feedforward} if family.scaled else {}
 
     def for_layer(self, path: str) -> IA3Config:
         """Return the settings for the layer at `path`."""

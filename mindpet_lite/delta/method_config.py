@@ -13,6 +13,7 @@ from mindpet_lite.delta.adapted import Method, adapted_class
 from mindpet_lite.delta.base import Delta, DeltaConfig, check_float_type, end_expression
 from mindpet_lite.delta.hosts import HOSTS, Host, host_of, host_refusal, is_linear
 from mindpet_lite.formats.peft_method import PeftMethod
+from mindpet_lite.names.default_targets import Family
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,11 @@ class MethodConfig(DeltaConfig):
                 f"{paths[0]!r}.{did_you_mean(pattern.strip('.*^$'), names)}"
                 for field in self.peft.patterns.values() for pattern in getattr(self, field)
                 if not any(end_expression(field, pattern).fullmatch(path) for path in paths)]
+
+    @classmethod
+    def default_fields(cls, family: Family) -> dict[str, tuple[str, ...]]:
+        """Return the layers that PEFT adapts in a family of models."""
+        return {"target_modules": family.targets}
 
     @classmethod
     def refusal(cls, cell: nn.Cell) -> str | None:

@@ -118,7 +118,7 @@ def to_files(state: AdapterState, kind: str, path: Path, methods: Methods = LORA
     if kind in ("peft", "mindformers"):
         if path.suffix in (".safetensors", ".ckpt"):
             raise ValueError(f"{kind}'s adapters are directories, but {path} is a file's name.")
-        tensors, config = _as_peft(state, methods) if kind == "peft" else mindformers.encode(state)
+        tensors, config = as_peft(state, methods) if kind == "peft" else mindformers.encode(state)
         return {path / CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
                 path / TENSOR_FILE: to_bytes(tensors)}
     if kind == "diffusers" and path.suffix != ".safetensors":
@@ -133,12 +133,21 @@ def to_files(state: AdapterState, kind: str, path: Path, methods: Methods = LORA
     return {path: to_bytes(tensors, texts)}
 
 
-def _as_peft(state: AdapterState, methods: Methods) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def as_peft(state: AdapterState, methods: Methods) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the tensors and the config of PEFT's directory; what PEFT's files cannot hold has our own form there."""
     method = getattr(methods.get(state.method), "peft", None)
     if method is not None and peft_method.can_hold(state, method):
         return peft_method.encode(state, method)
     return (peft if peft.can_hold(state) else native).encode(state)
+
+
+def from_peft(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], methods: Methods = LORA) -> AdapterState:
+    """Return the adapter that PEFT's tensors by key, and its config, describe.
+
+    Raises:
+        ValueError: they do not belong together, or to a method that is known.
+    """
+    return _decode("peft", tensors, {}, dict(config), methods, None)
 
 
 def _remarks(state: AdapterState, config: Mapping[str, Any], methods: Methods) -> tuple[str, ...]:

@@ -39,6 +39,8 @@ class Adapter:
         base_load: by what that weight was loaded last.
         replaced_base: the hash before another base was loaded, and by what that was.
         warned: whether the user was told that the base is another.
+        told: what the user said of it for other tools, by PEFT's names of the fields: written to its files.
+        note: a sentence for the summary.
     """
 
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -53,6 +55,8 @@ class Adapter:
     base_load: Load | None = None
     replaced_base: tuple[str, Load] | None = None
     warned: bool = False
+    told: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    note: str = ""
 
     def save(self, parameters: Iterable[Parameter]) -> None:
         """Make base Parameters part of the adapter; their values now are kept as the base's."""

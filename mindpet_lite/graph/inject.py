@@ -1,6 +1,7 @@
 """Adapt the layers of an existing net in place."""
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,8 @@ from mindpet_lite.graph.parameters import apply_trains, parameters_with, what_tr
 from mindpet_lite.graph.put_in import adapt, followers_of, put_in, start_problems
 from mindpet_lite.graph.ranks import same_on_all_ranks
 from mindpet_lite.graph.replicate import replicated
-from mindpet_lite.graph.tree import cells_by_path
+from mindpet_lite.graph.tree import cells_by_path, without_inner
+from mindpet_lite.names.default_targets import family_of
 
 
 @contextmanager
@@ -76,6 +78,7 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
 def _adapt(net: nn.Cell, config: DeltaConfig) -> None:
     """Adapt the layers that `config` names, in place."""
     cells = cells_by_path(net)
+    config, note = with_default_targets(config, cells)
     chosen, problems = _targets(cells, config)
     adapted: dict[str, Delta] = {}
     configs: dict[str, DeltaConfig] = {}
@@ -128,8 +131,30 @@ def _adapt(net: nn.Cell, config: DeltaConfig) -> None:
     apply_trains(net, parameters, trains)
     record, untied = put_in(net, cells, adapted, followers, [*saved, *more], ties, shared)
     record.replication = record.replication or config.replication
+    record.told, record.note = {**record.told, **config.told()}, note or record.note
     for parameter in untied.values():
         parameter.requires_grad = True
+    if config.inference_mode:
+        for parameter in [*untied.values(), *(item for item, _ in parameters)]:
+            parameter.requires_grad = False
+
+
+def with_default_targets(config: DeltaConfig, cells: Mapping[str, nn.Cell]) -> tuple[DeltaConfig, str]:
+    """Return a config with the targets that PEFT has for the net's family, where it names none, and a sentence on it.
+
+    Args:
+        config: with or without `target_modules`.
+        cells: of the net, by path.
+    """
+    if config.target_modules is not None or config.all_by_default or config.has_other_targets:
+        return config, ""
+    family = family_of(without_inner(cells))
+    fields: dict[str, Any] = {} if family is None else dict(config.default_fields(family))
+    if family is None or not fields:
+        return config, ""
+    named = " and ".join(f"{name} {', '.join(value)}" for name, value in fields.items())
+    return (dataclasses.replace(config, **fields),
+            f"{named}: PEFT's default for {family.name}, for the config names none")
 
 
 def _targets(cells: Mapping[str, nn.Cell], config: DeltaConfig) -> tuple[dict[str, nn.Cell], list[str]]:

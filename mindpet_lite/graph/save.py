@@ -60,8 +60,29 @@ def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft
     """
     if not os.fspath(path):
         raise ValueError("path must name a directory or a file to write, but got an empty string.")
+    state = state_to_save(net, name)
+    try:
+        files = to_files(part(state, component, format), format, Path(path), METHODS)
+    except ValueError as error:
+        raise ValueError(f"The adapter was not written to {path}:\n  {first_of(error)}") from error
+    is_shared = any(is_split(cell) for cell in cells_by_path(net).values())
+    if not is_shared or get_rank() == 0:
+        write_files(files)
+    if is_shared:
+        wait_for_all()
+    return Path(path)
+
+
+def state_to_save(net: nn.Cell, name: str | None) -> AdapterState:
+    """Return the net's adapter, or the one of this name, with the config that its files have.
+
+    Where layers are split over processes, every process must call it.
+
+    Raises:
+        TypeError: `net` is no Cell.
+        ValueError: the net has no such adapter, several and no name is given, or is itself the adapted layer.
+    """
     cells = cells_by_path(require_cell(net))
-    splits = [place for place, cell in cells.items() if is_split(cell)]
     state = whole(_state(net, name), cells)
     if "" in state.layers:
         raise ValueError("The net itself is the adapted layer, so it has no path to be saved under: put it in a cell.")
@@ -70,21 +91,21 @@ def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft
         # Of a weight out of which the start took a part, the base's own is not known here. Where it could not be taken
         # again, what was left is the base.
         state.config[FIELD] = {place: value for place in state.layers
-                               if place not in splits
+                               if not is_split(cells[place])
                                and (found[place].base_is_lost or not found[place].base_values())
                                and (value := layer_hash(cells[place], found[place]))}
+        state.config.update(_told(net, name))
     replication = next((record.replication for record in adapters_of(deltas(net).values()) if record.replication), None)
     if replication:
         state.config["layer_replication"] = replication
-    try:
-        files = to_files(part(state, component, format), format, Path(path), METHODS)
-    except ValueError as error:
-        raise ValueError(f"The adapter was not written to {path}:\n  {first_of(error)}") from error
-    if not splits or get_rank() == 0:
-        write_files(files)
-    if splits:
-        wait_for_all()
-    return Path(path)
+    return state
+
+
+def _told(net: nn.Cell, name: str | None) -> dict[str, str]:
+    """Return what the user said of the adapter for other tools."""
+    known = named(net).records
+    records = [known[name]] if name in known else adapters_of(deltas(net).values())
+    return {field: value for record in records for field, value in record.told.items()}
 
 
 def _state(net: nn.Cell, name: str | None) -> AdapterState:

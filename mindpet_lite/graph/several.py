@@ -14,7 +14,7 @@ from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.formats.combine import combine
 from mindpet_lite.formats.problems import listed
 from mindpet_lite.graph.adapters import Adapter, record_of
-from mindpet_lite.graph.inject import get_pet_model
+from mindpet_lite.graph.inject import get_pet_model, with_default_targets
 from mindpet_lite.graph.load_named import put_state
 from mindpet_lite.graph.match import targets
 from mindpet_lite.graph.named import (
@@ -59,13 +59,14 @@ def add_adapter(net: nn.Cell, name: str, config: DeltaConfig | Mapping[str, Any]
         get_pet_model(net, config)
         known = named(net)
         known.records, known.active, known.live = {name: known.records.popitem()[1]}, {name: 1.0}, name
-        known.trainable = {name}
+        known.trainable = set() if config.inference_mode else {name}
         keep(net, known)
         return net
     if known.turns or not adds_up(net, config):
         make_way(net, known, name, lambda: get_pet_model(net, config))
         return net
     cells = plain_cells(net)
+    config, note = with_default_targets(config, cells)
     chosen, problems = targets(cells, config)
     new: dict[str, Delta] = {}
     for path in chosen:
@@ -75,8 +76,11 @@ def add_adapter(net: nn.Cell, name: str, config: DeltaConfig | Mapping[str, Any]
             problems.append(f"{path}: {error}")
     if problems:
         raise ValueError(f"The adapter {name!r} does not fit the net, which is unchanged:\n  {listed(problems)}")
-    put_beside(net, known, name, new, record_of(new.values()))
-    known.trainable.add(name)
+    record = record_of(new.values())
+    record.told, record.note = config.told(), note
+    put_beside(net, known, name, new, record)
+    if not config.inference_mode:
+        known.trainable.add(name)
     return net
 
 

@@ -6,7 +6,7 @@ import math
 
 from mindspore import nn
 
-from mindpet_lite.graph.adapters import bring_up_to_date, deltas_in, saved_of
+from mindpet_lite.graph.adapters import adapters_of, bring_up_to_date, deltas_in, saved_of
 from mindpet_lite.graph.freeze import TrainableReport, count
 from mindpet_lite.graph.parameters import net_parameters
 from mindpet_lite.graph.tree import cells_by_path
@@ -18,12 +18,13 @@ _SHOWN = 5
 class Summary:
     """The adapted layers of a net, a row each (path, layer, method, settings, shapes, size), and the counts.
 
-    `saved` names the Parameters of the base that belong to the adapter.
+    `saved` names the Parameters of the base that belong to the adapter; `notes` say what a config left to this package.
     """
 
     rows: tuple[tuple[str, ...], ...]
     saved: tuple[str, ...]
     report: TrainableReport
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         # Short: a terminal shows it below what `summary` has printed.
@@ -35,7 +36,7 @@ class Summary:
         widths = [max(len(row[column]) for row in table) for column in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
         lines.insert(1, "-" * max(map(len, lines)))
-        lines.append(f"{len(self.rows)} adapted layers")
+        lines += [f"{len(self.rows)} adapted layers", *self.notes]
         if self.saved:
             more = f" and {len(self.saved) - _SHOWN} more" if len(self.saved) > _SHOWN else ""
             lines.append(f"and {len(self.saved)} parameters of the base: {', '.join(self.saved[:_SHOWN])}{more}")
@@ -68,6 +69,6 @@ def summary(net: nn.Cell) -> Summary:
     own = {id(item) for delta in found.values() for item in delta.delta_parameters().values()}
     saved = saved_of(found.values()).keys() - own
     result = Summary(tuple(rows), tuple(names[0] for item, names in net_parameters(net) if id(item) in saved),
-                     count(net))
+                     count(net), tuple(record.note for record in adapters_of(found.values()) if record.note))
     print(result)
     return result

@@ -32,6 +32,7 @@ from mindpet_lite.delta.lora.start import DATA_STARTS
 from mindpet_lite.delta.tokens import RowsOf, TokenTable, are_tokens, rows_shape, table_for, token_table
 from mindpet_lite.formats.replication import range_problem
 from mindpet_lite.formats.starts import takes_from_base
+from mindpet_lite.names.default_targets import Family
 
 # The layers that are built by hand too, by the kind of host.
 LAYERS: dict[type[Host] | None, type[LowRank]] = {
@@ -215,6 +216,11 @@ class LoraConfig(DeltaConfig, LoraSettings):
             return dict(tokens)
         # PEFT's default name of the embedding.
         return {"embed_tokens": tokens} if tokens else {}
+
+    @classmethod
+    def default_fields(cls, family: Family) -> dict[str, tuple[str, ...]]:
+        """Return the layers that PEFT adapts in a family of models."""
+        return {"target_modules": family.targets}
 
     @classmethod
     def refusal(cls, cell: nn.Cell) -> str | None:

@@ -12,6 +12,10 @@ import numpy as np
 from mindspore import Tensor, mint, nn
 from nets import inputs
 
+import mindpet_lite as mp
+from mindpet_lite.delta import METHODS
+from mindpet_lite.delta.adapted import Reweighed
+from mindpet_lite.delta.hosts import QUANTISED
 from mindpet_lite.delta.hosts.base import Host
 from mindpet_lite.delta.hosts.conv import (
     Conv1dHost,
@@ -23,7 +27,10 @@ from mindpet_lite.delta.hosts.conv import (
 )
 from mindpet_lite.delta.hosts.dense import DenseHost
 from mindpet_lite.delta.hosts.embedding import EmbeddingHost, MintEmbeddingHost
+from mindpet_lite.delta.hosts.int8 import Int8Dense
 from mindpet_lite.delta.hosts.linear import LinearHost
+from mindpet_lite.delta.hosts.nf4 import NF4Dense
+from mindpet_lite.delta.hosts.q8_0 import Q8Dense
 from mindpet_lite.delta.hosts.transposed import Conv1D, TransposedHost
 
 IDS = Tensor(np.array([[0, 5, 2], [6, 1, 5]], np.int32))
@@ -36,6 +43,10 @@ LAYERS: dict[type[Host], tuple[Callable[[], nn.Cell], Tensor]] = {
     Conv3dHost: (lambda: nn.Conv3d(8, 4, 2, has_bias=True), inputs(1, 8, 3, 3, 2)),
     EmbeddingHost: (lambda: nn.Embedding(8, 4), IDS),
     TransposedHost: (lambda: Conv1D(4, 8), inputs(2, 3, 8)),
+    # Of quantised layers what they are made of: `plain_net` quantises it.
+    Int8Dense: (lambda: nn.Dense(8, 4, activation="tanh"), inputs(2, 3, 8)),
+    Q8Dense: (lambda: mint.nn.Linear(32, 4), inputs(2, 3, 32)),
+    NF4Dense: (lambda: nn.Dense(8, 4, activation="tanh"), inputs(2, 3, 8)),
 }
 # CPU has no kernels for them; `test_lora_mint.py` runs them on stand-ins.
 WITHOUT_KERNELS = (MintConv1dHost, MintConv2dHost, MintConv3dHost)
@@ -70,6 +81,12 @@ STARTS: dict[tuple[str, int], float | None] = {
 }
 
 
+def off_bound(method: str, host: type[Host]) -> float:
+    """Return how far of its largest output a layer that is switched off, or has not trained, may be from its base."""
+    # The base of int8 multiplies outputs with the scales; a method that makes a new weight, the weight: it rounds else.
+    return 1e-6 if host is Int8Dense and issubclass(METHODS[method].layer, Reweighed) else 0.0
+
+
 class Net(nn.Cell):
     """One layer below a net, so that it has a path and a place to be put into."""
 
@@ -87,4 +104,12 @@ def plain_net(host: type[Host], seed: int = 0) -> Net:
     net, rng = Net({**LAYERS, **IN_GRAPHS_ALONE}[host][0]()), np.random.default_rng(seed)
     for item in net.get_parameters():
         item.set_data(Tensor(rng.standard_normal(item.shape).astype(np.float32)).astype(ms.float32))
+    if host in QUANTISED.values():
+        mp.quantize_base(net, host.quantised_kind, ["box.0"])
     return net
+
+
+def full_net(host: type[Host], seed: int = 0) -> Net:
+    """Return the same net with a layer of the full type, whose weight a new one can be written into."""
+    net = plain_net(host, seed)
+    return mp.dequantize_base(net) if host in QUANTISED.values() else net

@@ -51,12 +51,16 @@ class Adapted(Delta, Host):
         host = next(kind for kind in type(self).__mro__ if issubclass(kind, Host) and not issubclass(kind, Delta))
         return as_running(self.on(host if self.compute_dtype else self.plain_type, self), self)
 
+    def merged_cell(self) -> nn.Cell:
+        """Return the plain layer, or one of the full type in the place of a quantised one."""
+        return self.absorbed(self.plain_cell())
+
     def cost(self) -> str:
         """Say that the weight is cast on every call, where the layer computes in another type."""
         dtype = self._compute_type()
-        if self.takes_ids or dtype == self.weight.dtype:
+        if self.takes_ids or dtype == self._own_type():
             return ""
-        return f"casts its {self.weight.dtype} weight to {dtype} on every call"
+        return f"casts its {self._own_type()} weight to {dtype} on every call"
 
     def construct(self, x: Tensor) -> Tensor:
         """Apply the layer to `x`."""
@@ -186,7 +190,7 @@ class Method(Adapted):
         # What is not finite is for the caller to refuse, by name.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             new = self.merged_at(base, {**tensors, **self.shared_numbers()}, self.settings(), strength)
-        found = {self.weight: self.as_weight(new["weight"])} if "weight" in new else {}
+        found = {self.absorbing(): self.as_weight(new["weight"])} if "weight" in new else {}
         if "bias" in new:
             found[self.bias] = Tensor(new["bias"].astype(np.float32)).astype(self.bias.dtype)
         return found

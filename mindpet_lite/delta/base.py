@@ -159,6 +159,11 @@ class Delta:
         """Return the layer without the delta, on the same base Parameter objects; change nothing."""
         raise NotImplementedError(f"{type(self).__name__}.plain_cell() is missing: {self.unmergeable or 'write it'}")
 
+    def merged_cell(self) -> nn.Cell:
+        """Return the layer that stands here after a merge, whose Parameters are those of `merged_value`."""
+        found: nn.Cell = self.plain_cell()
+        return found
+
     def fold(self) -> None:
         """Leave out, in place, what only training needs; the output in evaluation stays the same bit for bit."""
         raise NotImplementedError(f"{type(self).__name__} has nothing to fold.")

@@ -21,7 +21,7 @@ from mindpet_lite.arguments import check_bool, check_int, check_number, check_pr
 from mindpet_lite.delta.adapted import Additive, Method, Numbers
 from mindpet_lite.delta.base import Delta
 from mindpet_lite.delta.dropout import delta_dropout
-from mindpet_lite.delta.hosts import DenseHost, Host, LinearHost, host_of
+from mindpet_lite.delta.hosts import QUANTISED, DenseHost, Host, LinearHost, host_of
 from mindpet_lite.delta.method_config import MethodConfig
 from mindpet_lite.delta.parts import as_type, prefix_of
 from mindpet_lite.delta.values import frozen_parameter
@@ -171,7 +171,7 @@ class VeraConfig(MethodConfig):
     pet_type: ClassVar[str] = "vera"
     layer: ClassVar[type[Method]] = VeRA
     title: ClassVar[str] = "VeRA"
-    fits: ClassVar[tuple[type[Host], ...]] = (DenseHost, LinearHost)
+    fits: ClassVar[tuple[type[Host], ...]] = (DenseHost, LinearHost, *QUANTISED.values())
     peft: ClassVar[PeftMethod] = _File(
         "VERA", {_B: "vera_lambda_b", _D: "vera_lambda_d"},
         {"r": 256, "vera_dropout": 0.0, "d_initial": 0.1, "projection_prng_key": 0, "save_projection": True},

@@ -18,6 +18,7 @@ from mindpet_lite.graph.peft_calls import (
     print_trainable_parameters,
     set_adapter_state,
 )
+from mindpet_lite.graph.quantise import dequantize_base, quantize_base
 from mindpet_lite.graph.refresh import refresh_base
 from mindpet_lite.graph.save import save_adapter
 from mindpet_lite.graph.several import (
@@ -36,11 +37,11 @@ from mindpet_lite.graph.summary import Summary, summary
 
 __all__ = ["Summary", "TrainableReport", "active_adapters", "adapters_disabled", "adapters_for_samples",
            "add_adapter", "cast_to_float32", "check_adapters", "check_optimizer", "combine_adapters",
-           "delete_adapter", "disable_adapter", "fold_prefixes", "freeze_delta", "freeze_from_config",
-           "freeze_modules", "freeze_statistics", "get_adapter_state", "get_pet_model", "initialize_from_data",
-           "load_adapter", "merge", "merge_and_unload", "print_trainable_parameters", "refresh_base",
-           "reserve_adapters", "save_adapter", "set_adapter", "set_adapter_state", "set_lora_scale", "split_linear",
-           "summary", "unmerge"]
+           "delete_adapter", "dequantize_base", "disable_adapter", "fold_prefixes", "freeze_delta",
+           "freeze_from_config", "freeze_modules", "freeze_statistics", "get_adapter_state", "get_pet_model",
+           "initialize_from_data", "load_adapter", "merge", "merge_and_unload", "print_trainable_parameters",
+           "quantize_base", "refresh_base", "reserve_adapters", "save_adapter", "set_adapter", "set_adapter_state",
+           "set_lora_scale", "split_linear", "summary", "unmerge"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,10 +9,12 @@ from mindspore import dtype as mstype
 
 from mindpet_lite.arguments import some_of, warn_user
 from mindpet_lite.delta.base import Delta
+from mindpet_lite.delta.hosts import Host
 from mindpet_lite.delta.values import set_value
 from mindpet_lite.formats.problems import listed
 from mindpet_lite.graph.adapters import adapters_of, bring_up_to_date, deltas, deltas_in, select
 from mindpet_lite.graph.base_hash import parameter_hash
+from mindpet_lite.graph.quantise import quantised_in, tell_of_merge
 from mindpet_lite.graph.saved_parameter import copy_of
 from mindpet_lite.graph.strength import adapters_are_disabled
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, replace
@@ -42,6 +44,9 @@ def merge(net: nn.Cell) -> nn.Cell:
     `compute_dtype` of its own: there stands a subclass of the plain layer, which computes in it too. The strength set
     by `set_lora_scale` goes in. What was there before is kept on the layers for :func:`unmerge`; to free that memory,
     save the merged net and load it into a fresh one.
+
+    A quantised layer (:func:`mindpet_lite.quantize_base`) becomes a plain one in the type that its weight had. A
+    warning says how much rounding had changed the weights.
 
     All nets of the process compile again at their next call.
 
@@ -73,7 +78,7 @@ def merge(net: nn.Cell) -> nn.Cell:
                          f"is not finite, or does not fit the weight's type. The net is unchanged.")
     owners = {id(parameter): places for parameter, places in owners_of_parameters(net)}
     tied = [f"{path}: {parameter.name} is used at {place} too." for path, values in merged.items()
-            for parameter in values for place, cell in owners[id(parameter)]
+            for parameter in values for place, cell in owners.get(id(parameter), ())
             if cell is not found[path] and not _follows(cell)]
     if tied:
         raise ValueError("Merging would change other layers that use the same weight. The net is unchanged: use it "
@@ -96,7 +101,9 @@ def merge(net: nn.Cell) -> nn.Cell:
     followers = {path: cell for path, cell in cells.items() if isinstance(cell, Delta) and cell.follows}
     for path, delta in {**found, **followers}.items():
         kept = _Kept(cells[path], None if isinstance(delta, nn.Cell) else delta,
-                     tuple((parameter, copy_of(parameter)) for parameter in merged.get(path, {})),
+                     # The weight that takes a quantised one's place is new.
+                     tuple((parameter, copy_of(parameter)) for parameter in merged.get(path, {})
+                           if id(parameter) in owners),
                      tuple(item for item in delta.delta_parameters().values() if item.requires_grad))
         for parameter, value in merged.get(path, {}).items():
             set_value(parameter, value)
@@ -104,8 +111,9 @@ def merge(net: nn.Cell) -> nn.Cell:
         for parameter in kept.trained:
             parameter.requires_grad = False
         select(cells[path], None)
-        swaps[cells[path]] = delta.plain_cell()
+        swaps[cells[path]] = delta.merged_cell()
         setattr(swaps[cells[path]], _KEPT, kept)
+    tell_of_merge({path: cell for path, cell in quantised_in(cells).items() if cell in swaps})
     return _swap(net, swaps)
 
 
@@ -141,6 +149,8 @@ def unmerge(net: nn.Cell) -> nn.Cell:
             parameter.requires_grad = True
         delattr(cell, _KEPT)
         select(kept.cell, kept.selected)
+        if isinstance(kept.cell, Host):
+            kept.cell.unmerged()
         _hand_over(cell, kept.cell)
     net = _swap(net, {cell: kept.cell for cell, kept in merged.items()})
     bring_up_to_date(deltas_in(cells_by_path(net)))

@@ -9,6 +9,7 @@ from mindspore import nn
 from mindpet_lite.graph.adapters import adapters_of, bring_up_to_date, deltas_in, saved_of
 from mindpet_lite.graph.freeze import TrainableReport, count
 from mindpet_lite.graph.parameters import net_parameters
+from mindpet_lite.graph.quantise import described, quantised_in
 from mindpet_lite.graph.tree import cells_by_path
 
 _SHOWN = 5
@@ -19,12 +20,15 @@ class Summary:
     """The adapted layers of a net, a row each (path, layer, method, settings, shapes, size), and the counts.
 
     `saved` names the Parameters of the base that belong to the adapter; `notes` say what a config left to this package.
+    `quantised` says how many layers are, what they
+    take in memory, and how much rounding changed; it is empty where none is.
     """
 
     rows: tuple[tuple[str, ...], ...]
     saved: tuple[str, ...]
     report: TrainableReport
     notes: tuple[str, ...] = ()
+    quantised: str = ""
 
     def __repr__(self) -> str:
         # Short: a terminal shows it below what `summary` has printed.
@@ -40,6 +44,8 @@ class Summary:
         if self.saved:
             more = f" and {len(self.saved) - _SHOWN} more" if len(self.saved) > _SHOWN else ""
             lines.append(f"and {len(self.saved)} parameters of the base: {', '.join(self.saved[:_SHOWN])}{more}")
+        if self.quantised:
+            lines.append(f"quantised layers: {self.quantised}")
         return "\n".join([*lines, str(self.report)])
 
 
@@ -54,7 +60,8 @@ def summary(net: nn.Cell) -> Summary:
         TypeError: `net` is no Cell.
     """
     rows = []
-    found = deltas_in(cells_by_path(net))
+    cells = cells_by_path(net)
+    found = deltas_in(cells)
     bring_up_to_date(found)
     for path, cell in found.items():
         parameters = cell.delta_parameters().values()
@@ -67,8 +74,10 @@ def summary(net: nn.Cell) -> Summary:
                      " ".join(str(tuple(parameter.shape)) for parameter in parameters),
                      f"{sum(math.prod(parameter.shape) for parameter in parameters):,}"))
     own = {id(item) for delta in found.values() for item in delta.delta_parameters().values()}
+    layers = quantised_in(cells)
     saved = saved_of(found.values()).keys() - own
     result = Summary(tuple(rows), tuple(names[0] for item, names in net_parameters(net) if id(item) in saved),
-                     count(net), tuple(record.note for record in adapters_of(found.values()) if record.note))
+                     count(net), tuple(record.note for record in adapters_of(found.values()) if record.note),
+                     described(layers) if layers else "")
     print(result)
     return result

@@ -24,7 +24,11 @@ from mindpet_lite.delta.hosts.conv import (
 )
 from mindpet_lite.delta.hosts.dense import DenseHost
 from mindpet_lite.delta.hosts.embedding import EmbeddingHost, MintEmbeddingHost
+from mindpet_lite.delta.hosts.int8 import Int8Dense
 from mindpet_lite.delta.hosts.linear import LinearHost
+from mindpet_lite.delta.hosts.nf4 import NF4Dense
+from mindpet_lite.delta.hosts.q8_0 import Q8Dense
+from mindpet_lite.delta.hosts.quantised import Quantised
 from mindpet_lite.delta.hosts.split import ColumnDense, RowDense, SplitDense
 from mindpet_lite.delta.hosts.transposed import TransposedHost
 
@@ -40,14 +44,19 @@ HOSTS: tuple[type[Host], ...] = (
     MintConv3dHost,
     MintEmbeddingHost,
     TransposedHost,
+    Int8Dense,
+    Q8Dense,
+    NF4Dense,
 )
+# The layers that `quantize_base` makes, by what it calls them.
+QUANTISED: dict[str, type[Quantised]] = {host.quantised_kind: host for host in HOSTS if issubclass(host, Quantised)}
 
 # Layers of which each process has a part. A method fits them where it knows which of its numbers are parts then.
 SPLIT_HOSTS: tuple[type[Host], ...] = (ColumnDense, RowDense)
 
-__all__ = ["HOSTS", "SPLIT_HOSTS", "DenseHost", "Host", "SplitDense", "TransposedHost", "TypedCell", "as_running",
-           "host_of", "host_refusal", "is_linear", "keeps_types", "override_refusal", "require_float",
-           "rewritten_refusal", "take_types"]
+__all__ = ["DenseHost", "HOSTS", "Host", "LinearHost", "QUANTISED", "Quantised", "SPLIT_HOSTS", "SplitDense",
+           "TransposedHost", "TypedCell", "as_running", "host_of", "host_refusal", "is_linear", "keeps_types",
+           "override_refusal", "require_float", "rewritten_refusal", "take_types"]
 
 
 def host_of(cell: nn.Cell) -> type[Host] | None:

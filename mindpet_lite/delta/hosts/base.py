@@ -107,6 +107,7 @@ class Host(TypedCell):
         narrow_axis: the axis of the weight of `narrow` of which each process has a part; None where all have the whole.
         widen_axis: likewise of `widen`.
         is_split: each process of a job has a part of the layer.
+        is_quantised: the weight is held in few bits, so that nothing can be taken out of it.
     """
 
     plain_type: ClassVar[type[nn.Cell]]
@@ -120,6 +121,7 @@ class Host(TypedCell):
     narrow_axis: ClassVar[int | None] = None
     widen_axis: ClassVar[int | None] = None
     is_split: ClassVar[bool] = False
+    is_quantised: ClassVar[bool] = False
     weight: Parameter
     bias: Any
 
@@ -270,6 +272,17 @@ class Host(TypedCell):
     def as_weight(self, value: np.ndarray) -> Tensor:
         """Return a weight of `logical_shape` in the layout and type of the layer's own."""
         return Tensor(np.ascontiguousarray(value).reshape(self.weight.shape)).astype(self.weight.dtype)
+
+    def absorbing(self) -> Parameter:
+        """Return the Parameter that holds a merged weight."""
+        return self.weight
+
+    def absorbed(self, plain: nn.Cell) -> nn.Cell:
+        """Return the layer that stands here after a merge, given the plain one."""
+        return plain
+
+    def unmerged(self) -> None:
+        """Hear that the layer stands here again after a merge."""
 
     def base_numbers(self) -> dict[str, np.ndarray]:
         """Return the weight as `weight_numbers` does and, where there is one, the bias."""

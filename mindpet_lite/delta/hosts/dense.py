@@ -1,4 +1,4 @@
-"""`mindspore.nn.Dense` as a host."""
+"""`mindspore.nn.Dense` as a host, and the steps of every layer that computes as it does."""
 from __future__ import annotations
 
 from typing import Any, ClassVar
@@ -10,13 +10,17 @@ from mindpet_lite.delta.hosts.base import Host
 from mindpet_lite.delta.parts import as_type, from_rows, to_rows
 
 
-class DenseHost(Host, nn.Dense):
-    """`nn.Dense` with the dtype rule: act(x Wᵀ + b) on rows."""
+class RowsHost(Host):
+    """The steps of act(x Wᵀ + b) on rows, with the operators that nn.Dense has: `matmul`, `bias_add`, `activation`."""
 
-    plain_type, plain_name = nn.Dense, "nn.Dense"
-    parts: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels", "has_bias", "reshape", "shape_op", "matmul",
-                                        "bias_add", "activation_flag")
     is_linear = True
+
+    matmul: ops.MatMul
+    bias_add: ops.BiasAdd
+    has_bias: bool
+    activation_flag: bool
+    activation: Any
+    out_channels: int
 
     @classmethod
     def _take_parts(cls, layer: nn.Cell, source: nn.Cell) -> None:
@@ -26,7 +30,7 @@ class DenseHost(Host, nn.Dense):
         else:
             layer.activation = source.activation
 
-    def add_flags_recursive(self, **flags: Any) -> DenseHost:
+    def add_flags_recursive(self, **flags: Any) -> RowsHost:
         """Set flags; the precision flags reach the activation too, unless `compute_dtype` says what it computes in."""
         if isinstance(self.activation, nn.Cell) and self.compute_dtype is None:
             self.activation.add_flags_recursive(**flags)
@@ -42,11 +46,11 @@ class DenseHost(Host, nn.Dense):
 
     def affine(self, h: Tensor, weight: Tensor, dtype: mindspore.dtype) -> Tensor:
         """Return h Wᵀ + b."""
-        return self.biased(self.matmul(h, weight), dtype)
+        return self.biased(self.linear(h, weight, dtype), dtype)
 
     def affine_and_linear(self, h: Tensor, weight: Tensor, dtype: mindspore.dtype) -> tuple[Tensor, Tensor]:
         """Return both, by one product."""
-        y = self.matmul(h, weight)
+        y = self.linear(h, weight, dtype)
         return self.biased(y, dtype), y
 
     def biased(self, y: Tensor, dtype: mindspore.dtype) -> Tensor:
@@ -78,3 +82,11 @@ class DenseHost(Host, nn.Dense):
     def widen(self, low: Tensor, b: Tensor, dtype: mindspore.dtype) -> Tensor:
         """Return low Bᵀ."""
         return self.lora_b_matmul(low, as_type(b, dtype))
+
+
+class DenseHost(RowsHost, nn.Dense):
+    """`nn.Dense` with the dtype rule: act(x Wᵀ + b) on rows."""
+
+    plain_type, plain_name = nn.Dense, "nn.Dense"
+    parts: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels", "has_bias", "reshape", "shape_op", "matmul",
+                                        "bias_add", "activation_flag")

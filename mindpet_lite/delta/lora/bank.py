@@ -314,7 +314,7 @@ class LoRABank(Adapted):
                 product = b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1)
                 number = np.float32(strength * weight * self.slots[name].scale)
                 whole = whole + number * (product.T if self.out_axis else product).reshape(whole.shape)
-        return {self.weight: self.as_weight(whole)}
+        return {self.absorbing(): self.as_weight(whole)}
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of each adapter by its name."""

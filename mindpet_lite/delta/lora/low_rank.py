@@ -18,6 +18,7 @@ from mindpet_lite.delta.lora.settings import LoraSettings, OwnStart, scale_of
 from mindpet_lite.delta.lora.start import DATA_STARTS
 from mindpet_lite.delta.lora.starting import HE_UNIFORM, Starting, numbers_of
 from mindpet_lite.delta.parts import as_type, initial, prefix_of
+from mindpet_lite.formats.starts import takes_from_base
 
 Self = TypeVar("Self", bound="LowRank")
 
@@ -148,6 +149,9 @@ class LowRank(Starting):
         reason = split_problem(self, config) if self.is_split else ""
         if reason:
             raise ValueError(f"each process has a part of this layer, and {reason}")
+        if self.is_quantised and takes_from_base(config.init_lora_weights):
+            raise ValueError(f"init_lora_weights {config.init_lora_weights!r} takes a part out of the weight, which a "
+                             f"quantised one does not give: take another start, or dequantize_base() the layer.")
         if config.lora_bias and self.takes_ids:
             raise ValueError("LoRA on an embedding has no bias: leave lora_bias out, or the layer, with "
                              "exclude_modules.")
@@ -304,7 +308,7 @@ class LowRank(Starting):
                 shape = [-1 if axis == self.out_axis else 1 for axis in range(weight.ndim)]
                 scale = self._dora_scale(whole).reshape(shape)
                 whole = weight + self.strength_factor.asnumpy() * (scale * whole - weight)
-            merged = {self.weight: self.as_weight(whole)}
+            merged = {self.absorbing(): self.as_weight(whole)}
             if self.has_lora_bias:
                 bias = numbers_of(self.bias) + self.scaling.asnumpy() * numbers_of(self.mindpet_delta_lora_b_bias)
                 merged[self.bias] = Tensor(bias).astype(self.bias.dtype)

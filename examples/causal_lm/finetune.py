@@ -6,8 +6,8 @@
     python finetune.py --base my/Qwen2-0.5B --data chats.json --save-every 100
     python finetune.py --base my/Qwen2-0.5B --data chats.json --save-every 100 --resume
 
-Data is JSON or JSONL: objects with instruction, input and output, or with messages. The loss is that of the answers. The
-run writes into --out: adapter/ (PEFT's layout), report.html, log.jsonl, settings.yaml, results.json, answers.json,
+Data is JSON or JSONL: objects with instruction, input and output, or with messages. The loss is that of the answers.
+The run writes into --out: adapter/ (PEFT's layout), report.html, log.jsonl, settings.yaml, results.json, answers.json,
 loss.png, and with --save-every checkpoints/. Ctrl-C and SIGTERM save a checkpoint first; --resume goes on from it.
 """
 
@@ -33,6 +33,8 @@ from mindpet_lite.graph import TrainableReport
 from mindpet_lite.train import Ranks
 
 BLOCKS = r"model\.layers\.\d+"
+# When a run goes on, besides what `common.lasting` leaves out.
+MAY_CHANGE = ("answers", "answer_length")
 
 
 def read_data(path: Path, base: Base, settings: Settings, least: int, ranks: Ranks
@@ -122,7 +124,8 @@ def finetune(settings: Settings, base: Base, ranks: Ranks | None = None) -> tupl
     step, rates = make_step(base.net, settings, steps)
     if ranks.is_first:
         open_folder(settings, base.net)
-    state = TrainingState(settings.out / CHECKPOINTS, base.net, step, batches.sampler, settings.keep, lasting(settings))
+    fixed = {name: value for name, value in lasting(settings).items() if name not in MAY_CHANGE}
+    state = TrainingState(settings.out / CHECKPOINTS, base.net, step, batches.sampler, settings.keep, fixed)
     measured: dict[str, float] = {"trainable": report.trainable, "parameters": report.total, "steps": steps}
     asked = unseen[:settings.answers]
     answering, evaluation = Answering(base, asked, settings.answer_length), Evaluation(
@@ -159,10 +162,16 @@ def whole_run(settings: Settings) -> None:
 
 
 def use_device(settings: Settings) -> None:
-    """Sets device, mode and seed."""
-    with explained("the device", RuntimeError, ValueError):
-        ms.set_context(mode=ms.GRAPH_MODE if settings.mode == "graph" else ms.PYNATIVE_MODE,
-                       device_target=settings.device)
+    """Chooses device and mode, and seeds MindSpore.
+
+    Raises:
+        UserError: There is no such device.
+    """
+    with explained(f"MindSpore finds no {settings.device} on this machine", RuntimeError, ValueError):
+        # MindSpore refuses to be told again once an operator ran, even the device it is on.
+        if ms.get_context("device_target") != settings.device:
+            ms.set_device(settings.device)
+    ms.set_context(mode=ms.GRAPH_MODE if settings.mode == "graph" else ms.PYNATIVE_MODE)
     ms.set_seed(settings.seed + 1)
 
 

@@ -9,10 +9,11 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-import mindspore as ms
 from bases import load_base
 from common import Parser, UserError, explained, run_script
+from finetune import use_device
 from generation import Generator
+from options import Settings
 
 from mindpet_lite import load_adapter
 
@@ -21,7 +22,7 @@ def answer(arguments: Namespace) -> None:
     """Prints an answer for each prompt."""
     if arguments.temperature < 0 or not 0 < arguments.top_p <= 1 or arguments.new < 1:
         raise UserError("--temperature must be at least 0, --top-p above 0 and at most 1, --new at least 1")
-    ms.set_context(mode=ms.GRAPH_MODE, device_target=arguments.device)
+    use_device(Settings(device=arguments.device))
     base = load_base(arguments.base)
     if arguments.adapter:
         with explained(f"{arguments.adapter} cannot be loaded", ValueError, TypeError, OSError):
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("prompts", nargs="+", help="what to answer")
     parser.add_argument("--base", type=Path, help="a GGUF file or a folder of Hugging Face's (default: SmolLM2)")
-    parser.add_argument("--adapter", type=Path, help="a folder or file of an adapter, in any layout that mindpet_lite reads")
+    parser.add_argument("--adapter", type=Path, help="an adapter, in any layout that mindpet_lite reads")
     parser.add_argument("--system", help="the system message")
     parser.add_argument("--plain", action="store_true", help="continue the text, without the chat template")
     parser.add_argument("--new", type=int, default=128, help="tokens at most (default: 128)")

@@ -72,7 +72,8 @@ class GGUF:
             num_key_value_heads=self.value("llama.attention.head_count_kv", heads),
             vocab_size=len(self.value("tokenizer.ggml.tokens")), head_dim=d,
             rms_norm_eps=self.value("llama.attention.layer_norm_rms_epsilon"),
-            rope_theta=self.value("llama.rope.freq_base", 10000.0), tie_word_embeddings="output.weight" not in self.tensors,
+            rope_theta=self.value("llama.rope.freq_base", 10000.0),
+            tie_word_embeddings="output.weight" not in self.tensors,
             qkv_bias="blk.0.attn_q.bias" in self.tensors, o_bias="blk.0.attn_output.bias" in self.tensors,
             context=min(context, self.value("llama.context_length")))
 

@@ -54,7 +54,8 @@ def read_samples(path: Path) -> tuple[list[Sample], list[str]]:
 def rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields each object of a file and where it stands; a line that is no JSON is given as an error."""
     if path.suffix not in (".json", ".jsonl"):
-        raise UserError(f"{path} must be a .json or .jsonl file with instruction and output, or messages, in each object")
+        raise UserError(f"{path} must be a .json or .jsonl file of objects with instruction and output, or "
+                        "messages")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -99,7 +99,7 @@ ONLY = {"optimizer.type": ("AdamW", "FP32StateAdamWeightDecay"),
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds --config and a flag for each setting."""
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML of settings, or of MindFormers; flags override")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML of ours or MindFormers'; flags override")
     for name, one in FIELDS.items():
         if one.type is dict:
             continue
@@ -151,7 +151,8 @@ def read_file(path: Path) -> dict[str, Any]:
     rest = {key: value for key, value in document.items() if key not in FIELDS}
     if rest and not ({"model", "runner_config", "trainer"} & rest.keys()):
         key = next(iter(rest))
-        raise UserError(f"{path}: unknown key {key!r}; the keys are {', '.join(FIELDS)}.{did_you_mean(str(key), FIELDS)}")
+        raise UserError(f"{path}: unknown key {key!r}; the keys are {', '.join(FIELDS)}."
+                        f"{did_you_mean(str(key), FIELDS)}")
     for place, kinds in ONLY.items():
         kind = at(rest, place)
         if kind is not None and kind not in kinds:

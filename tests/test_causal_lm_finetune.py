@@ -9,6 +9,7 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 import pytest
+import reference_decoder as reference
 import yaml
 from safetensors.numpy import load_file
 from tiny_decoders import CAUSAL_LM, CONFIG, write_lines, write_model
@@ -17,6 +18,7 @@ import hf_folder  # isort: skip
 import instructions  # isort: skip
 import manner  # isort: skip
 import options  # isort: skip
+from bases import load_base  # isort: skip
 from batches import Batches, bucket  # isort: skip
 from common import Parser, UserError  # isort: skip
 from decoder import Decoder  # isort: skip
@@ -75,6 +77,13 @@ def adapter_of(folder: Path) -> dict[str, np.ndarray]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
+def loss_of(place: Path, weights: dict[str, np.ndarray]) -> float:
+    """The loss on the held-out samples as the papers have it, in float64."""
+    samples, _ = instructions.read_samples(place / "data" / "heldout.jsonl")
+    ids, marks = load_base(place / "model").chat.tokens(samples[0].messages)
+    return reference.answer_loss(np.array([ids]), np.where([marks], [ids], -100), weights, SIZES)
+
+
 def test_a_run_leaves_its_results(place):
     out = place / "whole"
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())
@@ -82,7 +91,15 @@ def test_a_run_leaves_its_results(place):
     assert {path.rpartition(".")[2] for path in config["target_modules"]} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert len(adapter_of(out)) == 2 * 2 * 4
     results = json.loads((out / "results.json").read_text())
-    assert results["steps"] == 6 and results["heldout_loss_after"] < results["heldout_loss_before"]
+    assert results["steps"] == 6
+    weights = load_file(place / "model" / "model.safetensors")
+    assert results["heldout_loss_before"] == pytest.approx(loss_of(place, weights), rel=1e-5)
+    for name, value in adapter_of(out).items():
+        if ".lora_A." in name:
+            base = name.removeprefix("base_model.model.").replace(".lora_A", "")
+            weights[base] = weights[base] + 4 / 2 * adapter_of(out)[name.replace("_A", "_B")] @ value
+    assert results["heldout_loss_after"] == pytest.approx(loss_of(place, weights), rel=1e-5)
+    assert abs(results["heldout_loss_after"] - results["heldout_loss_before"]) > 1e-2
     assert [row["step"] for row in log_of(out)] == [1, 2, 3, 4, 5, 6]
     rates = [row["rate"] for row in log_of(out)]
     assert rates[0] == rates[1] == pytest.approx(0.01) and rates[4] == rates[5] < rates[2]

@@ -40,7 +40,7 @@ def smollm2() -> Path:
     files = [file for place in (spec.submodule_search_locations or [] if spec else [])
              for file in Path(place).glob("*.gguf")]
     if not files:
-        raise UserError(f"SmolLM2 is not installed: {INSTALL}, or give --base a GGUF file or a folder of Hugging Face's")
+        raise UserError(f"SmolLM2 is not installed: {INSTALL}, or give --base a GGUF file or Hugging Face's folder")
     return files[0]
 
 

@@ -42,7 +42,7 @@ class Sizes:
 
 
 def rotation(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
-    """Cos and sin (context, head_dim) of the angles position * theta^(-2i / d); `operators.Rotate` says of which sign."""
+    """Tables (context, head_dim) of cos and sin of position * theta^(-2i / d), sin with `operators.Rotate`'s signs."""
     d = sizes.head_dim
     angles = np.outer(np.arange(sizes.context), sizes.rope_theta ** (-np.arange(0, d, 2, dtype=np.float64) / d))
     cos, sin = np.cos(angles), np.sin(angles)

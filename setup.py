@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "mindpet_lite" / "__init__
 # What the examples need besides the package. resvg-py draws the emoji; its version decides the pixels.
 # manimgx-fonts-cjk is Noto Sans CJK (SIL Open Font License), for captions in Chinese.
 EXAMPLES = ["pillow>=10.1", "matplotlib", "tqdm", "resvg-py==0.5.0", "manimgx-fonts-cjk", "safetensors"]
-# What the language models need besides: weights and tokenizers of GGUF files and of Hugging Face's, chat templates.
+# What those of texts need: weights and tokenizers of GGUF files and of Hugging Face's, chat templates.
 EXAMPLES += ["gguf>=0.17", "tokenizers>=0.20", "jinja2"]
 CLI = ["click>=8"]
 TEST = ["pytest", "pytest-xdist", "hypothesis", "safetensors"]

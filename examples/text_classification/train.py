@@ -106,6 +106,8 @@ def flags() -> Parser:
     add("--labels", type=names, default=LABELS, help=f"labels in the data (default: {','.join(LABELS)})")
     add("--out", type=Path, default=HERE / "out" / "train", help="folder of the run (default: out/train here)")
     add("--overwrite", action="store_true", help="delete what an earlier run left in --out")
+    add("--head", default="fit", help="what the head starts as: fit (logistic regression on the features as they are "
+                                      "before), random, or a run's weights.safetensors (default: fit)")
     add("--no-before", action="store_true", help="do not measure the accuracy before")
     add("--parallel", choices=("none", "data"), default="none",
         help="data: each process of msrun takes a share of each batch")
@@ -124,12 +126,12 @@ def settings_of(arguments: argparse.Namespace) -> RunSettings:
     choice_of(arguments.method)
     return RunSettings(
         base=arguments.base or arguments.cache / "base",
-        data=arguments.data or arguments.cache / f"{arguments.lang}.tsv", before=not arguments.no_before,
-        out=arguments.out, method=arguments.method, lang=arguments.lang, labels=arguments.labels,
-        targets=arguments.targets, rank=arguments.lora_rank, fields=dict(arguments.set), rate=arguments.lr,
-        epochs=arguments.epochs, batch=arguments.batch, seed=arguments.seed, train_count=arguments.train_count,
-        test_count=arguments.test_count, validation_count=arguments.validation_count,
-        on_validation=arguments.on_validation, mode=arguments.mode)
+        data=arguments.data or arguments.cache / f"{arguments.lang}.tsv", out=arguments.out, method=arguments.method,
+        lang=arguments.lang, labels=arguments.labels, targets=arguments.targets, rank=arguments.lora_rank,
+        fields=dict(arguments.set), rate=arguments.lr, epochs=arguments.epochs, batch=arguments.batch,
+        seed=arguments.seed, train_count=arguments.train_count, test_count=arguments.test_count,
+        validation_count=arguments.validation_count, on_validation=arguments.on_validation,
+        before=not arguments.no_before, head=arguments.head, mode=arguments.mode)
 
 
 def open_folder(out: Path, overwrite: bool) -> None:

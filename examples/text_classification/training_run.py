@@ -15,8 +15,9 @@ from classifier import HEAD, Classifier, ClassifierLoss, Features, accuracy, out
 from linear_probe import fit_head
 from measures import Peak, step_seconds
 from method_table import choice_of, config_of
-from mindspore import Tensor, nn
-from safetensors.numpy import save_file
+from mindspore import Tensor, nn, ops
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 from sentences import LABELS, Sentences, read_sentences, split
 from token_batches import Encoded, encode, load_tokenizer, training_batches
 from tqdm import tqdm
@@ -37,6 +38,8 @@ WRITTEN = (ADAPTER, WHOLE, SETTINGS, LOG, RESULTS)
 # The lengths that sentences are padded to, by language: a graph for each. Longer sentences lose their end.
 LENGTHS = {"en": (24, 48), "zh": (32, 64)}
 EVALUATED = 64
+# What the head starts as, besides what a file has.
+HEADS = ("fit", "random")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class RunSettings:
     validation_count: int = 1000
     on_validation: bool = False
     before: bool = True
+    head: str = "fit"
     mode: str = "graph"
 
     def plain(self) -> dict[str, Any]:
@@ -143,6 +147,21 @@ def make_step(net: Classifier, settings: RunSettings, steps: int) -> tuple[Gradi
     return GradientAccumulation(ClassifierLoss(net, more), optimizer, 1, max_norm=1.0), rates
 
 
+class MeanOverRanks(nn.Cell):
+    """The mean of a number over the processes.
+
+    Args:
+        size: How many there are.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.sum, self.size = ops.AllReduce(), size
+
+    def construct(self, value: Tensor) -> Tensor:
+        return self.sum(value) / self.size
+
+
 class Log:
     """log.jsonl, a JSON object for each step."""
 
@@ -173,6 +192,7 @@ def train(net: Classifier, parts: Parts, settings: RunSettings, ranks: Ranks) ->
     if ranks.size > 1:
         say(ranks, f"each of {ranks.size} processes sends {gradient_bytes(step.optimizer.parameters):,} bytes of "
                    "gradients for a step")
+    mean = MeanOverRanks(ranks.size) if ranks.size > 1 else nn.Identity()
     log = Log(settings.out / LOG) if ranks.is_first else None
     seconds, net = [], net.set_train(True)
     for number, (length, rows) in enumerate(tqdm(batches, "training", unit="step", mininterval=1,
@@ -180,7 +200,7 @@ def train(net: Classifier, parts: Parts, settings: RunSettings, ranks: Ranks) ->
         own = rows[ranks.rank * settings.batch:(ranks.rank + 1) * settings.batch]
         ids, mask = parts.train_ids.batch(own, length)
         started = time.perf_counter()
-        loss = float(step(Tensor(ids), Tensor(mask), Tensor(parts.train.labels[own])).asnumpy())
+        loss = float(mean(step(Tensor(ids), Tensor(mask), Tensor(parts.train.labels[own]))).asnumpy())
         seconds.append(time.perf_counter() - started)
         if not math.isfinite(loss):
             raise UserError(f"the loss became {loss} at step {number}: lower --lr")
@@ -191,14 +211,31 @@ def train(net: Classifier, parts: Parts, settings: RunSettings, ranks: Ranks) ->
     return step_seconds(seconds, [length for length, _ in batches])
 
 
-def probe(net: Classifier, parts: Parts, settings: RunSettings) -> float | None:
-    """Fits the head alone, on features that are computed once; returns the seconds of a forward pass of a batch."""
+def start_head(net: Classifier, parts: Parts, settings: RunSettings) -> float | None:
+    """Gives the head its first values: fitted to the features as they are now, or from a file, or random ones.
+
+    Returns:
+        The seconds of a forward pass of a batch, where the head was fitted.
+
+    Raises:
+        UserError: The file is missing or has no head of this size.
+    """
+    if settings.head == "random":
+        return None
+    head = {"weight": net.classifier.weight, "bias": net.classifier.bias}
+    if settings.head != "fit":
+        try:
+            tensors = load_file(settings.head)
+            for name, item in head.items():
+                item.set_data(Tensor(tensors[f"{HEAD}.{name}"]))
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise UserError(f"--head {settings.head} has no head of this classifier: {sentence(error)}") from error
+        return None
     started = time.perf_counter()
     features = outputs(Features(net), parts.train_ids, parts.lengths, settings.batch)
     seconds = (time.perf_counter() - started) / math.ceil(len(features) / settings.batch)
-    weight, bias = fit_head(features, parts.train.labels, len(settings.labels))
-    net.classifier.weight.set_data(Tensor(weight))
-    net.classifier.bias.set_data(Tensor(bias))
+    for item, value in zip(head.values(), fit_head(features, parts.train.labels, len(settings.labels))):
+        item.set_data(Tensor(value))
     return seconds
 
 
@@ -234,10 +271,12 @@ def whole_run(settings: RunSettings, ranks: Ranks | None = None) -> dict[str, An
     def measure() -> float:
         return accuracy(net, parts.test_ids, parts.test.labels, parts.lengths, EVALUATED)
 
-    before = measure() if settings.before else None
+    seconds = start_head(net, parts, settings)
+    before = measure() if settings.before and settings.method != "frozen" else None
     if before is not None:
-        say(ranks, f"accuracy before: {before:.4f}")
-    seconds = probe(net, parts, settings) if settings.method == "frozen" else train(net, parts, settings, ranks)
+        say(ranks, f"accuracy before, of the {settings.head if settings.head in HEADS else 'given'} head: {before:.4f}")
+    if settings.method != "frozen":
+        seconds = train(net, parts, settings, ranks)
     after = measure()
     say(ranks, f"accuracy after: {after:.4f}")
     results = {"accuracy_before": before, "accuracy": after, "trained": trained, "total": total,

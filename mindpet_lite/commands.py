@@ -21,6 +21,7 @@ from mindpet_lite.formats.combine import SIGNS, WAYS
 from mindpet_lite.formats.detect import FORMATS
 from mindpet_lite.formats.directory import CONFIG_FILE, read_config
 from mindpet_lite.formats.files import open_regular
+from mindpet_lite.formats.quantised import KINDS
 from mindpet_lite.formats.strict_json import parse_object
 from mindpet_lite.names.components import COMPONENTS
 from mindpet_lite.names.table import Table, check_table
@@ -241,6 +242,8 @@ def _model_config(path: Path) -> dict[str, Any]:
 
 @mindpet_lite.command("estimate", epilog="\b\nExamples:\n"
                                         "  mindpet-lite estimate --config llama/config.json --batch 4 --seq 1024\n"
+                                        "  mindpet-lite estimate --config qwen2/config.json --batch 4 --seq 1024 "
+                                        "--dtype float16 --quantize nf4\n"
                                         "  mindpet-lite estimate --config wukong_full_lora.yaml --batch 3")
 @click.option("--config", required=True, type=_PATH, help="A Llama's config.json, the YAML of examples/wukong, or "
                                                           "MindFormers' YAML of a Llama.")
@@ -254,16 +257,19 @@ def _model_config(path: Path) -> dict[str, Any]:
               help="Of weights and activations; what trains is float32.")
 @click.option("--optimizer", type=click.Choice(list(OPTIMIZERS)), default="adamw", show_default=True,
               help="Its state is kept for what trains.")
+@click.option("--quantize", type=click.Choice(KINDS), help="How LoRA's base holds its linear layers' weights but the "
+                                                           "head's; as they are without it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, in bytes, instead of a table.")
 def _estimate(config: Path, batch: int, seq: int | None, lora_rank: int | None, target_modules: str | None,
-              lora_dropout: float | None, dtype: str, optimizer: str, as_json: bool) -> None:
+              lora_dropout: float | None, dtype: str, optimizer: str, quantize: str | None, as_json: bool) -> None:
     """Print the memory that training a model takes, with LoRA and in full, with and without recomputation."""
     document = _model_config(config)
     try:
         if pet_block(document) is not None:
             from mindpet_lite.config import as_config  # loads MindSpore, for which other configs need not wait
             as_config(document)
-        report = estimate(document, batch, seq, lora_rank, _targets(target_modules), lora_dropout, dtype, optimizer)
+        report = estimate(document, batch, seq, lora_rank, _targets(target_modules), lora_dropout, dtype, optimizer,
+                          quantize)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config}: {error}") from error
     echo(json.dumps(as_dict(report), indent=2) + "\n" if as_json else plan_table(report))

@@ -73,6 +73,20 @@ def test_qwen2_has_biases_that_its_config_does_not_say():
     assert estimate(small, 1, 16).parameters == 494_032_768
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_base(kind):
+    net, config = Llama(Sizes(**SMALL), 8), mp.LoraConfig(3, 6, target_modules="all-linear")
+    mp.quantize_base(net, kind, r"model\..*_proj")
+    mp.get_pet_model(net, config)
+    report = estimate(SMALL, 2, 8, lora_rank=3, target_modules="all-linear", quantize=kind)
+    assert report.plans["LoRA"].weights == sum(
+        item.size * item.itemsize for name, item in net.parameters_and_names()
+        if not item.requires_grad and "scaling" not in name)
+    plain = estimate(SMALL, 2, 8, lora_rank=3, target_modules="all-linear")
+    assert report.plans["full"] == plain.plans["full"]
+    assert report.plans["LoRA"].gradients == plain.plans["LoRA"].gradients
+
+
 def test_weights_train_or_do_not():
     report = estimate(LLAMA_2, 1, 16)
     assert report.parameters == 6_738_415_616 and report.plans["LoRA"].weights == 4 * report.parameters
@@ -284,7 +298,8 @@ def test_it_plans_without_mindspore():
         names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         # Which know no MindSpore either.
-        others = ("mindpet_lite.arguments", "mindpet_lite.names", "mindpet_lite.pet_block")
+        others = ("mindpet_lite.arguments", "mindpet_lite.names", "mindpet_lite.pet_block",
+                  "mindpet_lite.formats.quantised")
         assert all(name.startswith(("mindpet_lite.estimate", *others)) or name.split(".")[0] in sys.stdlib_module_names
                    for name in names), path
 

@@ -6,6 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from mindpet_lite.estimate.tape import Shape, Tape, Value
+from mindpet_lite.formats.quantised import parts_of
+from mindpet_lite.names.parameter_names import is_head
+
+# Bytes of an element of what a quantised weight is made of.
+ITEMS_IN_FEW_BITS = {"int8": 1, "uint8": 1, "float16": 2, "float32": 4}
 
 Values = list[Value]
 Gradients = Sequence[Value | None]
@@ -26,23 +31,29 @@ class Layers(Tape):
         item: bytes of an element of activations and of what does not train.
         trains: says of a parameter's path whether it trains.
         lora: the LoRA of dense layers, by their paths.
+        quantised: how the weights of dense layers but the head are held, see `quantize_base`; empty: as they are.
 
     Attributes:
         linear: the paths of the dense layers.
     """
 
-    def __init__(self, item: int, trains: Callable[[str], bool], lora: Mapping[str, Lora]) -> None:
+    def __init__(self, item: int, trains: Callable[[str], bool], lora: Mapping[str, Lora],
+                 quantised: str = "") -> None:
         super().__init__(item, trains)
-        self.lora = lora
+        self.lora, self.quantised = lora, quantised
         self.linear: list[str] = []
 
     def dense(self, x: Value, path: str, out: int, bias: bool = True) -> Value:
         """`nn.Dense` at `path` of a net, with LoRA if it has it: y = x Wᵀ + b + s (x Aᵀ) Bᵀ."""
         rows, width = math.prod(x.shape[:-1]), x.shape[-1]
         flat, lora = self.view(x, rows, width), self.lora.get(path)
-        weight = self.weight(f"{path}.weight", out, width)
         self.linear.append(path)
-        y = self.matmul(flat, weight)
+        if self.quantised and not is_head(path):
+            parts = parts_of(self.quantised, (out, width)).values()
+            stored = sum(math.prod(part.shape) * ITEMS_IN_FEW_BITS[part.dtype] for part in parts)
+            y = self.quantised_matmul(flat, self.stored_parameter(f"{path}.weight", stored, out, width))
+        else:
+            y = self.matmul(flat, self.weight(f"{path}.weight", out, width))
         if bias:
             y = self.bias(y, self.parameter(f"{path}.bias", out))
         if lora:
@@ -69,6 +80,16 @@ class Layers(Tape):
         return self.apply("MatMul", [x, weight], (x.shape[0], weight.shape[0]), lambda reads, results, dy: [
             self.run("MatMul", [dy, reads[1]], reads[0].shape) if reads[0].graded else None,
             self.run("MatMul", [dy, reads[0]], reads[1].shape) if reads[1].graded else None])
+
+    def quantised_matmul(self, x: Value, weight: Value) -> Value:
+        """The same with a weight that is held in few bits: it is made for the product, and again for its gradient."""
+        def whole(waits_for: Value) -> Value:
+            return self.run("Cast", [weight, waits_for], weight.shape)
+
+        return self.record([x], lambda reads: [
+            self.run("MatMul", [*reads, whole(reads[0])], (x.shape[0], weight.shape[0]))],
+            lambda reads, results, dy: [self.run("MatMul", [dy, whole(dy)], reads[0].shape)
+                                        if reads[0].graded else None])
 
     def bias(self, x: Value, bias: Value) -> Value:
         """A parameter added to each row, or to each pixel of a channel."""

@@ -52,7 +52,7 @@ class Plan:
 
 
 def plan(forward: Callable[[CpuOperators], Value], lora: Mapping[str, Lora] | None, dtype: str = "float32",
-         optimizer: str = "adamw") -> Plan:
+         optimizer: str = "adamw", quantised: str = "") -> Plan:
     """Return the plan of a step with LoRA, or of full fine-tuning.
 
     Args:
@@ -60,9 +60,10 @@ def plan(forward: Callable[[CpuOperators], Value], lora: Mapping[str, Lora] | No
         lora: by the paths of the layers that have it; None for full fine-tuning.
         dtype: of weights and activations, a key of `ITEMS`; what trains is float32.
         optimizer: a key of `OPTIMIZERS`.
+        quantised: with LoRA, how the weights of dense layers are held: a kind of `quantize_base`, or empty.
     """
     tape = CpuOperators(ITEMS[dtype], (lambda path: lora is None or ".mindpet_delta_lora_" in path),
-                      lora or {})
+                        lora or {}, quantised if lora is not None else "")
     kernels = tape.backward(forward(tape))
     trained = tape.bytes_of(True)
     # The optimizer comes last, so all gradients are there in the end, each as large as what it is of.

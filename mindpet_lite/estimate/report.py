@@ -14,6 +14,7 @@ from mindpet_lite.estimate.llama import Llama
 from mindpet_lite.estimate.mindformers import model_config
 from mindpet_lite.estimate.plan import ITEMS, OPTIMIZERS, Plan, plan
 from mindpet_lite.estimate.unet import UNet
+from mindpet_lite.formats.quantised import KINDS
 from mindpet_lite.names.expressions import by_own_name, compile_checked
 from mindpet_lite.names.parameter_names import is_head
 from mindpet_lite.pet_block import pet_block
@@ -34,6 +35,7 @@ class Report:
         lora_layers: the paths of the layers that it adapts.
         lora_rank: its rank.
         dtype: of weights that are frozen, and of activations.
+        quantize: how LoRA's base holds the weights of linear layers; None: in `dtype`.
         plans: of a training step.
     """
 
@@ -43,12 +45,13 @@ class Report:
     lora_layers: tuple[str, ...]
     lora_rank: int
     dtype: str
+    quantize: str | None
     plans: dict[str, Plan]
 
 
 def estimate(config: Mapping[str, Any], batch: int, seq: int | None = None, lora_rank: int | None = None,
              target_modules: str | Sequence[str] | None = None, lora_dropout: float | None = None,
-             dtype: str = "float32", optimizer: str = "adamw") -> Report:
+             dtype: str = "float32", optimizer: str = "adamw", quantize: str | None = None) -> Report:
     """Plan the memory of a training step in graph mode.
 
     Args:
@@ -61,6 +64,8 @@ def estimate(config: Mapping[str, Any], batch: int, seq: int | None = None, lora
         lora_dropout: as in `LoraConfig`; by default the `pet_config`'s, or 0.
         dtype: of weights and activations, a key of `ITEMS`; what trains is float32.
         optimizer: a key of `OPTIMIZERS`.
+        quantize: how LoRA's base holds the weights of its linear layers but the head, a kind of `quantize_base`.
+            Full fine-tuning has no such base: its plans are of the weights as they are.
 
     Raises:
         ValueError: the config is of no model that is known, or lacks a size; a target names no linear layer; a number
@@ -80,7 +85,8 @@ def estimate(config: Mapping[str, Any], batch: int, seq: int | None = None, lora
             raise ValueError(f"{name} must be a positive int, but got {value!r}.")
     if isinstance(lora_dropout, bool) or not isinstance(lora_dropout, (int, float)) or not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout must be in [0, 1), but got {lora_dropout}.")
-    for name, value, known in (("dtype", dtype, ITEMS), ("optimizer", optimizer, OPTIMIZERS)):
+    for name, value, known in (("dtype", dtype, ITEMS), ("optimizer", optimizer, OPTIMIZERS),
+                               *([] if quantize is None else [("quantize", quantize, KINDS)])):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, but got {value!r}.")
     plain = CpuOperators(1, lambda path: False, {})
@@ -91,9 +97,10 @@ def estimate(config: Mapping[str, Any], batch: int, seq: int | None = None, lora
         raise ValueError("exclude_layers leaves no layer for LoRA.")
     lora = dict.fromkeys(layers, Lora(lora_rank, lora_dropout))
     plans = {name: plan(lambda tape, again=again: net.forward(tape, batch, seq, again),  # type: ignore[misc]
-                        lora if adapts else None, dtype, optimizer)
+                        lora if adapts else None, dtype, optimizer, quantize or "")
              for name, (adapts, again) in COLUMNS.items()}
-    return Report(net.kind, plain.bytes_of(False), plans["LoRA"].deltas // 4, layers, lora_rank, dtype, plans)
+    return Report(net.kind, plain.bytes_of(False), plans["LoRA"].deltas // 4, layers, lora_rank, dtype, quantize,
+                  plans)
 
 
 def net_of(config: Mapping[str, Any]) -> Llama | UNet:
@@ -192,9 +199,9 @@ def table(report: Report) -> str:
 
 def _notes(report: Report) -> list[str]:
     """Return sentences that make the columns comparable, line by line."""
-    kept = report.dtype
-    return [f"model's weights: {kept} where they are frozen (LoRA)"
-            f"{', float32 where they train (full)' if kept != 'float32' else ', and where they train (full)'}.",
+    kept = report.dtype if report.quantize is None else (
+        f"linear layers but the head in {report.quantize}, the rest in {report.dtype},")
+    return [f"model's weights: {kept} where they are frozen (LoRA), float32 where they train (full).",
             "gradients, optimizer: float32, of what trains: LoRA's weights, or all of the model's.",
             "activations: what the step holds beside all gradients when both together are most. With LoRA that is "
             "where the backward pass begins; in full it may be where it ends, when the gradients are there and most "

@@ -13,11 +13,15 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Value:
-    """A tensor of a planned step: its shape, its memory (None for parameters and inputs), and if it has a gradient."""
+    """A tensor of a planned step: its shape, its memory (None for parameters and inputs), and if it has a gradient.
+
+    `stored` are the bytes of a parameter that is held in few bits.
+    """
 
     shape: Shape
     memory: Memory | None
     graded: bool
+    stored: int | None = None
 
     @property
     def numel(self) -> int:
@@ -69,12 +73,17 @@ class Tape:
 
     def bytes_of(self, trained: bool) -> int:
         """Return the bytes of the parameters that train, or of the others."""
-        return sum(item.numel * (self.delta_item if trained else self.item) for item in self.parameters.values()
+        each = self.delta_item if trained else self.item
+        return sum(item.numel * each if item.stored is None else item.stored for item in self.parameters.values()
                    if item.graded is trained)
 
     def parameter(self, path: str, *shape: int) -> Value:
         """Return the parameter at `path`, which is made when it is first asked for."""
         return self.parameters.setdefault(path, Value(shape, None, self.trains(path)))
+
+    def stored_parameter(self, path: str, stored: int, *shape: int) -> Value:
+        """Return the parameter at `path`, which is frozen and held in so many bytes."""
+        return self.parameters.setdefault(path, Value(shape, None, False, stored))
 
     def input(self, *shape: int) -> Value:
         """Return what the step is called with, or a constant."""

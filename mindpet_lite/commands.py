@@ -30,6 +30,7 @@ from mindpet_lite.offline import inspect as inspection
 from mindpet_lite.offline.combine import combine_files
 from mindpet_lite.offline.convert import convert
 from mindpet_lite.offline.merge import merge
+from mindpet_lite.offline.quantise import quantise_files
 from mindpet_lite.pet_block import pet_block
 from mindpet_lite.tasks.options import PATHS, SETTINGS
 from mindpet_lite.tasks.process import echo
@@ -227,6 +228,31 @@ _EXPRESSION = set("*|\\[](){}^$+?")
 def _targets(text: str | None) -> str | list[str] | None:
     """Return `target_modules` as a config has it: names separated by commas, or an expression."""
     return text if text is None or text == "all-linear" or _EXPRESSION & set(text) else text.split(",")
+
+
+@mindpet_lite.command("quantize", epilog="\b\nExamples:\n"
+                                        "  mindpet-lite quantize --base llama/ --kind nf4 --out llama-nf4/\n"
+                                        "  mindpet-lite quantize --base model.gguf --kind q8_0 --out model-q8/")
+@click.option("--base", required=True, type=_PATH, help="Directory or file: safetensors, shards, .ckpt, or .gguf.")
+@click.option("--kind", required=True, type=click.Choice(KINDS), help="int8 for each output, int8 for each 32 inputs "
+                                                                      "as GGUF has it, or NormalFloat-4.")
+@click.option("--out", required=True, type=_PATH, help="New directory for the quantised model.")
+@click.option("--targets", default="all-linear", show_default=True, help="Layers: names and commas, or an expression.")
+@_QUIET
+def _quantize(base: Path, kind: str, out: Path, targets: str, quiet: bool) -> None:
+    """Write a base with its linear layers in 8 or 4 bits, file to file, for a net of quantize_base()."""
+    done = quantise_files(base, kind, out, _targets(targets) or targets, quiet)
+    for path in done.left_behind:
+        sys.stderr.write(f"mindpet-lite: {path} was left behind: it is not quantised.\n")
+    for name, count in done.rounded_again.items():
+        why = ("has a minimum for each block, for which no kind has a place" if name == "Q4_1" else
+               f"is kept without loss by --kind q8_0 alone, not by {kind}")
+        sys.stderr.write(f"mindpet-lite: {count} tensors are {name}, which {why}: they were rounded once more.\n")
+    worst = max(done.errors, key=lambda item: done.errors[item])
+    lost = f"rounding changed {done.errors[worst]:.2%} of a weight at most, {worst}" if done.errors[worst] else \
+        "nothing was lost"
+    echo(f"quantised {len(done.errors)} of {done.tensors} tensors into {out}: {done.after / 1e6:,.1f} MB after "
+         f"{done.before / 1e6:,.1f} MB of numbers; {lost}\n")
 
 
 def _model_config(path: Path) -> dict[str, Any]:

@@ -5,6 +5,9 @@
     python finetune.py --config configs/mindformers_lora.yaml --data my.jsonl       # as MindFormers has it
     python finetune.py --base my/Qwen2-0.5B --data chats.json --save-every 100
     python finetune.py --base my/Qwen2-0.5B --data chats.json --save-every 100 --resume
+    python finetune.py --base my/Qwen2-0.5B --data chats.json --quantize nf4
+    msrun --worker_num=2 --local_worker_num=2 --join=True finetune.py --parallel=data --data=my.jsonl
+    msrun --worker_num=2 --local_worker_num=2 --join=True finetune.py --parallel=tensor --clip-norm=0 --base=my/Qwen2-7B
 
 Data is JSON or JSONL: objects with instruction, input and output, or with messages. The loss is that of the answers.
 The run writes into --out: adapter/ (PEFT's layout), report.html, log.jsonl, settings.yaml, results.json, answers.json,
@@ -17,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mindspore as ms
+import processes
 from bases import Base, load_base
 from batches import Batches, Bucket, encode
 from common import CHECKPOINTS, Parser, check, clear, explained, lasting, run_script, save_settings
@@ -28,7 +32,7 @@ from options import Settings, add_flags, read
 from page import Answered, save_curve, save_results
 from targets import check_sizes, config_for
 
-from mindpet_lite import TrainingState, freeze_delta, get_pet_model, net_recompute, save_adapter
+from mindpet_lite import TrainingState, freeze_delta, get_pet_model, net_recompute, quantize_base, save_adapter
 from mindpet_lite.graph import TrainableReport
 from mindpet_lite.train import Ranks
 
@@ -61,7 +65,11 @@ def adapt(net: nn.Cell, settings: Settings) -> TrainableReport:
     """
     check_sizes(net, settings.model_config)
     config = config_for(net, settings.pet_config)
+    if settings.parallel == "tensor":
+        processes.split(net)
     with explained("the adapter cannot be put into the model", ValueError, TypeError):
+        if settings.quantize != "none":
+            quantize_base(net, settings.quantize, BLOCKS + r"\..*_proj")
         get_pet_model(net, config)
         if settings.recompute:
             net_recompute(net, BLOCKS)
@@ -89,14 +97,12 @@ class Answering:
             if self.prompts else []
 
 
-def open_folder(settings: Settings, net: nn.Cell) -> None:
-    """Makes the folder of a run, or clears it; an adapter that cannot be saved shows now and not at the end."""
+def open_folder(settings: Settings) -> None:
+    """Makes the folder of a run, or clears it."""
     if settings.overwrite:
         clear(settings.out)
     settings.out.mkdir(parents=True, exist_ok=True)
     save_settings(settings)
-    if not settings.resume:
-        save_adapter(net, settings.out / "adapter")
 
 
 def finetune(settings: Settings, base: Base, ranks: Ranks | None = None) -> tuple[dict[str, float], list[Answered]]:
@@ -117,15 +123,22 @@ def finetune(settings: Settings, base: Base, ranks: Ranks | None = None) -> tupl
     unseen, unseen_buckets = read_data(file, base, settings, 0, ranks) if file else ([], [])
     report = adapt(base.net, settings)
     say(ranks, str(report))
-    epoch = Batches(buckets, settings.batch_size, 1, 1, settings.seed, ranks.rank, ranks.size).sampler.epoch
+    # With a part of every layer each process sees all of the data, and all save the adapter together.
+    share = Ranks() if settings.parallel == "tensor" else ranks
+    saves = ranks.is_first or settings.parallel == "tensor"
+    epoch = Batches(buckets, settings.batch_size, 1, 1, settings.seed, share.rank, share.size).sampler.epoch
     steps = settings.steps or max(1, round(settings.epochs * epoch))
-    batches = Batches(buckets, settings.batch_size, settings.gradient_accumulation, steps, settings.seed, ranks.rank,
-                      ranks.size)
+    batches = Batches(buckets, settings.batch_size, settings.gradient_accumulation, steps, settings.seed, share.rank,
+                      share.size)
     step, rates = make_step(base.net, settings, steps)
     if ranks.is_first:
-        open_folder(settings, base.net)
+        open_folder(settings)
+    if saves and not settings.resume:
+        # What cannot be saved shows now and not at the end.
+        save_adapter(base.net, settings.out / "adapter")
     fixed = {name: value for name, value in lasting(settings).items() if name not in MAY_CHANGE}
-    state = TrainingState(settings.out / CHECKPOINTS, base.net, step, batches.sampler, settings.keep, fixed)
+    state = None if settings.parallel == "tensor" else TrainingState(
+        settings.out / CHECKPOINTS, base.net, step, batches.sampler, settings.keep, fixed)
     measured: dict[str, float] = {"trainable": report.trainable, "parameters": report.total, "steps": steps}
     asked = unseen[:settings.answers]
     answering, evaluation = Answering(base, asked, settings.answer_length), Evaluation(
@@ -134,18 +147,19 @@ def finetune(settings: Settings, base: Base, ranks: Ranks | None = None) -> tupl
     before = answering()
     if unseen_buckets:
         measured["heldout_loss_before"] = evaluation()
-    if settings.resume:
+    if state is not None and settings.resume:
         with explained("--resume", ValueError):
             say(ranks, f"going on after step {state.resume()}")
-    losses = train(Run(settings, base.net, ranks, batches, step, state, rates))
+    losses = train(Run(settings, base.net, ranks, share, batches, step, state, rates))
     answers = [Answered(sample.prompt[-1]["content"], sample.answer, *both)
                for sample, *both in zip(asked, before, answering())]
     if unseen_buckets:
         measured["heldout_loss_after"] = evaluation()
         first, last = measured["heldout_loss_before"], measured["heldout_loss_after"]
         say(ranks, f"held-out loss: {first:.4f} before, {last:.4f} after ({100 * (last / first - 1):+.1f}%)")
-    if ranks.is_first:
+    if saves:
         adapter = save_adapter(base.net, settings.out / "adapter")
+    if ranks.is_first:
         measured |= {"adapter_bytes": sum(one.stat().st_size for one in adapter.rglob("*.safetensors")),
                      "seconds": time.monotonic() - started}
         save_curve(losses, settings.out / "loss.png")
@@ -156,7 +170,10 @@ def finetune(settings: Settings, base: Base, ranks: Ranks | None = None) -> tupl
 def whole_run(settings: Settings) -> None:
     """Loads the base, tunes it, and says where the results are."""
     use_device(settings)
-    measured, _ = finetune(settings, load_base(settings.base, max(2048, settings.max_length)))
+    ranks = processes.join(settings)
+    measured, _ = finetune(settings, load_base(settings.base, max(2048, settings.max_length)), ranks)
+    if not ranks.is_first:
+        return
     print(f"written to {settings.out}: adapter/ ({measured['adapter_bytes']:,} bytes), report.html, log.jsonl, "
           f"settings.yaml, results.json, answers.json, loss.png")
 

@@ -27,7 +27,7 @@ class Cached(nn.Cell):
         super().__init__(auto_prefix=False)
         self.net, self.batch, self.room = net, batch, room
         sizes = net.sizes
-        self.groups, self.d = sizes.num_key_value_heads, sizes.head_dim
+        self.groups, self.d = net.model.groups, sizes.head_dim
         shape = (batch * self.groups * room, self.d)
         self.keys, self.values = (ParameterTuple([
             Parameter(Tensor(np.zeros(shape, np.float32)), name=f"cache.{name}.{i}", requires_grad=False)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
+import processes
 from batches import Batches, Bucket, in_order
 from common import Log, Stopped, UserError
 from decoder import AnswerLoss, Decoder
@@ -20,14 +21,21 @@ from mindpet_lite.train import Ranks
 
 @dataclass
 class Run:
-    """What a run has in hand while it trains."""
+    """What a run has in hand while it trains.
+
+    Args:
+        ranks: This process, of all.
+        share: This process, of those that share the data.
+        state: What saves checkpoints; None where none can be saved.
+    """
 
     settings: Settings
     net: Decoder
     ranks: Ranks
+    share: Ranks
     batches: Batches
     step: GradientAccumulation
-    state: TrainingState
+    state: TrainingState | None
     rates: list[float]
 
 
@@ -50,7 +58,8 @@ def make_step(net: Decoder, settings: Settings, steps: int) -> tuple[GradientAcc
     warmup = max(1, round(settings.warmup_ratio * updates))
     rates = learning_rates(settings.learning_rate, settings.final_learning_rate, warmup, updates)
     optimizer = nn.AdamWeightDecay(net.trainable_params(), rates, weight_decay=settings.weight_decay)
-    return GradientAccumulation(AnswerLoss(net), optimizer, settings.gradient_accumulation, settings.clip_norm), rates
+    return GradientAccumulation(AnswerLoss(net), optimizer, settings.gradient_accumulation,
+                                settings.clip_norm or None), rates
 
 
 class Evaluation:
@@ -92,20 +101,24 @@ def train(run: Run) -> list[float]:
     with Interrupts() as interrupts, bar:
         for *inputs, real, total in run.batches:
             started, number, tokens = time.monotonic(), sampler.step, float(real.sum())
-            loss = float(run.step(*map(ms.Tensor, (*inputs, real, total))).asnumpy()) * float(total) / tokens
+            loss = float(run.step(*map(ms.Tensor, (*inputs, real, total))).asnumpy()) * float(total)
+            loss, tokens = processes.total(run.share, loss, tokens)
+            loss /= tokens
             if not math.isfinite(loss):
                 raise UserError(f"the loss became {loss} at step {number}: lower learning_rate")
             bar.update()
             stopped = interrupts.number
+            if stopped and run.state is None:
+                raise Stopped(f"stopped after step {number}; no checkpoint was saved", interrupts.exit_code)
             if log is not None:
                 seconds = time.monotonic() - started
                 rate = run.rates[(number - 1) // settings.gradient_accumulation]
                 log.add(step=number, loss=loss, rate=rate, norm=run.step.norm, seconds=round(seconds, 4),
                         tokens=int(tokens), length=inputs[0].shape[1])
                 bar.set_postfix(loss=f"{np.mean(log.losses(20)):.4f}", lr=f"{rate:.1e}", refresh=False)
-                if settings.save_every and number % settings.save_every == 0 or stopped:
+                if run.state is not None and (settings.save_every and number % settings.save_every == 0 or stopped):
                     run.state.save()
-            if stopped and number < steps:
+            if run.state is not None and stopped and number < steps:
                 raise Stopped(f"stopped after step {number}, which is saved in {run.state.directory}: --resume goes on "
                               f"from it", interrupts.exit_code)
     run.step.flush()

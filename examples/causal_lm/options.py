@@ -45,6 +45,9 @@ class Settings:
     save_every: int = setting(0, "steps between checkpoints; 0: none but on Ctrl-C and SIGTERM", least=0)
     keep: int = setting(2, "checkpoints to keep", least=1)
 
+    parallel: str = setting("none", "data: several processes, each its share of the data; tensor: each a part of every "
+                                    "layer; start them with msrun")
+    quantize: str = setting("none", "how the frozen layers hold their weights: int8, q8_0 or nf4")
     pet_config: dict = setting(LORA, "the method and its settings; YAML only")
 
     epochs: float = setting(3.0, "times that all samples are trained on", least=0.001)
@@ -55,7 +58,7 @@ class Settings:
     final_learning_rate: float = setting(1e-5, "learning rate that the cosine ends at", least=0)
     warmup_ratio: float = setting(0.05, "share of the updates that the rate rises in", least=0, most=1)
     weight_decay: float = setting(0.01, "weight decay of AdamW", least=0)
-    clip_norm: float = setting(1.0, "largest norm of all gradients together", least=1e-12)
+    clip_norm: float = setting(1.0, "largest norm of all gradients together; 0: any", least=0)
     recompute: bool = setting(False, "compute each layer again in the backward pass: less memory, more time")
 
     answers: int = setting(8, "held-out prompts that are answered before and after", least=0)
@@ -133,11 +136,29 @@ def read(arguments: argparse.Namespace) -> Settings:
         values["pet_config"] = (values.get("pet_config", LORA) if "pet_type" not in pet else
                                 {"target_modules": LORA["target_modules"]}) | pet
     settings = Settings(**{name: checked(where.get(name, ""), name, value) for name, value in values.items()})
-    wrong = {"device": ("CPU", "Ascend"), "mode": ("graph", "pynative")}
+    wrong = {"device": ("CPU", "Ascend"), "mode": ("graph", "pynative"), "parallel": ("none", "data", "tensor"),
+             "quantize": ("none", "int8", "q8_0", "nf4")}
     for name, choices in wrong.items():
         if getattr(settings, name) not in choices:
-            raise UserError(f"{name} must be {' or '.join(choices)}, got {getattr(settings, name)!r}")
+            raise UserError(f"{name} must be {' or '.join(choices)}, got {getattr(settings, name)!r}"
+                            f"{did_you_mean(getattr(settings, name), choices)}")
+    check_tensor(settings)
     return settings
+
+
+def check_tensor(settings: Settings) -> None:
+    """Refuses what does not go with layers of which each process has a part.
+
+    Raises:
+        UserError: The settings ask for it.
+    """
+    reasons = {"clip_norm": (settings.clip_norm, "no process knows the norm of all gradients: give --clip-norm 0"),
+               "save_every": (settings.save_every, "there are no checkpoints: give --save-every 0"),
+               "resume": (settings.resume, "there are no checkpoints"),
+               "quantize": (settings.quantize != "none", "only layers with their weights as they are can be split")}
+    for name, (is_used, reason) in reasons.items():
+        if settings.parallel == "tensor" and is_used:
+            raise UserError(f"{name} does not go with --parallel tensor: {reason}")
 
 
 def read_file(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""The graphs whose operators `ascend_ops.py` looks up: those of the Wukong example, of every method, and of a Llama.
+"""The graphs whose operators `ascend_ops.py` looks up: those of the examples, of every method, and of a Llama.
 
-The cells of the example are built as on Ascend: of MindSpore's own operators, not of those written out for CPU.
+The cells of the examples are built as on Ascend: of MindSpore's own operators, not of those written out for CPU.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from llama import Llama, Sizes
 from mindspore import Tensor, mint, nn, ops
 
-from mindpet_lite import DeltaEMA, GradientAccumulation, get_pet_model
+from mindpet_lite import DeltaEMA, GradientAccumulation, get_pet_model, net_recompute
 from mindpet_lite.delta import METHODS, RDropLoss, rdrop_repeat
 from mindpet_lite.delta.hosts.transposed import Conv1D
 
@@ -29,7 +29,14 @@ from samplers import GuidedStep  # noqa: E402
 from settings import Settings  # noqa: E402
 from training import Trained, make_step  # noqa: E402
 
+# Behind Wukong's, whose scripts have the names that are asked for here.
+sys.path.append(str(WUKONG.parent / "causal_lm"))
+import decoder  # noqa: E402
+import generation  # noqa: E402
+import operators  # noqa: E402
+
 layers.on_cpu = lambda: False
+operators.fused = lambda: True
 
 STEPS = 5
 OPTIONS = {"gradient_accumulation": 2, "ema_decay": 0.99, "min_snr_gamma": 5.0, "lora_dropout": 0.1, "recompute": True,
@@ -193,9 +200,36 @@ def other_graphs() -> Iterator[Graph]:
                                        target_modules=["q_proj", "v_proj"], **lora))
 
 
+def small_decoder() -> decoder.Decoder:
+    """Return the causal language model of the example in small sizes."""
+    return decoder.Decoder(decoder.Sizes(16, 32, 1, 4, 2, 20, 4, qkv_bias=True, context=16))
+
+
+def train_decoder() -> None:
+    """Train the decoder on the tokens of answers, its layers computed again."""
+    net = small_decoder()
+    get_pet_model(net, METHODS["lora"](lora_rank=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]))
+    net_recompute(net, r"model\.layers\.0")
+    step = GradientAccumulation(decoder.AnswerLoss(net), nn.AdamWeightDecay(net.trainable_params(), [1e-3] * STEPS), 2,
+                                1.0).set_train()
+    rng = np.random.default_rng(0)
+    for _ in range(STEPS):
+        step(ids(20, 2, 8)(rng), ids(16, 6)(rng), ids(20, 6)(rng), numbers(6, 1)(rng), Tensor(6.0, ms.float32))
+
+
+def decoder_graphs() -> Iterator[Graph]:
+    """Yield the training and the answers of the causal language model, which use fused operators that CPU has not."""
+    yield Graph("Decoder training", train_decoder, has_kernels=False)
+    yield Graph("Decoder prompts", lambda: generation.Generator(small_decoder(), 2, 12).read([[1, 2, 3]] * 2),
+                has_kernels=False)
+    yield Graph("Decoder next token", lambda: generation.NextToken(generation.Cached(small_decoder(), 2, 12))(
+        Tensor([1, 2], ms.int32), Tensor([3, 4], ms.int32)), has_kernels=False)
+
+
 def all_graphs() -> Iterator[Graph]:
     """Yield everything."""
     yield from wukong_graphs()
+    yield from decoder_graphs()
     for dtype in (ms.float32, ms.float16, ms.bfloat16):
         yield from layer_graphs(dtype)
     yield from other_graphs()

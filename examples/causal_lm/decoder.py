@@ -211,7 +211,7 @@ class AnswerLoss(nn.Cell):
     def __init__(self, net: Decoder) -> None:
         super().__init__(auto_prefix=False)
         self.net = net
-        self.entropy = nn.SoftmaxCrossEntropyWithLogits(sparse=True, reduction="mean")
+        self.entropy = operators.entropy()
         self.log_vocabulary = float(np.log(net.sizes.vocab_size))
 
     def construct(self, ids: Tensor, places: Tensor, labels: Tensor, real: Tensor, total: Tensor) -> Tensor:

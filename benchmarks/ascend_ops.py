@@ -47,7 +47,8 @@ STANDS_FOR = {
     "Conv3DBackpropFilter": "Conv3D", "ConvolutionGrad": "conv2d", "DropoutGrad": "Dropout",
     "GatherDGradV2": "gather_d", "GeLUGrad": "GeLU", "GroupNormGrad": "GroupNorm", "LayerNormGrad": "LayerNorm",
     "ReluGrad": "relu", "RsqrtGrad": "rsqrt", "SigmoidGrad": "sigmoid", "SiLUGrad": "silu",
-    "SoftmaxBackward": "Softmax", "StridedSliceGrad": "strided_slice", "SwigluGrad": "swiglu", "TanhGrad": "tanh",
+    "SoftmaxBackward": "Softmax", "StridedSliceGrad": "strided_slice", "SwigluGrad": "swiglu",
+    "TanhGrad": "tanh",
     # An operator with a number on one side, or with the sizes of parts.
     "Divs": "div", "EqScalar": "equal", "LessScalar": "less", "Muls": "mul", "RemainderTensorScalar": "remainder",
     "SplitWithSize": "split",

@@ -107,7 +107,7 @@ def theirs(layers: int, what: str) -> Work:
 
 
 def serve(side: str, layers: int, what: str) -> None:
-    """Does a round for each line that comes; answers with its seconds and the bytes of the peak so far."""
+    """Does a round for each line that comes; answers with its seconds, those of all threads, and the peak so far."""
     answers, sys.stdout = sys.stdout, sys.stderr
     if side == "ours":
         import mindspore  # noqa: F401
@@ -120,9 +120,9 @@ def serve(side: str, layers: int, what: str) -> None:
     peak = Peak()
     work = (ours if side == "ours" else theirs)(layers, what)
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         work()
-        print(time.perf_counter() - start, peak.most(), file=answers, flush=True)
+        print(time.perf_counter() - start, time.process_time() - used, peak.most(), file=answers, flush=True)
 
 
 class Subject:
@@ -130,6 +130,7 @@ class Subject:
 
     def __init__(self, python: str, side: str, layers: int, what: str) -> None:
         self.seconds: list[float] = []
+        self.used: list[float] = []
         self.bytes = 0
         self.process = subprocess.Popen([python, str(Path(__file__).resolve()), "--serve", side, what, "--layers",
                                          str(layers)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -138,10 +139,11 @@ class Subject:
         """Does one."""
         assert self.process.stdin is not None and self.process.stdout is not None
         print(file=self.process.stdin, flush=True)
-        seconds, most = self.process.stdout.readline().split()
+        seconds, used, most = self.process.stdout.readline().split()
         self.bytes = int(most)
         if counts:
             self.seconds.append(float(seconds))
+            self.used.append(float(used))
 
     def end(self) -> None:
         """Ends the process."""
@@ -158,7 +160,8 @@ def compare(pairs: dict[str, tuple[str, str, str]], layers: int, rounds: int) ->
             subject.round(number > 0)
     for name, subject in subjects.items():
         middle, least = (1000 * value(subject.seconds) for value in (statistics.median, min))
-        print(f"{name:14} {middle:9.1f} ms (least {least:.1f}), peak {subject.bytes / 2 ** 30:.2f} GiB", flush=True)
+        print(f"{name:14} {middle:9.1f} ms (least {least:.1f}, of all threads {1000 * min(subject.used):.1f}), "
+              f"peak {subject.bytes / 2 ** 30:.2f} GiB", flush=True)
         subject.end()
     return subjects
 

@@ -106,6 +106,13 @@ def test_a_run_leaves_its_results(place):
     answers = json.loads((out / "answers.json").read_text())
     assert [row["prompt"] for row in answers] == ["say\n\nj"] * 3 and answers[0]["expected"] == "aa"
     page = (out / "report.html").read_text()
+    parser = Parser("")
+    options.add_flags(parser)
+    again = options.read(parser.parse_args(["--config", str(out / "settings.yaml")]))
+    assert again == options.read(parser.parse_args([
+        "--config", str(place / "tune.yaml"), "--base", str(place / "model"), "--data",
+        str(place / "data" / "train.jsonl"), "--out", str(out), "--answer-length", "3", "--steps", "6", "--save-every",
+        "4"]))
     assert page.count("<img") == 1 and "heldout_loss_after" in page and "say\n\nj" in page
 
 
@@ -133,7 +140,9 @@ def test_a_run_goes_on_bit_for_bit(place, capfd):
     assert tune(place, "again", "--steps", "6", "--save-every", "4", "--resume", "--answers", "0") == 0
     out = capfd.readouterr().out
     assert "going on after step 4" in out and "7 left out" not in out and "8 left out" in out
-    assert "not used here: " in out and "trainer" in out
+    named = out.partition("not used here: ")[2].partition("\n")[0]
+    assert set(named.split(", ")) == {"trainer", "context", "runner_config.sink_mode", "optimizer.betas", "model.arch",
+                                      "model.model_config.type"}
     assert log_of(place / "again") == log_of(place / "whole")
     found, expected = adapter_of(place / "again"), adapter_of(place / "whole")
     assert found.keys() == expected.keys()

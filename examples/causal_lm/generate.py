@@ -28,7 +28,7 @@ def answer(arguments: Namespace) -> None:
         with explained(f"{arguments.adapter} cannot be loaded", ValueError, TypeError, OSError):
             load_adapter(base.net, arguments.adapter)
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    prompts = [base.chat.encode(text) if arguments.plain else
+    prompts = [base.chat.tokenizer.encode(text).ids if arguments.plain else
                base.chat.prompt([*system, {"role": "user", "content": text}]) for text in arguments.prompts]
     generator = Generator(base.net, min(8, len(prompts)), max(map(len, prompts)) + arguments.new)
     found = generator(prompts, arguments.new, base.chat.stop, arguments.temperature, arguments.top_p, arguments.seed)

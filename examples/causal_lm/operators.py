@@ -170,7 +170,7 @@ class FusedAttend(nn.Cell):
 
 
 class Entropy(nn.Cell):
-    """Mean cross entropy of logits (rows, classes) and labels (rows,): on CPU one kernel does it, several times faster."""
+    """Mean cross entropy of logits (rows, classes) and labels (rows,), by the one kernel that CPU has for it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from common import UserError, sentence
 
 from mindpet_lite import yaml_files
 from mindpet_lite.arguments import did_you_mean
-from mindpet_lite.pet_block import pet_block
+from mindpet_lite.pet_block import PLACES, pet_block
 
 HERE = Path(__file__).resolve().parent
 LORA = {"pet_type": "lora", "lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0.0,
@@ -96,6 +96,9 @@ MINDFORMERS = {
     "lr_schedule.lr_end": "final_learning_rate", "lr_schedule.warmup_ratio": "warmup_ratio",
     "optimizer.weight_decay": "weight_decay", "recompute_config.recompute": "recompute",
     "train_dataset.data_loader.dataset_dir": "data", "model.model_config.seq_length": "max_length"}
+# MindFormers' names of sizes, and ours.
+SIZES = {"hidden_size": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+         "n_kv_heads": "num_key_value_heads", "vocab_size": "vocab_size", "intermediate_size": "intermediate_size"}
 ONLY = {"optimizer.type": ("AdamW", "FP32StateAdamWeightDecay"),
         "lr_schedule.type": ("CosineWithWarmUpLR", "cosine")}
 
@@ -185,10 +188,21 @@ def read_file(path: Path) -> dict[str, Any]:
         values["model_config"] = {str(key): value for key, value in sizes.items() if key != "pet_config"}
     if pet is not None:
         values["pet_config"] = dict(pet)
-    left = [str(key) for key in rest if not any(place.split(".")[0] == key for place in taken) and key != "model"]
+    left = list(unused(rest))
     if left:
         print(f"{path}: of MindFormers' settings these are not used here: {', '.join(left)}", flush=True)
     return values
+
+
+def unused(block: Mapping[str, Any], around: str = "") -> Iterator[str]:
+    """Yields the places of what is not taken."""
+    known = {*MINDFORMERS, *ONLY, *PLACES, *(f"model.model_config.{name}" for name in SIZES)}
+    for key, value in block.items():
+        place = f"{around}{key}"
+        if isinstance(value, Mapping) and any(one.startswith(f"{place}.") for one in known):
+            yield from unused(value, f"{place}.")
+        elif place not in known:
+            yield place
 
 
 def at(document: Any, place: str) -> Any:

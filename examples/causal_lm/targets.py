@@ -6,6 +6,7 @@ import re
 from common import UserError, explained
 from decoder import Decoder
 from mindspore import nn
+from options import SIZES
 
 from mindpet_lite.config import as_config
 from mindpet_lite.delta.base import DeltaConfig
@@ -14,9 +15,6 @@ from mindpet_lite.names.placing import map_names
 # What MindFormers calls the layers of a block.
 NAMES = ("attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1", "feed_forward.w2",
          "feed_forward.w3")
-# MindFormers' names of sizes, and ours.
-SIZES = {"hidden_size": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
-         "n_kv_heads": "num_key_value_heads", "vocab_size": "vocab_size", "intermediate_size": "intermediate_size"}
 
 
 def config_for(net: Decoder, block: dict) -> DeltaConfig:

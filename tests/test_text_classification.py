@@ -452,11 +452,9 @@ def test_a_comparison_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert compare.main([*argv, "--epochs", "2"]) == 0 and len(made) == 9
 
 
-def test_names_in_the_plot_do_not_cover_one_another(tmp_path, monkeypatch):
-    boxes = []
-    plain = comparison.overlap
-    monkeypatch.setattr(comparison, "overlap", lambda one, other: boxes.append((one, other)) or plain(one, other))
+def test_names_in_the_plot_do_not_cover_one_another(tmp_path):
     runs = [fake_run(None, {"method": name, "seed": 0, "lang": "en", "test_count": 10, "train_count": 10, "epochs": 1,
                             "rate": 0.1}) for name in method_table.CHOICES]
-    comparison.write_plot(comparison.rows_of(runs), runs[0], tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").is_file()
+    boxes = comparison.write_plot(comparison.rows_of(runs), runs[0], tmp_path / "plot.png")
+    assert len(boxes) == len(runs) and (tmp_path / "plot.png").is_file()
+    assert not any(comparison.overlap(one, other) for i, one in enumerate(boxes) for other in boxes[:i])

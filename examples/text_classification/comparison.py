@@ -14,8 +14,10 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 LANGUAGES = {"en": "English film reviews", "zh": "Chinese shop reviews"}
 COLUMNS = ("method", "accuracy", "seeds", "trained share", "trained numbers", "file", "step", "memory")
+# Left, bottom, right, top.
+Box = tuple[float, float, float, float]
 # Where a label may stand beside its point, in points of the page: near first.
-PLACES = [(distance * x, distance * y) for distance in (7, 14, 22, 32, 44, 58, 74, 92)
+PLACES = [(distance * x, distance * y) for distance in (8, 14, 22, 32, 44, 58, 74, 92)
           for x, y in ((1, 0.3), (-1, 0.3), (0.5, 1), (-0.5, 1), (0.5, -1), (-0.5, -1), (1, -0.6), (-1, -0.6))]
 
 
@@ -58,8 +60,12 @@ def write_tables(runs: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_plot(rows: list[dict[str, Any]], run: dict[str, Any], path: Path) -> None:
-    """Draws accuracy against trained share, with the spread as a bar and the name beside each point."""
+def write_plot(rows: list[dict[str, Any]], run: dict[str, Any], path: Path) -> list[Box]:
+    """Draws accuracy against trained share, with the spread as a bar and the name beside each point.
+
+    Returns:
+        Where the names stand, in pixels.
+    """
     figure, axes = plt.subplots(figsize=(11, 7), dpi=110)
     axes.set_xscale("log")
     x, y = [100 * row["share"] for row in rows], [row["accuracy"] for row in rows]
@@ -75,34 +81,51 @@ def write_plot(rows: list[dict[str, Any]], run: dict[str, Any], path: Path) -> N
                    f"epochs: {run['epochs']}; bars: standard deviation over seeds", fontsize=10)
     axes.grid(alpha=0.25)
     figure.tight_layout()
-    label_points(figure, axes, list(zip(x, y)), [row["title"] for row in rows])
+    boxes = label_points(figure, axes, list(zip(x, y)), [row["title"] for row in rows], frozen)
     figure.savefig(path)
     plt.close(figure)
+    return boxes
 
 
-def label_points(figure: Any, axes: Any, points: list[tuple[float, float]], names: list[str]) -> None:
-    """Writes each name where it covers no point and no other name, as near as can be; a thin line leads to it."""
+def label_points(figure: Any, axes: Any, points: list[tuple[float, float]], names: list[str], line: float | None
+                 ) -> list[Box]:
+    """Writes each name where it covers no point, no other name and no line, as near as can be, and leads a line to it.
+
+    Returns:
+        Where the names stand.
+    """
     figure.canvas.draw()
-    renderer = figure.canvas.get_renderer()
+    renderer, dots = figure.canvas.get_renderer(), figure.dpi / 72
     pixels = axes.transData.transform(np.array(points))
-    taken, frame = [(px - 6, py - 6, px + 6, py + 6) for px, py in pixels], axes.bbox
-    for point, name in zip(points, names):
-        for dx, dy in PLACES:
-            text = axes.annotate(name, point, (dx, dy), textcoords="offset points", fontsize=8.5, zorder=4,
-                                 ha="left" if dx > 0 else "right", va="bottom" if dy > 0 else "top",
-                                 arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6, "shrinkB": 3})
-            # An annotation's own extent has its line to the point in it: what counts is the text alone.
-            box = matplotlib.text.Text.get_window_extent(text, renderer)
-            mine = (box.x0 - 2, box.y0 - 1, box.x1 + 2, box.y1 + 1)
-            inside = frame.x0 < mine[0] and mine[2] < frame.x1 and frame.y0 < mine[1] and mine[3] < frame.y1
-            if inside and not any(overlap(mine, other) for other in taken):
-                taken.append(mine)
-                break
-            text.remove()
-        else:
-            axes.annotate(name, point, (4, 4), textcoords="offset points", fontsize=8.5)
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
+    if line is not None:
+        height = axes.transData.transform((points[0][0], line))[1]
+        taken.append((axes.bbox.x0, height - 1, axes.bbox.x1, height + 1))
+    for point, pixel, name in zip(points, pixels, names):
+        text = axes.annotate(name, point, PLACES[0], textcoords="offset points", fontsize=8.5, zorder=4, va="center",
+                             arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkA": 0})
+        width, height, _ = renderer.get_text_width_height_descent(name, text.get_fontproperties(), False)
+        free = (place for place in PLACES if fits(box_of(pixel, place, width, height, dots), taken, axes.bbox))
+        place = next(free, PLACES[0])
+        taken.append(box_of(pixel, place, width, height, dots))
+        text.set_position(place)
+        text.set_horizontalalignment("left" if place[0] > 0 else "right")
+    return taken[-len(names):]
 
 
-def overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+def box_of(pixel: Any, place: tuple[float, float], width: float, height: float, dots: float) -> Box:
+    """Where a name at a place beside a point would stand, with a margin: left, bottom, right, top in pixels."""
+    x, y = pixel[0] + place[0] * dots, pixel[1] + place[1] * dots
+    left = x if place[0] > 0 else x - width
+    return left - 3, y - height / 2 - 3, left + width + 3, y + height / 2 + 3
+
+
+def fits(box: Box, taken: list[Box], frame: Any) -> bool:
+    """Whether a box is inside the frame and covers nothing."""
+    inside = frame.x0 < box[0] and box[2] < frame.x1 and frame.y0 < box[1] and box[3] < frame.y1
+    return inside and not any(overlap(box, other) for other in taken)
+
+
+def overlap(one: Box, other: Box) -> bool:
     """Whether two boxes (left, bottom, right, top) have a part in common."""
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-text test interop lint bench bench-full clean
+.PHONY: demo demo-text test interop docs lint bench bench-full clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/wukong/demo.py --overwrite
@@ -18,6 +18,10 @@ test: $(VENV)/installed
 # PEFT and diffusers themselves read what we write. Where pip would take PyTorch's CUDA build, install its CPU build first.
 interop: $(VENV)/interop
 	$(BIN)/python -m pytest -m interop
+
+# The documentation as a site, in site/. It reads docstrings without importing the package, so MindSpore is not needed.
+docs: $(VENV)/docs/installed
+	$(VENV)/docs/bin/python -m mkdocs build --quiet
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -51,6 +55,11 @@ $(VENV)/peers/installed: $(VENV)/installed
 	$(VENV)/peers/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' \
 		torch==2.13.0 peft==0.21.2 mindpet==1.0.4
 	$(VENV)/peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps mindone==0.5.0
+	touch $@
+
+$(VENV)/docs/installed: setup.py
+	test -x $(VENV)/docs/bin/python || $(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python -m pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=0.27'
 	touch $@
 
 clean:

@@ -17,6 +17,8 @@ TEST = ["pytest", "pytest-xdist", "hypothesis", "safetensors"]
 # The tests that have PEFT and diffusers themselves read our files.
 INTEROP = ["torch==2.13.0", "peft==0.21.2", "diffusers==0.42.1"]
 
+DOCS = ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27"]
+
 setup(
     name="mindpet_lite",
     version=VERSION,
@@ -34,6 +36,7 @@ setup(
         "examples": EXAMPLES,
         "test": TEST + CLI + EXAMPLES,
         "interop": TEST + CLI + EXAMPLES + INTEROP,
+        "docs": DOCS,
         "dev": TEST + CLI + EXAMPLES + ["ruff", "mypy", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["mindpet-lite = mindpet_lite.cli:main"]},

@@ -35,14 +35,14 @@ def as_config(config: DeltaConfig | Mapping[str, Any] | str | os.PathLike[str]) 
     A mapping or a YAML file may also be a whole configuration that holds one `pet_config` block, at its top or below
     `model` and `model_config` as MindFormers writes it:
 
-    .. code-block:: yaml
-
-        pet_config:
-          pet_type: lora
-          lora_rank: 8
-          lora_alpha: 16
-          lora_dropout: 0.1
-          target_modules: '.*wq|.*wk|.*wv|.*wo'
+    ```yaml
+    pet_config:
+      pet_type: lora
+      lora_rank: 8
+      lora_alpha: 16
+      lora_dropout: 0.1
+      target_modules: '.*wq|.*wk|.*wv|.*wo'
+    ```
 
     MindFormers' and PEFT's keys are known: `exclude_layers` is `exclude_modules`, and a type that is null is the
     default. PEFT's ``adapter_config.json`` is read too, and its directory: the settings of an adapter to be trained

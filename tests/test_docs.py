@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # What is SAME in both languages runs once.
 SAME = ["README", "docs/mindpet", "docs/training", "docs/formats", "docs/tools", "docs/ascend", "docs/methods",
-        "docs/adapters", "docs/distributed"]
+        "docs/adapters", "docs/distributed", "docs/quickstart", "docs/graph", "docs/migrating"]
 PAGES = ["README.md", "docs/guide.md", "docs/guide_CN.md", "docs/mindpet.md", "docs/training.md", "docs/methods.md",
-         "docs/adapters.md", "docs/distributed.md"]
+         "docs/adapters.md", "docs/distributed.md", "docs/quickstart.md", "docs/graph.md", "docs/migrating.md"]
 
 
 def blocks_of(page: str, language: str) -> list[str]:
@@ -47,7 +47,8 @@ for script in sys.argv[1:]:
     os.chdir(os.path.dirname(script))
     runpy.run_path(script, run_name="__main__")
 """
-SUBJECTS = ["guide", "methods", "adapters", "training", "formats", "tools", "mindpet", "tasks", "ascend", "distributed"]
+SUBJECTS = ["guide", "methods", "adapters", "training", "formats", "tools", "mindpet", "tasks", "ascend",
+            "distributed", "quickstart", "graph", "migrating"]
 
 
 def test_the_first_program_of_each_page_and_each_of_the_readmes_runs_alone(tmp_path):
@@ -93,3 +94,23 @@ def anchors_of(page: Path) -> set[str]:
     """Return the anchors that GitHub gives a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# Pages about the code itself are English alone.
+ENGLISH = {"architecture.md"}
+
+
+def outline(page: Path) -> tuple[list[int], list[tuple[str, str]]]:
+    """Return the levels of a page's headings, and its blocks of code without their comments."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return ([len(marks) for marks in re.findall(r"^(#+) ", prose, re.MULTILINE)],
+            [(language, re.sub(r" *#.*", "", code)) for language, code in blocks])
+
+
+@pytest.mark.parametrize("page", [path for path in sorted((ROOT / "docs").glob("*.md"))
+                                  if path.name not in ENGLISH and not path.stem.endswith("_CN")],
+                         ids=lambda path: path.stem)
+def test_both_languages_have_the_same_headings_and_code(page):
+    assert outline(page.with_name(f"{page.stem}_CN.md")) == outline(page)

@@ -39,7 +39,7 @@ class AdaLoRA(Additive):
     `mindpet_delta_adalora_a` is Q (init_r, inputs · kernel), `mindpet_delta_adalora_b` P (outputs, init_r), both random
     at the start, and `mindpet_delta_adalora_e` the diagonal of Λ (init_r, 1), which starts at zero: the layer starts as
     its base. `scaling` () is the strength times s. `kept` (init_r, 1) records which triplets the last allocation left:
-    the layer computes without it. The rule for types is that of :class:`mindpet_lite.LoRADense`.
+    the layer computes without it. The rule for types is that of `mindpet_lite.LoRADense`.
     """
 
     method = "adalora"
@@ -215,9 +215,9 @@ def _grown(value: np.ndarray, mask: np.ndarray, axis: int) -> np.ndarray:
 class AdaLoraConfig(MethodConfig):
     """Settings of AdaLoRA; the names are PEFT's.
 
-    Train with :class:`mindpet_lite.RankAllocation` around the optimizer, which reads the schedule from here: the budget
+    Train with `mindpet_lite.RankAllocation` around the optimizer, which reads the schedule from here: the budget
     is `init_r` triplets a layer until step `tinit`, falls by a cubic curve, and is `target_r` a layer, on average, for
-    the last `tfinal` steps. Add :class:`mindpet_lite.OrthogonalRegularization` to the loss.
+    the last `tfinal` steps. Add `mindpet_lite.OrthogonalRegularization` to the loss.
 
     Args:
         total_step: how many steps of the optimizer the training has.
@@ -239,7 +239,7 @@ class AdaLoraConfig(MethodConfig):
     Raises:
         TypeError, ValueError: a field is not what it must be, or no step is left between `tinit` and `tfinal`.
 
-    Example:
+    Examples:
         >>> import mindpet_lite as mp
         >>> from mindspore import nn
         >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))

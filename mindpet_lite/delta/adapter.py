@@ -26,7 +26,7 @@ from mindpet_lite.delta.parts import as_type, initial, set_strategies
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterSettings(BottleneckSettings):
-    """The settings of an adapter, checked when made; see :class:`AdapterLayer`."""
+    """The settings of an adapter, checked when made; see `AdapterLayer`."""
 
     bottleneck_size: int = 64
 
@@ -51,13 +51,15 @@ class DenseSampler(nn.Dense):
 class AdapterLayer(BottleneckLayer):
     r"""A residual bottleneck, to be put after a sub-layer of a net.
 
-    .. math:: y = x + s (act(x W_d^T + b_d) W_u^T + b_u)
+    $$
+    y = x + s (act(x W_d^T + b_d) W_u^T + b_u)
+    $$
 
     `mindpet_delta_adapter_block` holds `mindpet_delta_adapter_down_sampler` with `weight`
     (bottleneck_size, hidden_size) and `bias` (bottleneck_size,), `mindpet_delta_adapter_non_linear`, and
     `mindpet_delta_adapter_up_sampler` with `weight` (hidden_size, bottleneck_size) and `bias` (hidden_size,).
     `scaling` () is s, a Parameter that is never trained: it is one so that it can change in a
-    compiled graph (:func:`mindpet_lite.set_lora_scale`, :func:`mindpet_lite.adapters_disabled`).
+    compiled graph (`mindpet_lite.set_lora_scale`, `mindpet_lite.adapters_disabled`).
 
     The map up starts at zero and the map down He-uniform with negative slope √5, so the layer starts as the identity,
     exactly. (The paper starts both near zero, to come close to that.)
@@ -73,7 +75,7 @@ class AdapterLayer(BottleneckLayer):
         hidden_size (int): size of the last axis of the input; positive.
         bottleneck_size (int): size of the bottleneck; positive.
         non_linearity (str): name of the activation in the bottleneck, one of those of
-            :func:`mindpet_lite.delta.activation.get_activation`. `softmax2d` works across the axes of the input, which
+            `mindpet_lite.delta.activation.get_activation`. `softmax2d` works across the axes of the input, which
             must then have 3 or 4; `prelu` trains a slope of its own; `rrelu` draws its slopes in training only.
         param_init_type (mindspore.dtype): type of the parameters: float16, bfloat16 or float32.
         compute_dtype (mindspore.dtype | None): see the dtype rule.
@@ -153,11 +155,13 @@ class AdapterLayer(BottleneckLayer):
 class AdapterDense(BottleneckDense):
     r"""A Dense layer with an adapter behind its activation.
 
-    .. math:: h = act(x W^T + b), y = h + s (act_a(h W_d^T + b_d) W_u^T + b_u)
+    $$
+    h = act(x W^T + b), y = h + s (act_a(h W_d^T + b_d) W_u^T + b_u)
+    $$
 
     `weight` (out_channels, in_channels) and `bias` (out_channels,) are where nn.Dense has them;
-    `mindpet_delta_adapter` is the :class:`AdapterLayer`, and `scaling` () its scaling s. The layer starts
-    equal to its base, exactly. For the dtype rule see :class:`AdapterLayer`; without `compute_dtype` and `to_float()`
+    `mindpet_delta_adapter` is the `AdapterLayer`, and `scaling` () its scaling s. The layer starts
+    equal to its base, exactly. For the dtype rule see `AdapterLayer`; without `compute_dtype` and `to_float()`
     the whole layer computes in the type of `weight`.
 
     Args:
@@ -167,8 +171,8 @@ class AdapterDense(BottleneckDense):
         bias_init (Tensor | str | Initializer | number): start of `bias`.
         has_bias (bool): whether there is a `bias`.
         activation (str | Cell | Primitive | None): activation of the Dense, before the adapter.
-        bottleneck_size (int): as for :class:`AdapterLayer`.
-        non_linearity (str): as for :class:`AdapterLayer`.
+        bottleneck_size (int): as for `AdapterLayer`.
+        non_linearity (str): as for `AdapterLayer`.
         param_init_type (mindspore.dtype): type of the adapter's parameters: float16, bfloat16 or float32.
         compute_dtype (mindspore.dtype | None): see the dtype rule.
         dtype (mindspore.dtype): type of `weight` and `bias`.
@@ -180,8 +184,8 @@ class AdapterDense(BottleneckDense):
         Tensor `(*, out_channels)`, of the type that the dtype rule says.
 
     Raises:
-        TypeError: as :class:`AdapterLayer`; `activation` or an initialiser is of no known kind.
-        ValueError: as :class:`AdapterLayer`; an initial Tensor has the wrong shape; the activation's (a KeyError too)
+        TypeError: as `AdapterLayer`; `activation` or an initialiser is of no known kind.
+        ValueError: as `AdapterLayer`; an initial Tensor has the wrong shape; the activation's (a KeyError too)
             or initialiser's name is unknown.
     """
 
@@ -226,12 +230,12 @@ class AdapterDense(BottleneckDense):
               strategy_bias_down_sampler: tuple | None = None, strategy_non_linearity: tuple | None = None,
               strategy_matmul_up_sampler: tuple | None = None, strategy_bias_up_sampler: tuple | None = None,
               strategy_residual_add: tuple | None = None) -> AdapterDense:
-        """Set how the operators are split: those of the Dense by `..._org`, the others as :meth:`AdapterLayer.shard`.
+        """Set how the operators are split: those of the Dense by `..._org`, the others as `AdapterLayer.shard`.
 
         What the layer lacks (bias, activation) has nothing to split.
 
         Raises:
-            TypeError, ValueError: as :meth:`AdapterLayer.shard`.
+            TypeError, ValueError: as `AdapterLayer.shard`.
         """
         self._shard(strategy_matmul_org, strategy_bias_org, strategy_activation_org,
                     self.mindpet_delta_adapter._strategies(
@@ -242,10 +246,10 @@ class AdapterDense(BottleneckDense):
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig(DeltaConfig, AdapterSettings):
-    """Settings of the adapter, checked when made; the fields are those of :class:`AdapterDense` and `DeltaConfig`.
+    """Settings of the adapter, checked when made; the fields are those of `AdapterDense` and `DeltaConfig`.
 
     Raises:
-        TypeError, ValueError: as :class:`AdapterDense`.
+        TypeError, ValueError: as `AdapterDense`.
     """
 
     pet_type: ClassVar[str] = "adapter"

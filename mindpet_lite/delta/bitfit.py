@@ -31,7 +31,7 @@ class TrainedBias(Selection):
 
 @dataclasses.dataclass(frozen=True)
 class BitFitConfig(DeltaConfig):
-    """Settings of BitFit: those of :class:`DeltaConfig`; without `target_modules` every bias of the net trains.
+    """Settings of BitFit: those of `DeltaConfig`; without `target_modules` every bias of the net trains.
 
     A bias is a Parameter whose attribute name ends in ``bias``, as `freeze_delta(net, "bitfit")` takes it; the shift
     of a LayerNorm (`beta`) can be trained too with ``freeze_exclude=["*beta"]``. In a net with another adapter the

@@ -36,7 +36,7 @@ class BOFT(Rotated):
 
     `mindpet_delta_boft_r` (factors, blocks, n, n) holds A, `mindpet_delta_boft_s` (outputs, 1) holds s; (1, outputs)
     for a convolution, as PEFT has it. `scaling` () is the strength. The rule for types is that of
-    :class:`mindpet_lite.LoRADense`; R is computed in float32.
+    `mindpet_lite.LoRADense`; R is computed in float32.
     """
 
     method = "boft"
@@ -138,7 +138,7 @@ class BOFTConfig(MethodConfig):
     Raises:
         TypeError, ValueError: a value is none of these.
 
-    Example:
+    Examples:
         >>> import mindpet_lite as mp
         >>> from mindspore import nn
         >>> net = nn.SequentialCell(nn.Dense(8, 4), nn.ReLU(), nn.Dense(4, 2))

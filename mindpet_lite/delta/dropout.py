@@ -16,7 +16,7 @@ _replayed: Iterator[Tensor] | None = None
 class Dropout(ops.Dropout):
     """The operator of this name, whose result is kept where everything around it is computed again.
 
-    A graph keeps what the operator gave. In PyNative mode, which has no such switch, :class:`KeepsMasks` keeps the
+    A graph keeps what the operator gave. In PyNative mode, which has no such switch, `KeepsMasks` keeps the
     masks.
     """
 

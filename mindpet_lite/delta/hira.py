@@ -36,7 +36,7 @@ class HiRA(Additive):
 
     `mindpet_delta_hira_a` is (r, inputs, *kernel), `mindpet_delta_hira_b` (outputs, r, 1, ...). On a table
     `mindpet_delta_hira_embedding_a` is (r, ids), `mindpet_delta_hira_embedding_b` (size, r).
-    `scaling` () is the strength. The rule for types is that of :class:`mindpet_lite.LoRADense`.
+    `scaling` () is the strength. The rule for types is that of `mindpet_lite.LoRADense`.
     """
 
     method = "hira"
@@ -113,7 +113,7 @@ class HiraConfig(MethodConfig):
         TypeError: a value is of the wrong type.
         ValueError: r is below 1; hira_dropout is outside [0, 1); init_weights is none of the three.
 
-    Example:
+    Examples:
         >>> import mindpet_lite as mp
         >>> from mindspore import nn
         >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))

@@ -34,7 +34,7 @@ class HRA(Reweighed):
 
     `mindpet_delta_hra_u` is (inputs, r), for a convolution (inputs * kernel, r): each column is one u. A column of
     zeros has no direction, and gives NaN. `scaling` () is the strength. The rule for types is that of
-    :class:`mindpet_lite.LoRADense`.
+    `mindpet_lite.LoRADense`.
     """
 
     method = "hra"
@@ -106,7 +106,7 @@ class HRAConfig(MethodConfig):
         TypeError: a value is of the wrong type.
         ValueError: r is below 1.
 
-    Example:
+    Examples:
         >>> import mindpet_lite as mp
         >>> from mindspore import nn
         >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))

@@ -32,7 +32,7 @@ class IA3(Method):
     """A layer whose outputs, or whose inputs (`is_feedforward`), are multiplied by one trained number each.
 
     `mindpet_delta_ia3_l` is (outputs, 1), or (1, inputs); for a convolution (1, channels, 1, ...), as PEFT has it.
-    `scaling` () is the strength. The rule for types is that of :class:`mindpet_lite.LoRADense`.
+    `scaling` () is the strength. The rule for types is that of `mindpet_lite.LoRADense`.
     """
 
     method = "ia3"
@@ -101,7 +101,7 @@ class IA3Config(MethodConfig):
         is_feedforward: the same for the one layer that these settings are made for.
         init_ia3_weights: True starts at the base; False at random.
 
-    Example:
+    Examples:
         >>> import mindpet_lite as mp
         >>> from mindspore import nn
         >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))

@@ -39,7 +39,7 @@ class TrainedNorm(Selection):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LNTuningConfig(DeltaConfig):
-    """Settings of LN tuning: those of :class:`DeltaConfig`; without `target_modules` every norm of the net trains.
+    """Settings of LN tuning: those of `DeltaConfig`; without `target_modules` every norm of the net trains.
 
     A norm is a cell whose own Parameters are a weight (gamma) and, where there is one, a bias (beta) of the same shape:
     nn.LayerNorm, nn.GroupNorm, mint.nn.LayerNorm, an RMSNorm of your own. Without `target_modules` a cell of your own
@@ -50,7 +50,7 @@ class LNTuningConfig(DeltaConfig):
     before, it is the start. `set_lora_scale` is refused; `adapters_disabled` gives the base exactly. In a net with
     another adapter the norms belong to that adapter: they are saved, switched off and merged with it.
 
-    Example:
+    Examples:
         >>> import mindpet_lite as mp
         >>> from mindspore import nn
         >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.LayerNorm((8,)), nn.Dense(8, 2))

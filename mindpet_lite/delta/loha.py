@@ -37,7 +37,7 @@ class LoHa(Decomposed):
     `mindpet_delta_loha_w1_a` (outputs, r) and `w1_b` (r, inputs of a group · kernel), `w2_a` and `w2_b` likewise. With
     `use_effective_conv2d` and a kernel of more than one place `w1_a` is (r, outputs), `w1_b` (r, inputs of a group),
     and `t1` (r, r, *kernel) stands between them. `scaling` () holds the strength times s. The rule for types is that of
-    :class:`mindpet_lite.LoRADense`; ΔW is made in float32.
+    `mindpet_lite.LoRADense`; ΔW is made in float32.
     """
 
     method = "loha"
@@ -105,7 +105,7 @@ class LoHaConfig(DecomposedConfig):
         rank_pattern: another rank for layers whose path ends as a regular expression says.
         alpha_pattern: another alpha likewise.
 
-    Example:
+    Examples:
         >>> import mindpet_lite as mp
         >>> from mindspore import nn
         >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))

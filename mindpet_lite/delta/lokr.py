@@ -38,7 +38,7 @@ class LoKr(Decomposed):
     group, cut as `decompose_factor` says. Where r is small for it `w2` is `w2_a` (k, r) times `w2_b` (r, n · kernel),
     or with `use_effective_conv2d` `w2_a` (r, k), `w2_b` (r, n) and `t2` (r, r, *kernel); with `decompose_both` `w1`
     likewise is `w1_a` (l, r) times `w1_b` (r, m). `scaling` () holds the strength times s. The rule for types is that
-    of :class:`mindpet_lite.LoRADense`.
+    of `mindpet_lite.LoRADense`.
     """
 
     method = "lokr"
@@ -174,7 +174,7 @@ class LoKrConfig(DecomposedConfig):
         rank_pattern: another rank for layers whose path ends as a regular expression says.
         alpha_pattern: another alpha likewise.
 
-    Example:
+    Examples:
         >>> import mindpet_lite as mp
         >>> from mindspore import nn
         >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))

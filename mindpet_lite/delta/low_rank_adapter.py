@@ -26,14 +26,16 @@ LEFT, RIGHT = "mindpet_delta_low_rank_adapter_weight_left", "mindpet_delta_low_r
 class LowRankLinear(TypedCell, Delta):
     r"""A linear layer whose weight is a product of two low-rank factors.
 
-    .. math:: y = x L R + b
+    $$
+    y = x L R + b
+    $$
 
     computed as (x L) R: the product L R is never made. `mindpet_delta_low_rank_adapter_weight_left`
     (in_channels, rank) is L, `mindpet_delta_low_rank_adapter_weight_right` (rank, out_channels) is R, and `bias`
     (out_channels,) is b. Placed by hand, ``freeze_delta(net, "low_rank_adapter")`` leaves L and R trainable, by their
     names; name the bias in `exclude` if it is to train too.
 
-    Dtype rule: as :class:`LowRankAdapterLayer`.
+    Dtype rule: as `LowRankAdapterLayer`.
 
     Source: Karimi Mahabadi et al., https://arxiv.org/abs/2106.04647, the baseline LowRank.
 
@@ -129,7 +131,7 @@ class LowRankLinear(TypedCell, Delta):
         return self
 
     def strategies(self, which: str, weight: tuple | None, entry: tuple | None, bias: tuple | None) -> list[Strategy]:
-        """Return the strategies for :meth:`shard` with their operators; `which` is part of the arguments' names."""
+        """Return the strategies for `shard` with their operators; `which` is part of the arguments' names."""
         names = f"strategy_matmul{which}_weight", f"strategy_matmul{which}_input"
         check_strategies(dict(zip(names, (weight, entry))))
         for name, strategy in zip(names, (weight, entry)):
@@ -153,7 +155,7 @@ class LowRankLinear(TypedCell, Delta):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowRankAdapterSettings(BottleneckSettings):
-    """The settings of a low-rank adapter, checked when made; see :class:`LowRankAdapterLayer`."""
+    """The settings of a low-rank adapter, checked when made; see `LowRankAdapterLayer`."""
 
     reduction_factor: int = 1
     low_rank_size: int = 1
@@ -173,13 +175,15 @@ class LowRankAdapterSettings(BottleneckSettings):
 class LowRankAdapterLayer(BottleneckLayer):
     r"""An adapter both of whose weights are products of two low-rank factors, to be put after a sub-layer of a net.
 
-    .. math:: y = x + s (act(x L_d R_d + b_d) L_u R_u + b_u)
+    $$
+    y = x + s (act(x L_d R_d + b_d) L_u R_u + b_u)
+    $$
 
     `mindpet_delta_low_rank_adapter_down_sampler` and `mindpet_delta_low_rank_adapter_up_sampler` are
-    :class:`LowRankLinear`, from hidden_size to hidden_size // reduction_factor and back, with
+    `LowRankLinear`, from hidden_size to hidden_size // reduction_factor and back, with
     `mindpet_delta_low_rank_adapter_non_linear` between them. `scaling` () is s, a Parameter that is never
     trained: it is one so that it can change in a compiled graph
-    (:func:`mindpet_lite.set_lora_scale`, :func:`mindpet_lite.adapters_disabled`).
+    (`mindpet_lite.set_lora_scale`, `mindpet_lite.adapters_disabled`).
 
     R_u starts at zero and the other factors by `low_rank_w_init`, so the layer starts as the identity, exactly.
     (MindPet starts R_u by `low_rank_w_init` too, and so from another function than the base; that is a deliberate
@@ -197,7 +201,7 @@ class LowRankAdapterLayer(BottleneckLayer):
         reduction_factor (int): hidden_size by the size of the bottleneck, which is rounded down; from 1 to hidden_size.
         low_rank_size (int): rank of the two weights; positive.
         low_rank_w_init (str | Initializer): start of the factors.
-        non_linearity (str): as for :class:`AdapterLayer`.
+        non_linearity (str): as for `AdapterLayer`.
         param_init_type (mindspore.dtype): type of the parameters: float16, bfloat16 or float32.
         compute_dtype (mindspore.dtype | None): see the dtype rule.
 
@@ -260,7 +264,7 @@ class LowRankAdapterLayer(BottleneckLayer):
         """Set how the operators are split in (semi-)auto-parallel training; each strategy is optional.
 
         A strategy is a tuple with a tuple of ints for every input of its operator, as `Primitive.shard` takes it; for
-        the products see :meth:`LowRankLinear.shard`. All are checked before the first is set.
+        the products see `LowRankLinear.shard`. All are checked before the first is set.
 
         Raises:
             TypeError: a strategy is no tuple of tuples of ints.
@@ -284,11 +288,13 @@ class LowRankAdapterLayer(BottleneckLayer):
 class LowRankAdapterDense(BottleneckDense):
     r"""A Dense layer with a low-rank adapter behind its activation.
 
-    .. math:: h = act(x W^T + b), y = h + s (act_a(h L_d R_d + b_d) L_u R_u + b_u)
+    $$
+    h = act(x W^T + b), y = h + s (act_a(h L_d R_d + b_d) L_u R_u + b_u)
+    $$
 
     `weight` (out_channels, in_channels) and `bias` (out_channels,) are where nn.Dense has them;
-    `mindpet_delta_low_rank_adapter` is the :class:`LowRankAdapterLayer`, and `scaling` () its scaling s.
-    The layer starts equal to its base, exactly. For the dtype rule see :class:`LowRankAdapterLayer`; without
+    `mindpet_delta_low_rank_adapter` is the `LowRankAdapterLayer`, and `scaling` () its scaling s.
+    The layer starts equal to its base, exactly. For the dtype rule see `LowRankAdapterLayer`; without
     `compute_dtype` and `to_float()` the whole layer computes in the type of `weight`.
 
     Args:
@@ -299,9 +305,9 @@ class LowRankAdapterDense(BottleneckDense):
         has_bias (bool): whether there is a `bias`.
         activation (str | Cell | Primitive | None): activation of the Dense, before the adapter.
         reduction_factor (int): out_channels by the size of the bottleneck; from 1 to out_channels.
-        low_rank_size (int): as for :class:`LowRankAdapterLayer`.
-        low_rank_w_init (str | Initializer): as for :class:`LowRankAdapterLayer`.
-        non_linearity (str): as for :class:`LowRankAdapterLayer`.
+        low_rank_size (int): as for `LowRankAdapterLayer`.
+        low_rank_w_init (str | Initializer): as for `LowRankAdapterLayer`.
+        non_linearity (str): as for `LowRankAdapterLayer`.
         param_init_type (mindspore.dtype): type of the adapter's parameters: float16, bfloat16 or float32.
         compute_dtype (mindspore.dtype | None): see the dtype rule.
         dtype (mindspore.dtype): type of `weight` and `bias`.
@@ -313,8 +319,8 @@ class LowRankAdapterDense(BottleneckDense):
         Tensor `(*, out_channels)`, of the type that the dtype rule says.
 
     Raises:
-        TypeError: as :class:`LowRankAdapterLayer`; `activation` or an initialiser is of no known kind.
-        ValueError: as :class:`LowRankAdapterLayer`; an initial Tensor has the wrong shape; the activation's (a
+        TypeError: as `LowRankAdapterLayer`; `activation` or an initialiser is of no known kind.
+        ValueError: as `LowRankAdapterLayer`; an initial Tensor has the wrong shape; the activation's (a
             KeyError too) or initialiser's name is unknown.
     """
 
@@ -367,12 +373,12 @@ class LowRankAdapterDense(BottleneckDense):
               strategy_matmul_up_sampler_weight: tuple | None = None,
               strategy_matmul_up_sampler_input: tuple | None = None, strategy_bias_up_sampler: tuple | None = None,
               strategy_residual_add: tuple | None = None) -> LowRankAdapterDense:
-        """Set how the operators are split: the Dense's by `..._org`, others as :meth:`LowRankAdapterLayer.shard`.
+        """Set how the operators are split: the Dense's by `..._org`, others as `LowRankAdapterLayer.shard`.
 
         What the layer lacks (bias, activation) has nothing to split.
 
         Raises:
-            TypeError, ValueError: as :meth:`LowRankAdapterLayer.shard`.
+            TypeError, ValueError: as `LowRankAdapterLayer.shard`.
         """
         self._shard(strategy_matmul_org, strategy_bias_org, strategy_activation_org,
                     self.mindpet_delta_low_rank_adapter._strategies(
@@ -385,10 +391,10 @@ class LowRankAdapterDense(BottleneckDense):
 
 @dataclasses.dataclass(frozen=True)
 class LowRankAdapterConfig(DeltaConfig, LowRankAdapterSettings):
-    """Settings of the low-rank adapter; the fields are those of :class:`LowRankAdapterDense` and `DeltaConfig`.
+    """Settings of the low-rank adapter; the fields are those of `LowRankAdapterDense` and `DeltaConfig`.
 
     Raises:
-        TypeError, ValueError: as :class:`LowRankAdapterDense`.
+        TypeError, ValueError: as `LowRankAdapterDense`.
     """
 
     pet_type: ClassVar[str] = "low_rank_adapter"

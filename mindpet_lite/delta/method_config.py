@@ -22,7 +22,7 @@ class MethodConfig(DeltaConfig):
 
     Args:
         param_init_type: type of what trains: float16, bfloat16 or float32.
-        compute_dtype: what the layers compute in; see the dtype rule of :class:`mindpet_lite.LoRADense`.
+        compute_dtype: what the layers compute in; see the dtype rule of `mindpet_lite.LoRADense`.
 
     Raises:
         TypeError: a type is not float16, bfloat16 or float32; a pattern is no mapping.

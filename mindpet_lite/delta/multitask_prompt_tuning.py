@@ -190,7 +190,7 @@ class MultitaskPromptTuningConfig(StartedTokensConfig):
         TypeError: a number or the path is none.
         ValueError: a number is too small; a field does not go with prompt_tuning_init.
 
-    Example:
+    Examples:
         >>> import mindspore as ms
         >>> import mindpet_lite as mp
         >>> from mindspore import nn

@@ -34,7 +34,7 @@ class OFT(Rotated):
 
     `mindpet_delta_oft_r` (blocks, n(n-1)/2) holds the upper triangles of Q by rows; (1, n(n-1)/2) with `block_share`;
     of a table `mindpet_delta_oft_embedding_r`. `scaling` () is the strength. The rule for types is that of
-    :class:`mindpet_lite.LoRADense`; R is computed in float32.
+    `mindpet_lite.LoRADense`; R is computed in float32.
     """
 
     method = "oft"
@@ -200,7 +200,7 @@ class OFTConfig(MethodConfig):
     Raises:
         TypeError, ValueError: a value is none of these.
 
-    Example:
+    Examples:
         >>> import mindpet_lite as mp
         >>> from mindspore import nn
         >>> net = nn.SequentialCell(nn.Dense(8, 4), nn.ReLU(), nn.Dense(4, 2))

@@ -42,7 +42,7 @@ TABLE = f"{WTE}.embedding_table"
 
 @dataclasses.dataclass(frozen=True)
 class PrefixSettings:
-    """The settings of Prefix-Tuning, checked when made; see :class:`PrefixDense`."""
+    """The settings of Prefix-Tuning, checked when made; see `PrefixDense`."""
 
     prefix_token_num: int = 128
     embed_dim: int = 512
@@ -137,16 +137,18 @@ def _cell_being_built(frame: FrameType | None) -> str | None:
 class PrefixLayer(Prefixes, nn.Cell):
     r"""The keys and values that an attention reads before those of its input.
 
-    .. math:: [P_K, P_V] = drop(tanh(P' W_1^T + b_1) W_2^T + b_2)
+    $$
+    [P_K, P_V] = drop(tanh(P' W_1^T + b_1) W_2^T + b_2)
+    $$
 
     Read the prefixes in `construct`, where every forward evaluates them anew, and put them before keys and values:
 
-    .. code-block:: python
-
-        prefix_key, prefix_value = self.prefix()          # or self.prefix.past_key_reparam, .past_value_reparam
-        key = prepend_prefix(prefix_key, key)             # (batch, seq, hidden_dim), not split into heads yet
-        value = prepend_prefix(prefix_value, value)
-        attention_mask = prefix_mask(attention_mask, self.prefix.prefix_token_num, visible=1)
+    ```python
+    prefix_key, prefix_value = self.prefix()          # or self.prefix.past_key_reparam, .past_value_reparam
+    key = prepend_prefix(prefix_key, key)             # (batch, seq, hidden_dim), not split into heads yet
+    value = prepend_prefix(prefix_value, value)
+    attention_mask = prefix_mask(attention_mask, self.prefix.prefix_token_num, visible=1)
+    ```
 
     A prefix that MindPet's way keeps in `__init__` (``self.past_key = self.prefix.past_key_reparam``) cannot be
     evaluated by each forward. There, the layer warns, drops embedding and MLP, and hands out the Parameter that the
@@ -172,7 +174,7 @@ class PrefixLayer(Prefixes, nn.Cell):
         mid_dim (int): width of the MLP.
         dropout_rate (int | float): probability in [0, 1) of dropping an element of a prefix in training. At 0 there
             is no dropout operator.
-        prefix_projection (bool): an MLP gives the prefixes. False: they are Parameters, as after :meth:`fold`, and
+        prefix_projection (bool): an MLP gives the prefixes. False: they are Parameters, as after `fold`, and
             embed_dim and mid_dim mean nothing.
         param_init_type (mindspore.dtype): type of the Parameters and of what they give: float16, bfloat16 or float32.
 
@@ -250,11 +252,13 @@ _ROWS = "mindpet_delta_prefixtuning_prefix"
 class PrefixDense(Prefixes, PrefixedDense):
     r"""The key or value layer of an attention, with a prefix before the rows of the sequence.
 
-    .. math:: y = concat([P, act(x W^T + b)]), \quad P = drop(tanh(P' W_1^T + b_1) W_2^T + b_2)
+    $$
+    y = concat([P, act(x W^T + b)]), \quad P = drop(tanh(P' W_1^T + b_1) W_2^T + b_2)
+    $$
 
     P stands before each sequence of a batch. The layer changes the output from the start, in its values and in its
     length: the attention must take more keys than queries. Those that read the lengths of query and key from their
-    tensors do; a fixed mask needs :func:`prefix_mask`. Both the key and the value layer need a prefix.
+    tensors do; a fixed mask needs `prefix_mask`. Both the key and the value layer need a prefix.
 
     `weight` and `bias` are where nn.Dense has them. The layer adds `mindpet_delta_prefixtuning_wte.embedding_table`
     (prefix_token_num, embed_dim) and `mindpet_delta_prefixtuning_control_trans` (a SequentialCell of Dense, Tanh and
@@ -322,12 +326,12 @@ class PrefixDense(Prefixes, PrefixedDense):
 
 @dataclasses.dataclass(frozen=True)
 class PrefixTuningConfig(DeltaConfig, PrefixSettings):
-    """Settings of Prefix-Tuning, checked when made; the fields are those of :class:`PrefixDense` and `DeltaConfig`.
+    """Settings of Prefix-Tuning, checked when made; the fields are those of `PrefixDense` and `DeltaConfig`.
 
     `target_modules` names the key and the value layers of attentions, such as ``["to_k", "to_v"]``.
 
     Raises:
-        TypeError, ValueError: as :class:`PrefixDense`.
+        TypeError, ValueError: as `PrefixDense`.
     """
 
     pet_type: ClassVar[str] = "prefixtuning"

@@ -100,7 +100,9 @@ class PrefixDelta(Delta):
 class PrefixedDense(PrefixDelta, AdaptedDense):
     """A Dense whose output has prefix rows before the rows of the sequence: base of the Dense of both methods.
 
-    .. math:: y = concat([P, act(x W^T + b)])
+    $$
+    y = concat([P, act(x W^T + b)])
+    $$
     """
 
     def prefix_rows(self) -> Tensor:
@@ -125,7 +127,7 @@ def attention_refusal(path: str, cells: Mapping[str, nn.Cell]) -> str | None:
     """Return why rows before the keys would be wrong in the attention around a layer, or None if nothing tells so.
 
     They are right where the attention reads the lengths of queries and keys from the tensors, positions are in its
-    input, and its mask has the prefix's columns (:func:`prefix_mask`). Fewer heads of keys than of queries are right
+    input, and its mask has the prefix's columns (`prefix_mask`). Fewer heads of keys than of queries are right
     too: a row is as wide as the layer's output.
 
     Args:

@@ -51,7 +51,7 @@ class PromptTuning(VirtualTokens):
 class PromptTuningConfig(StartedTokensConfig):
     """Settings of prompt tuning; the names are PEFT's, and the fields those of `StartedTokensConfig`.
 
-    Example:
+    Examples:
         >>> import mindspore as ms
         >>> import mindpet_lite as mp
         >>> from mindspore import nn

@@ -37,7 +37,7 @@ _DENSE_IN, _DENSE_OUT = "mindpet_delta_ptuning2_dense_in", "mindpet_delta_ptunin
 
 @dataclasses.dataclass(frozen=True)
 class Ptuning2Settings:
-    """The settings of P-Tuning v2, checked when made; see :class:`Ptuning2Dense`."""
+    """The settings of P-Tuning v2, checked when made; see `Ptuning2Dense`."""
 
     pre_seq_len: int = 128
     prefix_projection: bool = False
@@ -152,11 +152,13 @@ class Prompts(PrefixDelta):
 class PrefixEncoder(Prompts, nn.Cell):
     r"""The keys and values that every layer of a net reads before those of its input.
 
-    .. math:: [P_{K,1}, P_{V,1}, P_{K,2}, ...] = drop(E) \quad or \quad
-              drop(tanh(E W_1^T + b_1) W_2^T + b_2) \text{ with a projection}
+    $$
+    [P_{K,1}, P_{V,1}, P_{K,2}, ...] = drop(E) \quad or \quad
+    drop(tanh(E W_1^T + b_1) W_2^T + b_2) \text{ with a projection}
+    $$
 
     The layer changes the output of a net that reads them from the start: the prefixes take part in the softmax. An
-    attention mask gets its columns with :func:`prefix_mask`.
+    attention mask gets its columns with `prefix_mask`.
 
     Parameters: `mindpet_delta_ptuning2_embedding.embedding_table` (pre_seq_len, width) with
     width = num_layers · 2 · num_heads · kv_channels, `mindpet_delta_ptuning2_prefix` (pre_seq_len,), the ids, never
@@ -175,7 +177,7 @@ class PrefixEncoder(Prompts, nn.Cell):
         dropout_prob (int | float): probability in [0, 1) of dropping an element of a prefix in training, for each
             sequence of the batch anew. At 0 there is no dropout operator.
         parallel_config (object | None): has `data_parallel`, `model_parallel` and `vocab_emb_dp`, as the
-            TransformerOpParallelConfig of MindFormers; see :meth:`shard` and :class:`PrefixEmbedding`.
+            TransformerOpParallelConfig of MindFormers; see `shard` and `PrefixEmbedding`.
         out_perm (tuple[int]): order of the output's axes: a permutation of (0 batch, 1 pre_seq_len, 2 layers' keys
             and values, 3 heads, 4 kv_channels) that starts with 2, as that axis is cut into layers.
         param_init_type (mindspore.dtype): type of the Parameters: float16, bfloat16 or float32.
@@ -289,12 +291,14 @@ def _parallel(config: Any) -> tuple[int, int, bool]:
 class Ptuning2Dense(Prompts, PrefixedDense):
     r"""The key or value layer of an attention, with a trained prefix before the rows of the sequence.
 
-    .. math:: y = concat([P, act(x W^T + b)]), \quad P = drop(E) \quad or \quad
-              drop(tanh(E W_1^T + b_1) W_2^T + b_2) \text{ with a projection}
+    $$
+    y = concat([P, act(x W^T + b)]), \quad P = drop(E) \quad or \quad
+    drop(tanh(E W_1^T + b_1) W_2^T + b_2) \text{ with a projection}
+    $$
 
     P stands before each sequence of a batch. The layer changes the output from the start, in its values and in its
     length: the attention must take more keys than queries. Those that read the lengths of query and key from their
-    tensors do; a fixed mask needs :func:`prefix_mask`. Both the key and the value layer need a prefix.
+    tensors do; a fixed mask needs `prefix_mask`. Both the key and the value layer need a prefix.
 
     `weight` and `bias` are where nn.Dense has them. The layer adds `mindpet_delta_ptuning2_embedding.embedding_table`
     (pre_seq_len, out_channels), and with a projection `mindpet_delta_ptuning2_dense_in` and
@@ -351,12 +355,12 @@ class Ptuning2Dense(Prompts, PrefixedDense):
 
 @dataclasses.dataclass(frozen=True)
 class Ptuning2Config(DeltaConfig, Ptuning2Settings):
-    """Settings of P-Tuning v2, checked when made; the fields are those of :class:`Ptuning2Dense` and `DeltaConfig`.
+    """Settings of P-Tuning v2, checked when made; the fields are those of `Ptuning2Dense` and `DeltaConfig`.
 
     `target_modules` names the key and the value layers of attentions, such as ``["to_k", "to_v"]``.
 
     Raises:
-        TypeError, ValueError: as :class:`Ptuning2Dense`.
+        TypeError, ValueError: as `Ptuning2Dense`.
     """
 
     pet_type: ClassVar[str] = "ptuning2"

@@ -26,17 +26,17 @@ class TrainableTokensConfig(DeltaConfig):
     """Settings of trainable tokens; the names are PEFT's.
 
     Other layers with the same table as their weight (tied weights) compute with the trained rows too. What the adapter
-    holds is as large as the rows. Beside LoRA, see `trainable_token_indices` of :class:`mindpet_lite.LoraConfig`.
+    holds is as large as the rows. Beside LoRA, see `trainable_token_indices` of `mindpet_lite.LoraConfig`.
 
     Args:
-        target_modules: the embeddings, as :class:`DeltaConfig` has it; ``["embed_tokens"]`` without it.
+        target_modules: the embeddings, as `DeltaConfig` has it; ``["embed_tokens"]`` without it.
         token_indices: the numbers of the rows that train.
         init_weights: True starts with the table's rows, and so at the base; False at random.
 
     Raises:
         TypeError: `token_indices` is no list of token numbers, or empty; `init_weights` is no bool.
 
-    Example:
+    Examples:
         >>> import mindpet_lite as mp
         >>> from mindspore import nn
         >>> net = nn.SequentialCell(nn.Embedding(100, 8), nn.Dense(8, 2))

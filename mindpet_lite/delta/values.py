@@ -26,7 +26,7 @@ Frozen = TypeVar("Frozen", bound="FrozenParameter")
 class FrozenParameter(Parameter, Tensor):
     """A Parameter that never trains, such as a projection that layers share. Checkpoints are loaded into it as usual.
 
-    Made by :func:`frozen_parameter`, because `Parameter` gives its objects a class of its own.
+    Made by `frozen_parameter`, because `Parameter` gives its objects a class of its own.
     """
 
     @property
@@ -46,7 +46,7 @@ class SettingParameter(FrozenParameter):
     """A Parameter that holds what the settings of its layer say, such as a scale. It never trains.
 
     `set_data`, with which checkpoints are loaded, leaves its value; `mindpet_lite.delta.parts.put` writes it. Made by
-    :func:`setting_parameter`.
+    `setting_parameter`.
     """
 
     def set_data(self, data: Tensor | float, slice_shape: bool = False) -> SettingParameter:
@@ -161,7 +161,7 @@ def watch(parameter: Parameter, around: Around) -> None:
 
 
 def unwatch(parameter: Parameter, around: Around) -> None:
-    """Undo :func:`watch`."""
+    """Undo `watch`."""
     watched = _watched(parameter)
     if watched is not None and around in watched.watchers:
         watched.watchers.remove(around)
@@ -207,7 +207,7 @@ class Start:
             watch(parameter, self._delta_is_loaded)
 
     def unwatch(self) -> None:
-        """Undo :meth:`watch`."""
+        """Undo `watch`."""
         unwatch(self._base(), self._base_is_loaded)
         for parameter in self.delta.delta_parameters().values():
             unwatch(parameter, self._delta_is_loaded)

@@ -39,7 +39,7 @@ class VeRA(Additive):
     `mindpet_delta_vera_lambda_b` (outputs,) starts at zero, so that the layer starts as its base, and
     `mindpet_delta_vera_lambda_d` (r,) at `d_initial`. `mindpet_shared_vera_a` (r, most inputs) and
     `mindpet_shared_vera_b` (most outputs, r) are one Parameter each in the whole net, in float32. `scaling` () is the
-    strength. The rule for types is that of :class:`mindpet_lite.LoRADense`.
+    strength. The rule for types is that of `mindpet_lite.LoRADense`.
     """
 
     method = "vera"
@@ -159,7 +159,7 @@ class VeraConfig(MethodConfig):
     Raises:
         TypeError, ValueError: a field is not what it must be.
 
-    Example:
+    Examples:
         >>> import mindpet_lite as mp
         >>> from mindspore import nn
         >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))

@@ -67,7 +67,9 @@ def prompt_mask(attention_mask: Tensor, num_virtual_tokens: int, visible: float,
 class VirtualTokens(Method):
     """A table of tokens whose looked-up rows have trained rows before them.
 
-    .. math:: y = concat([P, E[ids]])
+    $$
+    y = concat([P, E[ids]])
+    $$
 
     P (num_virtual_tokens, size) stands before each sequence of a batch: ids `(batch, seq)` give
     `(batch, num_virtual_tokens + seq, size)`. It is cast to the type of the rows. A net that takes positions and masks

@@ -1,4 +1,4 @@
-"""The arithmetic of PyTorch's random numbers in float32, bit for bit; see :mod:`mindpet_lite.formats.torch_random`."""
+"""The arithmetic of PyTorch's random numbers in float32, bit for bit; see `mindpet_lite.formats.torch_random`."""
 from __future__ import annotations
 
 import math

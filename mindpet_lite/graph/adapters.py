@@ -92,7 +92,7 @@ class Adapter:
             watch(parameter, around)
 
     def unwatch(self, found: Iterable[Delta]) -> None:
-        """Undo :meth:`watch`."""
+        """Undo `watch`."""
         for parameter, around in self._watched(found):
             unwatch(parameter, around)
 

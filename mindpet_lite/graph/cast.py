@@ -19,7 +19,8 @@ def cast_to_float32(net: nn.Cell, patterns: str | Sequence[str]) -> list[str]:
     `to_float(float16)` do. Cells below a named one are cast with it. It is what recipes for int8 bases do to norms and
     to `lm_head` by hand.
 
-    >>> cast_to_float32(net, r".*norm.*|lm_head")
+    Examples:
+        >>> cast_to_float32(net, r".*norm.*|lm_head")
 
     Args:
         net: any Cell.

@@ -24,7 +24,7 @@ def check_adapters(net: nn.Cell, *inputs: Any) -> list[str]:
     """Prove of each adapted layer of `net` that it runs and that its delta reaches the output; return their paths.
 
     A layer does not run where the cell around it reads its weight instead of calling it, as an output head on the table
-    of an embedding does; its delta trains nothing then, and :func:`mindpet_lite.merge` would change the output. So it
+    of an embedding does; its delta trains nothing then, and `mindpet_lite.merge` would change the output. So it
     would where a layer runs and another cell reads its weight besides. Call it once after adapting, in the mode in
     which the net will train, with a batch that holds all tokens that train. It takes the gradient, by each delta, of a
     weighted sum of the net's outputs, with random numbers added to all deltas; then it compares the output with the one

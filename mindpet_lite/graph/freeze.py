@@ -137,11 +137,11 @@ def _selected_by(kind: type[DeltaConfig], cells: Mapping[str, nn.Cell]) -> dict[
 def freeze_from_config(model: nn.Cell, config_path: str | os.PathLike[str]) -> TrainableReport:
     """Apply the `freeze` block of a YAML file as `freeze_modules` does.
 
-    .. code-block:: yaml
-
-        freeze:
-          include: ['*embedding*']     # either list may be left out
-          exclude: ['*lora*']
+    ```yaml
+    freeze:
+      include: ['*embedding*']     # either list may be left out
+      exclude: ['*lora*']
+    ```
 
     Raises:
         FileNotFoundError, ValueError, TypeError: the file is missing, is no YAML, has no such block or an unknown key

@@ -26,14 +26,14 @@ def initialize_from_data(net: nn.Cell, batches: Iterable[Any], forward: Callable
     """Start the adapters of `net` from data, in place: those that were injected with a start such as EVA or CorDA.
 
     Runs the net on the batches, in evaluation and PyNative mode, and gathers what each adapted layer is given. Nothing
-    trains. Call it after :func:`mindpet_lite.get_pet_model` and before the optimizer is made: EVA may give layers
+    trains. Call it after `mindpet_lite.get_pet_model` and before the optimizer is made: EVA may give layers
     another rank, and those that it gives none are plain again.
 
     Where every layer has settled before the batches end (EVA's tau), the others are not read. A mapping may hold
     "attention_mask" and "labels", by which EVA leaves places out.
 
     Args:
-        net: with adapters of `init_lora_weights` "eva" or "corda", see :class:`mindpet_lite.LoraConfig`.
+        net: with adapters of `init_lora_weights` "eva" or "corda", see `mindpet_lite.LoraConfig`.
         batches: each a tuple or list of the net's arguments, a mapping of them by name, or one argument.
         forward: what runs the net on a batch, `forward(net, batch)`, for batches of another form.
 

@@ -56,7 +56,7 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
 
     Args:
         net: the net to adapt; it is changed in place and returned.
-        config: a config such as :class:`mindpet_lite.LoraConfig`, a mapping with `pet_type` and its fields, or the
+        config: a config such as `mindpet_lite.LoraConfig`, a mapping with `pet_type` and its fields, or the
             path of a YAML file with a `pet_config` block.
 
     Returns:

@@ -29,7 +29,7 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
 
     Layers that the file names and that are still plain are adapted first, with the file's settings. Where the net has
     another alpha than the file, the file's is taken. Afterwards the adapter trains and the base is frozen, as after
-    :func:`mindpet_lite.get_pet_model`. New factors are float32; in a float16 layer those of a float16 file are float16.
+    `mindpet_lite.get_pet_model`. New factors are float32; in a float16 layer those of a float16 file are float16.
     All nets of the process compile again at their next call.
 
     The layers of a file are those of the net with the same path; else with a path that is the same but for parts known
@@ -49,9 +49,9 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
         component: of a diffusion pipeline: "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer",
             "transformer_2" or "vae". Takes its part of a file of several, and says that the net is that component, or
             has it.
-        name: of the adapter among others on the net, see :func:`mindpet_lite.set_adapter`. It stands beside those that
+        name: of the adapter among others on the net, see `mindpet_lite.set_adapter`. It stands beside those that
             are there, frozen, and counts from `set_adapter` on; the first counts at once. In room that
-            :func:`mindpet_lite.reserve_adapters` made it is loaded in the running graph, by values.
+            `mindpet_lite.reserve_adapters` made it is loaded in the running graph, by values.
         residual_base: the weights in `net` are those that the adapter's start left of its base, as PiSSA's: nothing is
             taken out of them. Needed for starts of which no file tells what they left (pissa_niter_N, CorDA, LoftQ,
             LoRA-GA), unless the file holds the hash of these weights, as those of `save_adapter` do.

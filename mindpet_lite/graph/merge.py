@@ -42,10 +42,10 @@ def merge(net: nn.Cell) -> nn.Cell:
 
     The merged net has the base's layers and parameter names and needs this package no more, except where a layer had a
     `compute_dtype` of its own: there stands a subclass of the plain layer, which computes in it too. The strength set
-    by `set_lora_scale` goes in. What was there before is kept on the layers for :func:`unmerge`; to free that memory,
+    by `set_lora_scale` goes in. What was there before is kept on the layers for `unmerge`; to free that memory,
     save the merged net and load it into a fresh one.
 
-    A quantised layer (:func:`mindpet_lite.quantize_base`) becomes a plain one in the type that its weight had. A
+    A quantised layer (`mindpet_lite.quantize_base`) becomes a plain one in the type that its weight had. A
     warning says how much rounding had changed the weights.
 
     All nets of the process compile again at their next call.
@@ -118,7 +118,7 @@ def merge(net: nn.Cell) -> nn.Cell:
 
 
 def unmerge(net: nn.Cell) -> nn.Cell:
-    """Undo :func:`merge`: put back the adapted layers and the base weights, bit for bit, in place.
+    """Undo `merge`: put back the adapted layers and the base weights, bit for bit, in place.
 
     Training mode, precision, recomputation and hooks are those that the net has now. Weights that changed since the
     merge are put back too, with a warning. All nets of the process compile again at their next call.

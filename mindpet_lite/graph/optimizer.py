@@ -21,10 +21,10 @@ def check_optimizer(net: nn.Cell, optimizer: nn.Cell) -> None:
     `freeze_delta(..., exclude=)` name. An optimizer
     that was made before the net was adapted lacks the adapter: the loss stays constant. One that was made before
     something was frozen trains it all the same in graph mode. Groups of parameters, such as those of
-    :func:`mindpet_lite.lora_plus_groups`, are an optimizer like any other. To train a part of an adapter, freeze the
-    rest with :func:`mindpet_lite.freeze_modules`.
+    `mindpet_lite.lora_plus_groups`, are an optimizer like any other. To train a part of an adapter, freeze the
+    rest with `mindpet_lite.freeze_modules`.
 
-    :class:`mindpet_lite.HealthCallback` and :class:`mindpet_lite.TrainableParamsCheckPoint` check before the first step
+    `mindpet_lite.HealthCallback` and `mindpet_lite.TrainableParamsCheckPoint` check before the first step
     the optimizers that they find, several as one.
 
     Args:
@@ -41,7 +41,7 @@ def check_optimizer(net: nn.Cell, optimizer: nn.Cell) -> None:
 
 
 def check_optimizers_of(net: nn.Cell, params: Any) -> None:
-    """Check the optimizers of a `Model.train` as :func:`check_optimizer` does; where it shows none, nothing is checked.
+    """Check the optimizers of a `Model.train` as `check_optimizer` does; where it shows none, nothing is checked.
 
     Args:
         net: whose Parameters train.

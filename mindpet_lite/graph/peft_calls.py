@@ -22,8 +22,9 @@ from mindpet_lite.graph.tree import require_cell
 def print_trainable_parameters(net: nn.Cell) -> TrainableReport:
     """Print and return how many elements of a net train, in PEFT's form.
 
-    >>> print_trainable_parameters(net)
-    trainable params: 4,096 || all params: 1,052,672 || trainable%: 0.3891
+    Examples:
+        >>> print_trainable_parameters(net)
+        trainable params: 4,096 || all params: 1,052,672 || trainable%: 0.3891
 
     Raises:
         TypeError: `net` is no Cell.
@@ -34,12 +35,12 @@ def print_trainable_parameters(net: nn.Cell) -> TrainableReport:
 
 
 def merge_and_unload(net: nn.Cell) -> nn.Cell:
-    """Return the net with its adapters merged: :func:`mindpet_lite.merge` by PEFT's name."""
+    """Return the net with its adapters merged: `mindpet_lite.merge` by PEFT's name."""
     return merge(net)
 
 
 def disable_adapter(net: nn.Cell) -> AbstractContextManager[nn.Cell]:
-    """Return a block inside which the net is its base: :func:`mindpet_lite.adapters_disabled` by PEFT's name."""
+    """Return a block inside which the net is its base: `mindpet_lite.adapters_disabled` by PEFT's name."""
     return adapters_disabled(net)
 
 

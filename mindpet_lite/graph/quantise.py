@@ -58,7 +58,7 @@ def quantize_base(net: nn.Cell, kind: str, targets: str | Sequence[str] = "all-l
     `load_checkpoint` loads them into a net that was quantised so; its numbers do not count, so that it can be made
     under `mindspore.nn.utils.no_init_parameters()`.
 
-    Then call :func:`mindpet_lite.get_pet_model` as ever. `merge` makes quantised layers plain again, in the type that
+    Then call `mindpet_lite.get_pet_model` as ever. `merge` makes quantised layers plain again, in the type that
     they had. While this function works, both forms of the weights are in memory.
 
     All nets of the process compile again at their next call.
@@ -66,7 +66,7 @@ def quantize_base(net: nn.Cell, kind: str, targets: str | Sequence[str] = "all-l
     Args:
         net: it is changed in place and returned.
         kind: one of the table.
-        targets: which layers, spelt as `target_modules` of :class:`mindpet_lite.LoraConfig`; they must be nn.Dense or
+        targets: which layers, spelt as `target_modules` of `mindpet_lite.LoraConfig`; they must be nn.Dense or
             mint.nn.Linear. ``"all-linear"`` means all but the output head.
 
     Returns:
@@ -78,7 +78,7 @@ def quantize_base(net: nn.Cell, kind: str, targets: str | Sequence[str] = "all-l
             layer, quantised or adapted already, its weight trains, is shared with another layer, or holds NaN or
             infinite numbers. All problems stand in one message, and the net is unchanged.
 
-    Example:
+    Examples:
         >>> import mindpet_lite as mp
         >>> from mindspore import nn
         >>> net = nn.SequentialCell(nn.Dense(64, 64), nn.ReLU(), nn.Dense(64, 2))
@@ -113,7 +113,7 @@ def quantize_base(net: nn.Cell, kind: str, targets: str | Sequence[str] = "all-l
 
 
 def dequantize_base(net: nn.Cell, targets: str | Sequence[str] | None = None) -> nn.Cell:
-    """Undo :func:`quantize_base` in place: plain layers, in the type they had, with the numbers that the codes mean.
+    """Undo `quantize_base` in place: plain layers, in the type they had, with the numbers that the codes mean.
 
     What rounding lost does not come back: load the base's checkpoint for that, by the names that the weights have
     again. All nets of the process compile again at their next call.

@@ -30,7 +30,7 @@ def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft
                  component: str | None = None, name: str | None = None) -> Path:
     """Write the deltas of `net` as an adapter, and what trains with them; the frozen base is not in it.
 
-    What is written is written whole or not at all. The strength of :func:`mindpet_lite.set_lora_scale` is a state of
+    What is written is written whole or not at all. The strength of `mindpet_lite.set_lora_scale` is a state of
     the running net and is not written. An adapter that is new says in its config which base it belongs to, by a hash
     of each adapted layer's weight; one that came from elsewhere keeps its config as it was, and values that did not
     change keep the type that its file had them in.

@@ -37,7 +37,7 @@ from mindpet_lite.graph.turns import adds_up, make_way, take_turn
 def add_adapter(net: nn.Cell, name: str, config: DeltaConfig | Mapping[str, Any]) -> nn.Cell:
     """Put a new adapter beside those that the net has, in place.
 
-    It counts from :func:`set_adapter` on, which also lets it train; the first adapter of a net counts at once. Layers
+    It counts from `set_adapter` on, which also lets it train; the first adapter of a net counts at once. Layers
     that other adapters lack are adapted; where this one lacks a layer it is the base there. Adapters of LoRA stand side
     by side; those that do not add up (DoRA, other methods, modules_to_save) take turns: the new one waits for its own.
     All nets of the process compile again at their next call.
@@ -267,7 +267,7 @@ def combine_adapters(net: nn.Cell, name: str, names: Sequence[str], weights: Seq
 
     Args:
         net: a net with adapters of LoRA.
-        name: of the new one, which is frozen and counts from :func:`set_adapter` on.
+        name: of the new one, which is frozen and counts from `set_adapter` on.
         names: of those to combine.
         weights: a number for each.
         how: "cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", or one of the last four with

@@ -20,8 +20,9 @@ from mindpet_lite.graph.tree import cells_by_path, replace, require_cell, withou
 def split_linear(net: nn.Cell, column: str | Sequence[str], row: str | Sequence[str]) -> list[str]:
     r"""Split linear layers over all processes of a job, in place (tensor parallelism with explicit communication).
 
-    .. math::
-        \text{column: } y_i = x W_i^T + b_i \qquad \text{row: } y = \sum_i x_i W_i^T + b
+    $$
+    \text{column: } y_i = x W_i^T + b_i \qquad \text{row: } y = \sum_i x_i W_i^T + b
+    $$
 
     Each process keeps its part of the weight: a column-split layer has some of the outputs, a row-split one some of
     the inputs (Shoeybi et al., 2019, https://arxiv.org/abs/1909.08053, section 3). What lies between, such as an
@@ -33,10 +34,11 @@ def split_linear(net: nn.Cell, column: str | Sequence[str], row: str | Sequence[
 
     All processes see the same batch. Do not use data-parallel mode: the gradients are whole already.
 
-    >>> import mindspore.communication as job
-    >>> job.init()                                     # msrun --worker_num=2 --local_worker_num=2 train.py
-    >>> split_linear(net, ["q_proj", "k_proj", "v_proj", "up_proj"], ["o_proj", "down_proj"])
-    >>> get_pet_model(net, LoraConfig(8, 16, target_modules=["q_proj", "v_proj"]))
+    Examples:
+        >>> import mindspore.communication as job
+        >>> job.init()                                     # msrun --worker_num=2 --local_worker_num=2 train.py
+        >>> split_linear(net, ["q_proj", "k_proj", "v_proj", "up_proj"], ["o_proj", "down_proj"])
+        >>> get_pet_model(net, LoraConfig(8, 16, target_modules=["q_proj", "v_proj"]))
 
     Args:
         net: any Cell with plain `nn.Dense` layers that are not adapted yet; every process has the same.

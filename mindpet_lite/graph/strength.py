@@ -58,7 +58,7 @@ def adapters_disabled(net: nn.Cell) -> Iterator[nn.Cell]:
     """Inside the block `net` gives its base's output exactly; afterwards its adapters work as before.
 
     Base parameters that belong to the adapter (modules_to_save, biases and norms that train) have their base's values
-    inside the block, if :func:`mindpet_lite.get_pet_model` or :func:`mindpet_lite.load_adapter` put the adapter in.
+    inside the block, if `mindpet_lite.get_pet_model` or `mindpet_lite.load_adapter` put the adapter in.
     Nothing compiles anew. Blocks may be nested.
 
     Raises:
@@ -79,7 +79,7 @@ def adapters_disabled(net: nn.Cell) -> Iterator[nn.Cell]:
 
 
 def adapters_are_disabled(net: nn.Cell) -> bool:
-    """Tell whether `net` holds an adapted cell inside an :func:`adapters_disabled` block."""
+    """Tell whether `net` holds an adapted cell inside an `adapters_disabled` block."""
     return any(not delta.enabled for delta in deltas_in(cells_by_path(net)).values())
 
 

@@ -22,25 +22,28 @@ _SPLIT = (mindspore.ParallelMode.DATA_PARALLEL, mindspore.ParallelMode.HYBRID_PA
 class GradientAccumulation(nn.Cell):
     r"""A training step that updates the weights once in `steps` calls, from the mean of their gradients.
 
-    .. math:: g = \frac{1}{n} \sum_{i=1}^{n} \nabla L(x_i)
+    $$
+    g = \frac{1}{n} \sum_{i=1}^{n} \nabla L(x_i)
+    $$
 
     For micro-batches of one size and a loss that is a mean over examples, that is the gradient of the batch of all of
     them, at the memory of one. Sums are kept in float32 for the optimizer's parameters alone: with a frozen base these
     are the deltas. They, and the count, are Parameters, and what is done in which call is decided in the compiled
     graph, without the host. A window that an epoch leaves open goes on in the next; what is left at the end of
-    `Model.train` is applied there, before its callbacks, as :meth:`flush` does it in a loop of one's own.
+    `Model.train` is applied there, before its callbacks, as `flush` does it in a loop of one's own.
 
     At the end of a window, in this order: the mean; in data-parallel training the mean over the devices; with
     `loss_scaler` unscaling, and nothing but a smaller scale where a gradient is not finite; clipping with
-    :func:`mindpet_lite.clip_global_norm`; the optimizer; `ema`. With `steps` 1 it is the plain step with the same
+    `mindpet_lite.clip_global_norm`; the optimizer; `ema`. With `steps` 1 it is the plain step with the same
     order, and has no sums.
 
-    >>> step = GradientAccumulation(nn.WithLossCell(net, loss), optimizer, steps=4, max_norm=1.0)
-    >>> Model(step).train(epochs, dataset)             # or: loss = step(x, y), and at the end step.flush()
+    Examples:
+        >>> step = GradientAccumulation(nn.WithLossCell(net, loss), optimizer, steps=4, max_norm=1.0)
+        >>> Model(step).train(epochs, dataset)             # or: loss = step(x, y), and at the end step.flush()
 
     Args:
         network: a cell that gives a scalar loss.
-        optimizer: of `mindspore.nn`, or a :class:`mindpet_lite.RankAllocation` around one; its parameters train.
+        optimizer: of `mindspore.nn`, or a `mindpet_lite.RankAllocation` around one; its parameters train.
         steps: n, positive. Learning rates and weight decays count updates, not calls.
         max_norm: largest norm of all gradients together; None for no clipping.
         loss_scaler: a `mindspore.amp.StaticLossScaler` or `DynamicLossScaler`; it is adjusted once a window.
@@ -55,7 +58,7 @@ class GradientAccumulation(nn.Cell):
     Raises:
         TypeError: an argument is of another kind.
         ValueError: `steps` or `max_norm` is not positive, or `max_norm` is given and layers are split over processes
-            (:func:`mindpet_lite.split_linear`).
+            (`mindpet_lite.split_linear`).
     """
 
     def __init__(self, network: nn.Cell, optimizer: nn.Optimizer | RankAllocation, steps: int,

@@ -19,14 +19,17 @@ class RankAllocation(nn.Cell):
     It stands where the optimizer stood, in a loop, in `nn.TrainOneStepCell` or in `GradientAccumulation`, and calls it.
     For every number w of P, Λ and Q with gradient g, at step t = 0, 1, ...:
 
-    .. math::
-        I = |w g|, \quad \bar I \leftarrow \beta_1 \bar I + (1 - \beta_1) I, \quad
-        \bar U \leftarrow \beta_2 \bar U + (1 - \beta_2) |I - \bar I|, \quad s = \bar I \bar U
+    $$
+    I = |w g|, \quad \bar I \leftarrow \beta_1 \bar I + (1 - \beta_1) I, \quad
+    \bar U \leftarrow \beta_2 \bar U + (1 - \beta_2) |I - \bar I|, \quad s = \bar I \bar U
+    $$
 
     The score of a triplet is s of its singular value and the means of s over its column of P and its row of Q.
     The budget b of all layers falls from `init_r` to `target_r` for each, with T = `total_step`:
 
-    .. math:: b_t = b_T + (b_0 - b_T) (1 - \frac{t - t_i}{T - t_i - t_f})^3 \text{ for } t_i < t \le T - t_f
+    $$
+    b_t = b_T + (b_0 - b_T) (1 - \frac{t - t_i}{T - t_i - t_f})^3 \text{ for } t_i < t \le T - t_f
+    $$
 
     At every `deltaT`-th step in between, and at step T - t_f, the singular values of all triplets but the b of the
     highest scores become zero; afterwards those of that step stay zero. Those that are zero before still get
@@ -34,18 +37,19 @@ class RankAllocation(nn.Cell):
     step, as in the authors' code and in PEFT (`update_and_allocate` after `optimizer.step`); algorithm 1 of the paper
     takes the one before.
 
-    All of it is in Parameters and by values: a compiled graph needs no host for it. :class:`mindpet_lite.TrainingState`
+    All of it is in Parameters and by values: a compiled graph needs no host for it. `mindpet_lite.TrainingState`
     keeps it where the training step is given. `save_adapter` leaves out the triplets that are gone.
-
-    >>> optimizer = mp.RankAllocation(net, nn.Adam(net.trainable_params(), 1e-3))
-    >>> gradients_of = mindspore.value_and_grad(loss_of, None, optimizer.parameters)
-    >>> for batch in batches:
-    >>>     loss, gradients = gradients_of(batch)
-    >>>     optimizer(gradients)
 
     For `Model`, give it the step: ``Model(nn.TrainOneStepCell(net_with_loss, optimizer)).train(epochs, dataset)``.
 
     Source: Zhang et al., AdaLoRA, https://arxiv.org/abs/2303.10512, sections 3.2 and 3.3.
+
+    Examples:
+        >>> optimizer = mp.RankAllocation(net, nn.Adam(net.trainable_params(), 1e-3))
+        >>> gradients_of = mindspore.value_and_grad(loss_of, None, optimizer.parameters)
+        >>> for batch in batches:
+        >>>     loss, gradients = gradients_of(batch)
+        >>>     optimizer(gradients)
 
     Args:
         net: a net with AdaLoRA's layers; their config has the schedule.
@@ -144,17 +148,20 @@ class RankAllocation(nn.Cell):
 class OrthogonalRegularization(nn.Cell):
     r"""What to add to a loss so that AdaLoRA's P and Q stay near orthogonal, as singular vectors are.
 
-    .. math:: \frac{\gamma}{2n} \sum_{k=1}^{n} \|P_k^T P_k - 1\|_F + \|Q_k Q_k^T - 1\|_F
+    $$
+    \frac{\gamma}{2n} \sum_{k=1}^{n} \|P_k^T P_k - 1\|_F + \|Q_k Q_k^T - 1\|_F
+    $$
 
     with γ = `orth_reg_weight` of the config, over the n layers. It is that of the authors' code and of PEFT; the paper
     (section 3.1) has the squares of these norms. Triplets that are gone from P and Q, as after `load_adapter`, do not
     count.
 
-    >>> regularization = mp.OrthogonalRegularization(net)
-    >>> def loss_of(x, y):
-    >>>     return loss(net(x), y) + regularization()
-
     Source: Zhang et al., AdaLoRA, https://arxiv.org/abs/2303.10512.
+
+    Examples:
+        >>> regularization = mp.OrthogonalRegularization(net)
+        >>> def loss_of(x, y):
+        >>>     return loss(net(x), y) + regularization()
 
     Args:
         net: a net with AdaLoRA's layers.

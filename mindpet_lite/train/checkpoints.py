@@ -25,7 +25,7 @@ class TrainableParamsCheckPoint(Callback):
 
     Writes ``<prefix>-<epoch>_<step>.ckpt`` with the parameters of the network that train, by `Parameter.name`: no
     frozen weight, no optimizer state. Under the key ``mindpet_lite`` the file holds a JSON text with the method, rank,
-    alpha and dropout of each adapted layer, by its path. :func:`mindpet_lite.load_adapter` reads the file, and so do
+    alpha and dropout of each adapted layer, by its path. `mindpet_lite.load_adapter` reads the file, and so do
     ``mindspore.load_checkpoint`` and ``load_param_into_net`` with an adapted net.
 
     Args:
@@ -39,7 +39,7 @@ class TrainableParamsCheckPoint(Callback):
         TypeError: `directory` is no path, `prefix` no string, `config` no CheckpointConfig.
         ValueError: `directory` or `prefix` is None or empty, or `prefix` holds a path separator; or `config` asks for
             encryption or files of another format. When the training begins: nothing in the network trains, or as
-            :func:`mindpet_lite.check_optimizer`.
+            `mindpet_lite.check_optimizer`.
     """
 
     def __init__(self, directory: str | os.PathLike[str], prefix: str = "DELTA_CKP",

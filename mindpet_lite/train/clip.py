@@ -12,7 +12,9 @@ _EACH = ops.HyperMap()
 def clip_global_norm(gradients: tuple[Tensor, ...], max_norm: float) -> tuple[tuple[Tensor, ...], Tensor]:
     r"""Scale gradients so that the norm of all of them together is at most `max_norm`.
 
-    .. math:: g_i \leftarrow g_i \frac{c}{\|g\|} \text{ where } \|g\| > c, \quad \|g\| = \sqrt{\sum_i \sum_j g_{ij}^2}
+    $$
+    g_i \leftarrow g_i \frac{c}{\|g\|} \text{ where } \|g\| > c, \quad \|g\| = \sqrt{\sum_i \sum_j g_{ij}^2}
+    $$
 
     with c = `max_norm`. Where the norm is not above it, the gradients come back bit for bit. Norm and product are
     computed in float32 whatever the gradients' type, so float16 neither overflows in the squares nor loses a small

@@ -21,7 +21,9 @@ from mindpet_lite.graph.tree import require_cell
 class DeltaEMA(nn.Cell):
     r"""Exponential moving averages of what an adapter holds: smoother weights to evaluate and to keep.
 
-    .. math:: \bar\theta_{n+1} = \bar\theta_n + (1 - d_n)(\theta - \bar\theta_n), \quad \bar\theta_0 = \theta_0
+    $$
+    \bar\theta_{n+1} = \bar\theta_n + (1 - d_n)(\theta - \bar\theta_n), \quad \bar\theta_0 = \theta_0
+    $$
 
     with d = `decay` for every update n = 0, 1, ..., or with `warm_up` d = min(`decay`, (1 + n) / (10 + n)), so that the
     first averages do not hang on to the start.
@@ -30,17 +32,18 @@ class DeltaEMA(nn.Cell):
     writes. The averages are float32, whatever the type of the deltas. Call the cell once after each step of the
     optimizer, alone or inside a training step; it updates in place, so a compiled graph needs no host for it.
 
-    >>> ema = DeltaEMA(net, decay=0.999)
-    >>> for batch in batches:
-    >>>     step(batch)
-    >>>     ema()
-    >>> with ema.applied():
-    >>>     evaluate(net)
-    >>> save_adapter(net, "out")
-    >>> ema.save("out")              # out/ema, which load_adapter(net, "out/ema") reads
-
     Source: Polyak and Juditsky, Acceleration of stochastic approximation by averaging, 1992, in its exponential form;
     the warm-up is that of TensorFlow's ExponentialMovingAverage.
+
+    Examples:
+        >>> ema = DeltaEMA(net, decay=0.999)
+        >>> for batch in batches:
+        >>>     step(batch)
+        >>>     ema()
+        >>> with ema.applied():
+        >>>     evaluate(net)
+        >>> save_adapter(net, "out")
+        >>> ema.save("out")              # out/ema, which load_adapter(net, "out/ema") reads
 
     Args:
         net: a net with adapted layers, frozen as it is to be trained.
@@ -95,7 +98,7 @@ class DeltaEMA(nn.Cell):
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write the averages as an adapter to ``<directory>/ema``, beside the one that `save_adapter` writes.
 
-        :func:`mindpet_lite.load_adapter` reads it like any other.
+        `mindpet_lite.load_adapter` reads it like any other.
 
         Args:
             directory: that of the adapter; made if missing.
@@ -104,7 +107,7 @@ class DeltaEMA(nn.Cell):
             The path of the averages.
 
         Raises:
-            ValueError, OSError: as :func:`mindpet_lite.save_adapter`.
+            ValueError, OSError: as `mindpet_lite.save_adapter`.
         """
         if not os.fspath(directory):
             raise ValueError("directory must name that of an adapter, but got an empty string.")

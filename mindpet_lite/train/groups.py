@@ -15,7 +15,9 @@ from mindpet_lite.graph.adapters import deltas
 def lora_plus_groups(net: nn.Cell, lr: Any, ratio: float) -> list[dict[str, Any]]:
     r"""Return parameter groups in which LoRA's B has the learning rate `ratio` · `lr`, and all else that trains `lr`.
 
-    .. math:: \eta_A = \eta, \quad \eta_B = \lambda \eta
+    $$
+    \eta_A = \eta, \quad \eta_B = \lambda \eta
+    $$
 
     B is what the deltas say is on the side of their output: LoRA's B and its bias, an embedding's B too. A, DoRA's
     magnitude and whatever trains beside the deltas keep `lr`.

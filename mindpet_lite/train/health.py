@@ -39,7 +39,7 @@ class HealthCallback(Callback):
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: a number is not positive. When the training begins: the network has no adapted layer, or as
-            :func:`mindpet_lite.check_optimizer`.
+            `mindpet_lite.check_optimizer`.
         FloatingPointError: in the training, for the reasons above; names the parameter by its path.
     """
 

@@ -23,15 +23,16 @@ class Interrupts:
     Ctrl-C. Inside the block a thread takes SIGINT back, at the latest when the compiler, which lets no thread run, is
     done.
 
-    >>> with Interrupts() as interrupts:
-    >>>     for rows in sampler:
-    >>>         step(*batch(rows))
-    >>>         if interrupts.number:
-    >>>             state.save()
-    >>>             break
-    >>> raise SystemExit(interrupts.exit_code)
-
     Use it in the main thread, which alone gets signals.
+
+    Examples:
+        >>> with Interrupts() as interrupts:
+        >>>     for rows in sampler:
+        >>>         step(*batch(rows))
+        >>>         if interrupts.number:
+        >>>             state.save()
+        >>>             break
+        >>> raise SystemExit(interrupts.exit_code)
 
     Attributes:
         number: the number of the signal that came, or 0.

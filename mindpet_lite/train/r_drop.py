@@ -1,7 +1,7 @@
 """R-Drop: Regularized Dropout for Neural Networks, Liang et al., 2021, https://arxiv.org/abs/2106.14448.
 
 Each sample goes through the net twice in one batch; dropout makes two distributions p1 and p2 of it, and the loss pulls
-them towards each other. Nothing is added to the net: :func:`rdrop_repeat` doubles the batch, :class:`RDropLoss` is the
+them towards each other. Nothing is added to the net: `rdrop_repeat` doubles the batch, `RDropLoss` is the
 loss.
 """
 from __future__ import annotations
@@ -90,10 +90,12 @@ def _divergence(log_p: Tensor) -> Tensor:
 class RDropLoss(nn.Cell):
     r"""Cross entropy of a doubled batch plus the distance of the two passes of each sample from each other.
 
-    Rows 2i and 2i + 1 of the batch are two dropout passes of sample i, as :func:`rdrop_repeat` lays them out:
+    Rows 2i and 2i + 1 of the batch are two dropout passes of sample i, as `rdrop_repeat` lays them out:
 
-    .. math:: L = \frac{1}{2n} \sum_{j=1}^{2n} -\ln p_j(y_j)
-              + \frac{\alpha}{4} \sum_{i=1}^{n} [KL(p_{i1} \| p_{i2}) + KL(p_{i2} \| p_{i1})]
+    $$
+    L = \frac{1}{2n} \sum_{j=1}^{2n} -\ln p_j(y_j)
+    + \frac{\alpha}{4} \sum_{i=1}^{n} [KL(p_{i1} \| p_{i2}) + KL(p_{i2} \| p_{i1})]
+    $$
 
     Source: Liang et al., https://arxiv.org/abs/2106.14448, section 2.1. A sample's loss is there the sum of its two
     negative log-likelihoods and of α times half the two divergences; half of its mean over the samples is this loss,

@@ -32,13 +32,14 @@ class Ranks(NamedTuple):
 def init_data_parallel() -> Ranks:
     """Join the processes of a job for data-parallel training; call it before the net is made.
 
-    Every process has the whole net and its share of each batch (see :class:`BatchSampler`); the gradients of what
-    trains, and nothing else, are averaged over the processes. :class:`GradientAccumulation` and MindSpore's own steps
+    Every process has the whole net and its share of each batch (see `BatchSampler`); the gradients of what
+    trains, and nothing else, are averaged over the processes. `GradientAccumulation` and MindSpore's own steps
     do that by themselves then. `get_pet_model` and `load_adapter` give all processes the values of rank 0.
 
-    >>> ranks = init_data_parallel()                       # msrun --worker_num=2 --local_worker_num=2 train.py
-    >>> sampler = BatchSampler(len(images), 16, rank=ranks.rank, ranks=ranks.size)
-    >>> step = GradientAccumulation(loss, optimizer, steps=1)
+    Examples:
+        >>> ranks = init_data_parallel()                       # msrun --worker_num=2 --local_worker_num=2 train.py
+        >>> sampler = BatchSampler(len(images), 16, rank=ranks.rank, ranks=ranks.size)
+        >>> step = GradientAccumulation(loss, optimizer, steps=1)
 
     Returns:
         The number of this process, and how many there are.

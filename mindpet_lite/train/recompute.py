@@ -37,7 +37,7 @@ def net_recompute(net: nn.Cell, pattern: str | Sequence[str]) -> list[str]:
 
     Of each such cell only its inputs are kept; what lies between is computed again when its gradients are due (Chen et
     al., 2016, arXiv:1604.06174). Name the repeated blocks of a net: ``r"blocks\.\d+"``. It may be called before or
-    after `get_pet_model` and the net's first call, in graph mode and PyNative; :func:`undo_recompute` takes it back.
+    after `get_pet_model` and the net's first call, in graph mode and PyNative; `undo_recompute` takes it back.
 
     Gradients stay those of the forward pass. What `nn.Dropout` gave, in the deltas and in the base, is kept and not
     drawn again: in a graph its output and its mask, in PyNative its mask. Other random operators (`ops.dropout`,

@@ -18,11 +18,12 @@ class BatchSampler:
     With several processes each gets its share of the same batch of `batch_size` x `ranks` rows: together they train
     on what one process with the batch size `batch_size` x `ranks` would.
 
-    >>> sampler = BatchSampler(len(images), batch_size=32, seed=0)
-    >>> for rows in sampler:
-    >>>     loss = step(Tensor(images[rows]))
-    >>>     if sampler.step == 1000:
-    >>>         break
+    Examples:
+        >>> sampler = BatchSampler(len(images), batch_size=32, seed=0)
+        >>> for rows in sampler:
+        >>>     loss = step(Tensor(images[rows]))
+        >>>     if sampler.step == 1000:
+        >>>         break
 
     Args:
         count: number of rows.

@@ -39,13 +39,14 @@ class TrainingState:
     Not in it are the masks of the next dropouts: the operator of a compiled graph keeps its generator to itself. A
     run with dropout goes on with other masks; `resume` says so.
 
-    >>> sampler = BatchSampler(len(images), batch_size=32, seed=0)
-    >>> state = TrainingState("run", net, step, sampler)
-    >>> state.resume()                        # 0 where there is no checkpoint yet
-    >>> for rows in sampler:
-    >>>     loss = step(Tensor(images[rows]))
-    >>>     if sampler.step % 100 == 0:
-    >>>         state.save()
+    Examples:
+        >>> sampler = BatchSampler(len(images), batch_size=32, seed=0)
+        >>> state = TrainingState("run", net, step, sampler)
+        >>> state.resume()                        # 0 where there is no checkpoint yet
+        >>> for rows in sampler:
+        >>>     loss = step(Tensor(images[rows]))
+        >>>     if sampler.step % 100 == 0:
+        >>>         state.save()
 
     Args:
         directory: where the checkpoints stand; made at the first save.

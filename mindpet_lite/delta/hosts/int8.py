@@ -43,7 +43,7 @@ class Int8Dense(Quantised):
     """A linear layer whose weight is `weight` (outputs, inputs) int8 times `weight_scale` (outputs,) float32.
 
     The scale is the largest size in a row over 127, so that an error is at most half of it. `weight_error` () is the
-    norm of all errors over the norm of the weight. See :class:`mindpet_lite.delta.hosts.quantised.Quantised`.
+    norm of all errors over the norm of the weight. See `mindpet_lite.delta.hosts.quantised.Quantised`.
 
     Inputs:
         - **x** (Tensor): `(*, in_channels)`.

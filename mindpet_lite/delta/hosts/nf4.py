@@ -59,7 +59,7 @@ class NF4Dense(Quantised):
     `weight` (blocks · 32,) uint8 holds two numbers to a byte, the first in the upper half; the weight is taken flat.
     A block of 64 has a scale, `weight_scale` (blocks,) uint8 times `weight_scale_scale` (blocks / 256,) plus
     `weight_scale_mean` (), the last two float32. `weight_error` () is the norm of all errors over the norm of the
-    weight. See :class:`mindpet_lite.delta.hosts.quantised.Quantised`.
+    weight. See `mindpet_lite.delta.hosts.quantised.Quantised`.
 
     Inputs:
         - **x** (Tensor): `(*, in_channels)`.

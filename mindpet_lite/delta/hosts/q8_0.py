@@ -32,7 +32,7 @@ class Q8Dense(Quantised):
     """A linear layer whose weight is `weight` (outputs, inputs) int8 times `weight_scale` (outputs, inputs / 32).
 
     The scales are float16, as GGUF's Q8_0 has them. `weight_error` () is the norm of all errors over the norm of the
-    weight. See :class:`mindpet_lite.delta.hosts.quantised.Quantised`.
+    weight. See `mindpet_lite.delta.hosts.quantised.Quantised`.
 
     Inputs:
         - **x** (Tensor): `(*, in_channels)`, which 32 divides.

@@ -41,9 +41,9 @@ class Quantised(RowsHost):
     """A frozen linear layer, of nn.Dense or mint.nn.Linear, whose weight is held in few bits.
 
     It stands where the plain layer stood, with its bias, activation and `to_float`. `weight` keeps its name and holds
-    codes; what else the numbers need is beside it, see :func:`mindpet_lite.formats.quantised.parts_of`. None of these
-    trains. The rule for types is that of :class:`mindpet_lite.LoRADense`, where the type of the weight is the one that
-    it had. Made by :func:`mindpet_lite.quantize_base`.
+    codes; what else the numbers need is beside it, see `mindpet_lite.formats.quantised.parts_of`. None of these
+    trains. The rule for types is that of `mindpet_lite.LoRADense`, where the type of the weight is the one that
+    it had. Made by `mindpet_lite.quantize_base`.
 
     A subclass gives `quantised_kind`, `base_names`, `make_product`, `product_of` and `weight_of`.
     """

@@ -46,7 +46,7 @@ _ROWS = RowsOf("lora", "mindpet_delta_lora_tokens", "trainable_token_indices")
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig(DeltaConfig, LoraSettings):
-    """Settings of LoRA, checked when made; the fields are those of :class:`LoRADense` and :class:`DeltaConfig`.
+    """Settings of LoRA, checked when made; the fields are those of `LoRADense` and `DeltaConfig`.
 
     They hold for every kind of layer that the targets name: nn.Dense, nn.Conv1d to nn.Conv3d and nn.Embedding, and
     mint.nn's Linear, Conv1d to Conv3d and Embedding. `lora_dropout` does not apply to embeddings, whose ids cannot be
@@ -57,14 +57,14 @@ class LoraConfig(DeltaConfig, LoraSettings):
             "orthogonal", "pissa", "pissa_niter_4" (with any number of iterations), "olora", "loftq", "eva" or "corda"
             (linear layers only). PiSSA, OLoRA and CorDA take what the factors start with out of the base's weight, and
             LoftQ quantises it. EVA and CorDA start like True, and begin with
-            :func:`mindpet_lite.initialize_from_data`.
+            `mindpet_lite.initialize_from_data`.
         residual_base: the base's weights are those that this start left already: nothing is taken out of them.
         eva_config: for "eva": rho, tau, use_label_mask, label_mask_value, whiten and adjust_scaling_factors, see
-            :class:`mindpet_lite.delta.lora.eva.EvaConfig`.
+            `mindpet_lite.delta.lora.eva.EvaConfig`.
         corda_config: for "corda": corda_method, "ipm" or "kpm"; see
-            :class:`mindpet_lite.delta.lora.corda.CordaConfig`.
+            `mindpet_lite.delta.lora.corda.CordaConfig`.
         loftq_config: for "loftq": loftq_bits, 4 or 8, and loftq_iter; see
-            :class:`mindpet_lite.delta.lora.loftq.LoftQConfig`.
+            `mindpet_lite.delta.lora.loftq.LoftQConfig`.
         rank_pattern: ranks by regular expression; the first that fits the end of a layer's path counts.
         alpha_pattern: alphas, likewise.
         bias: which biases of the base train too: "none", "all", or "lora_only", those of the adapted layers.
@@ -84,7 +84,7 @@ class LoraConfig(DeltaConfig, LoraSettings):
         target_parameter: the name of the Parameter for the one cell that these settings are made for.
 
     Raises:
-        TypeError, ValueError: as :class:`LoRADense`.
+        TypeError, ValueError: as `LoRADense`.
     """
 
     pet_type: ClassVar[str] = "lora"

@@ -22,12 +22,14 @@ from mindpet_lite.delta.lora.starting import HE_UNIFORM
 class LoRAConv(LowRank):
     r"""A convolution with a trainable low-rank update beside its frozen kernel: what all kinds share.
 
-    .. math:: y = W * x + b + \frac{\alpha}{r} B * (A * drop(x))
+    $$
+    y = W * x + b + \frac{\alpha}{r} B * (A * drop(x))
+    $$
 
     A is a convolution to `lora_rank` channels with the kernel size, stride, padding and dilation of the layer, B one
     of kernel size 1: `mindpet_delta_lora_a` (lora_rank, in_channels, *kernel) and `mindpet_delta_lora_b`
     (out_channels, lora_rank / group, 1, ...), as PEFT has them. With the scaling `scaling` (), see
-    :class:`LoRADense`, where the dtype rule stands too.
+    `LoRADense`, where the dtype rule stands too.
 
     With ``group > 1``, A sees all channels and B has the groups, as in PEFT: output group g is made of the g-th
     part of the `lora_rank` channels. An output then depends on every input channel, which no kernel of the grouped
@@ -48,7 +50,7 @@ class LoRAConv(LowRank):
             to its base.
         param_init_type (mindspore.dtype): type of A and B: float16, bfloat16 or float32.
         compute_dtype (mindspore.dtype | None): see the dtype rule.
-        use_rslora (bool), lora_bias (bool): as for :class:`LoRADense`.
+        use_rslora (bool), lora_bias (bool): as for `LoRADense`.
         **conv_kwargs: the other arguments of the plain layer.
 
     Inputs:
@@ -58,8 +60,8 @@ class LoRAConv(LowRank):
         Tensor of the plain layer's shape, and of the type that the dtype rule says.
 
     Raises:
-        TypeError: as :class:`LoRADense` and the plain layer.
-        ValueError: as :class:`LoRADense` and the plain layer; lora_rank is not divisible by the number of groups; the
+        TypeError: as `LoRADense` and the plain layer.
+        ValueError: as `LoRADense` and the plain layer; lora_rank is not divisible by the number of groups; the
             layout is not channels first.
     """
 
@@ -76,24 +78,24 @@ class LoRAConv(LowRank):
 
 
 class LoRAConv1d(LoRAConv, Conv1dHost):
-    """LoRA on `nn.Conv1d`; see :class:`LoRAConv`. `weight` is (out_channels, in_channels / group, 1, kernel_size)."""
+    """LoRA on `nn.Conv1d`; see `LoRAConv`. `weight` is (out_channels, in_channels / group, 1, kernel_size)."""
 
 
 class LoRAConv2d(LoRAConv, Conv2dHost):
-    """LoRA on `nn.Conv2d`; see :class:`LoRAConv`."""
+    """LoRA on `nn.Conv2d`; see `LoRAConv`."""
 
 
 class LoRAConv3d(LoRAConv, Conv3dHost):
-    """LoRA on `nn.Conv3d`; see :class:`LoRAConv`."""
+    """LoRA on `nn.Conv3d`; see `LoRAConv`."""
 
 
 class LoRAMintConv1d(LoRAConv, MintConv1dHost):
-    """LoRA on `mint.nn.Conv1d`; see :class:`LoRAConv`."""
+    """LoRA on `mint.nn.Conv1d`; see `LoRAConv`."""
 
 
 class LoRAMintConv2d(LoRAConv, MintConv2dHost):
-    """LoRA on `mint.nn.Conv2d`; see :class:`LoRAConv`."""
+    """LoRA on `mint.nn.Conv2d`; see `LoRAConv`."""
 
 
 class LoRAMintConv3d(LoRAConv, MintConv3dHost):
-    """LoRA on `mint.nn.Conv3d`; see :class:`LoRAConv`."""
+    """LoRA on `mint.nn.Conv3d`; see `LoRAConv`."""

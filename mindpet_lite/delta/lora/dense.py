@@ -20,12 +20,14 @@ from mindpet_lite.formats.starts import takes_from_base
 class LoRADense(LowRank, DenseHost):
     r"""A Dense layer with a trainable low-rank update beside its frozen weight.
 
-    .. math:: y = act(x W^T + b + \frac{\alpha}{r} drop(x) A^T B^T)
+    $$
+    y = act(x W^T + b + \frac{\alpha}{r} drop(x) A^T B^T)
+    $$
 
     `weight` (out_channels, in_channels) and `bias` (out_channels,) are where nn.Dense has them. The layer adds
     `mindpet_delta_lora_a` (lora_rank, in_channels) and `mindpet_delta_lora_b` (out_channels, lora_rank), and
     `scaling` (), a Parameter that is never trained: it holds strength · alpha / r, so that it can change in a
-    compiled graph (:func:`mindpet_lite.set_lora_scale`, :func:`mindpet_lite.adapters_disabled`).
+    compiled graph (`mindpet_lite.set_lora_scale`, `mindpet_lite.adapters_disabled`).
 
     Dtype rule: parameters keep their type. `to_float(t)` on the layer, or on a net around it, means what it means in
     MindSpore: the input counts as one of type t, and the output has type t. Without it the output has the type of the
@@ -49,7 +51,7 @@ class LoRADense(LowRank, DenseHost):
         compute_dtype (mindspore.dtype | None): see the dtype rule.
         **dense_kwargs: weight_init, bias_init, has_bias, activation and dtype of nn.Dense; and by keyword, False by
             default, use_rslora (scale by lora_alpha / √lora_rank) and lora_bias (B has a bias of its own): see
-            :class:`mindpet_lite.delta.lora.low_rank.LowRank`.
+            `mindpet_lite.delta.lora.low_rank.LowRank`.
 
     Inputs:
         - **x** (Tensor): `(*, in_channels)`, any number of leading axes, none included.

@@ -15,14 +15,16 @@ from mindpet_lite.delta.lora.settings import LoraSettings
 class LoRATable(LowRank):
     r"""A table of vectors with a trainable low-rank update beside it: what both kinds of embedding share.
 
-    .. math:: y_i = T_i + \frac{\alpha}{r} (B A)^T_i
+    $$
+    y_i = T_i + \frac{\alpha}{r} (B A)^T_i
+    $$
 
     `mindpet_delta_lora_embedding_a` (lora_rank, vocab_size) and `mindpet_delta_lora_embedding_b` (embedding_size,
-    lora_rank) are PEFT's lora_embedding_A and B; for `scaling` () see :class:`LoRADense`.
+    lora_rank) are PEFT's lora_embedding_A and B; for `scaling` () see `LoRADense`.
     As in PEFT, A starts from zeros and B from a normal distribution of deviation 1 (the other way round, B would learn
     through an A of the size 1/√vocab_size), and A's column at `padding_idx` gets no gradient.
 
-    Dtype rule: that of :class:`LoRADense` with the table for the weight. Ids have no float type, so the output has the
+    Dtype rule: that of `LoRADense` with the table for the weight. Ids have no float type, so the output has the
     type that `to_float()` set, else that of the table. (In graph mode MindSpore's `to_float()` does not reach into
     mint.nn.Embedding, and so it does nothing there when adapted either.)
 
@@ -40,7 +42,7 @@ class LoRATable(LowRank):
         lora_b_init (Tensor | str | Initializer | number): start of B. Default: normal with deviation 1.
         param_init_type (mindspore.dtype): type of A and B: float16, bfloat16 or float32.
         compute_dtype (mindspore.dtype | None): see the dtype rule.
-        use_rslora (bool): as for :class:`LoRADense`. (DoRA's norm is over the ids.)
+        use_rslora (bool): as for `LoRADense`. (DoRA's norm is over the ids.)
         **embedding_kwargs: the other arguments of the plain layer.
 
     Inputs:
@@ -50,8 +52,8 @@ class LoRATable(LowRank):
         Tensor of shape `ids.shape + (embedding_size,)`.
 
     Raises:
-        TypeError: as :class:`LoRADense` and the plain layer.
-        ValueError: as :class:`LoRADense` and the plain layer; lora_dropout is not 0.
+        TypeError: as `LoRADense` and the plain layer.
+        ValueError: as `LoRADense` and the plain layer; lora_dropout is not 0.
     """
 
     def __init__(self, vocab_size: int, embedding_size: int, lora_rank: int, lora_alpha: float,
@@ -70,11 +72,11 @@ class LoRATable(LowRank):
 
 
 class LoRAEmbedding(LoRATable, EmbeddingHost):
-    """LoRA on `nn.Embedding`; see :class:`LoRATable`. `embedding_table` is (vocab_size, embedding_size)."""
+    """LoRA on `nn.Embedding`; see `LoRATable`. `embedding_table` is (vocab_size, embedding_size)."""
 
 
 class LoRAMintEmbedding(LoRATable, MintEmbeddingHost):
-    """LoRA on `mint.nn.Embedding`; see :class:`LoRATable`. `weight` is (num_embeddings, embedding_dim).
+    """LoRA on `mint.nn.Embedding`; see `LoRATable`. `weight` is (num_embeddings, embedding_dim).
 
     Raises:
         ValueError: the layer has `max_norm`, which rewrites its rows whenever they are looked up, or

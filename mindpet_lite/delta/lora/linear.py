@@ -13,11 +13,13 @@ from mindpet_lite.delta.lora.starting import HE_UNIFORM
 
 
 class LoRALinear(LowRank, LinearHost):
-    r"""LoRA on `mint.nn.Linear`: :class:`LoRADense` without an activation, on the operator of that layer.
+    r"""LoRA on `mint.nn.Linear`: `LoRADense` without an activation, on the operator of that layer.
 
-    .. math:: y = x W^T + b + \frac{\alpha}{r} drop(x) A^T B^T
+    $$
+    y = x W^T + b + \frac{\alpha}{r} drop(x) A^T B^T
+    $$
 
-    Names, shapes, dtype rule and errors are those of :class:`LoRADense`, and so are the arguments from `lora_rank` on.
+    Names, shapes, dtype rule and errors are those of `LoRADense`, and so are the arguments from `lora_rank` on.
 
     Args:
         in_features (int): size of the last axis of the input.

@@ -23,7 +23,9 @@ _BASE = "mindpet_base"
 class LoRAParameter(Delta):
     r"""A user's cell of which one Parameter W has a trainable low-rank update: what all kinds share.
 
-    .. math:: W'_e = W_e + \frac{\alpha}{r} B_e A_e
+    $$
+    W'_e = W_e + \frac{\alpha}{r} B_e A_e
+    $$
 
     `construct` is the cell's own; what it reads as that Parameter is W'. W is a matrix (out, in), or a stack of
     matrices (experts, out, in), or (experts, in, out) where the cell has a true attribute `is_transposed`. As PEFT has
@@ -31,7 +33,7 @@ class LoRAParameter(Delta):
     lora_rank · experts), its columns by ranks. `scaling` () holds strength · alpha / r. W' is computed at every use,
     as large as W.
 
-    Made by :class:`mindpet_lite.LoraConfig` with `target_parameters`.
+    Made by `mindpet_lite.LoraConfig` with `target_parameters`.
 
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685; for stacks PEFT.
     """

@@ -38,7 +38,7 @@ def scale_of(alpha: float, rank: int, use_rslora: bool) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class LoraSettings:
-    """The settings of a LoRA layer, checked when made; see :class:`LoRADense`.
+    """The settings of a LoRA layer, checked when made; see `LoRADense`.
 
     Without `lora_a_init` and `lora_b_init` each kind of layer starts as its class does where it is built by hand.
     """

@@ -190,7 +190,7 @@ class PromptEncoderConfig(VirtualTokensConfig):
             has no dropout.
         inference_mode: no encoder: the rows themselves are what is kept, and what would train. So are those of a file.
 
-    Example:
+    Examples:
         >>> import mindspore as ms
         >>> import mindpet_lite as mp
         >>> from mindspore import nn

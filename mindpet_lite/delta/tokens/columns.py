@@ -44,7 +44,7 @@ class TokenColumns(WithRows):
 
 
 class TokenDense(TokenColumns, DenseHost):
-    """`nn.Dense` on the table of trained tokens; see :class:`TokenColumns`."""
+    """`nn.Dense` on the table of trained tokens; see `TokenColumns`."""
 
     @classmethod
     def after(cls, first: WithRows, plain: nn.Dense) -> TokenDense:
@@ -60,7 +60,7 @@ class TokenDense(TokenColumns, DenseHost):
 
 
 class TokenLinear(TokenColumns, LinearHost):
-    """`mint.nn.Linear` on the table of trained tokens; see :class:`TokenColumns`."""
+    """`mint.nn.Linear` on the table of trained tokens; see `TokenColumns`."""
 
     @classmethod
     def after(cls, first: WithRows, plain: mint.nn.Linear) -> TokenLinear:

@@ -25,7 +25,7 @@ class TokenTable(WithRows, Host):
     T_i + t (D_k - T_i), exact at 0 and 1.
 
     Where another layer has the same table as its weight (tied weights), that layer computes with the trained rows too:
-    :class:`TokenDense`, :class:`TokenLinear`, or this class again for another embedding.
+    `TokenDense`, `TokenLinear`, or this class again for another embedding.
 
     Source: PEFT, trainable tokens.
     """
@@ -147,11 +147,11 @@ class TokenTable(WithRows, Host):
 
 
 class TrainedTokens(TokenTable, EmbeddingHost):
-    """`nn.Embedding` with rows that train; see :class:`TokenTable`."""
+    """`nn.Embedding` with rows that train; see `TokenTable`."""
 
 
 class TrainedMintTokens(TokenTable, MintEmbeddingHost):
-    """`mint.nn.Embedding` with rows that train; see :class:`TokenTable`."""
+    """`mint.nn.Embedding` with rows that train; see `TokenTable`."""
 
     def _require_still_rows(self, tokens: Sequence[int]) -> None:
         for name, reason in (("max_norm", "rewrites rows whenever they are looked up"),

@@ -74,7 +74,8 @@ def write_plot(rows: list[dict[str, Any]], run: dict[str, Any], path: Path) -> l
     frozen = next((row["accuracy"] for row in rows if row["method"] == "frozen"), None)
     if frozen is not None:
         axes.axhline(frozen, color="#999999", linewidth=1, linestyle="--", zorder=1)
-    axes.margins(0.12, 0.12)
+    axes.set_xlim(min(x) / 4, max(x) * 4)
+    axes.margins(y=0.12)
     axes.set_xlabel("numbers that train, % of all (log)")
     axes.set_ylabel(f"accuracy on {run['test_count']:,} test sentences")
     axes.set_title(f"all-MiniLM-L6-v2, {LANGUAGES[run['lang']]}, {run['train_count']:,} sentences, "

@@ -125,7 +125,7 @@ def settings_of(arguments: argparse.Namespace) -> RunSettings:
     """
     choice_of(arguments.method)
     return RunSettings(
-        base=arguments.base or arguments.cache / "base",
+        base=(arguments.base or arguments.cache / "base").resolve(),
         data=arguments.data or arguments.cache / f"{arguments.lang}.tsv", out=arguments.out, method=arguments.method,
         lang=arguments.lang, labels=arguments.labels, targets=arguments.targets, rank=arguments.lora_rank,
         fields=dict(arguments.set), rate=arguments.lr, epochs=arguments.epochs, batch=arguments.batch,

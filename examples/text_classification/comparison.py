@@ -44,7 +44,7 @@ def line(row: dict[str, Any]) -> str:
     """A row of the table in Markdown."""
     spread = "" if row["spread"] is None else f" ± {row['spread']:.3f}"
     seconds, peak = row["step_seconds"], row["peak_bytes"]
-    step = "" if seconds is None else f"{1000 * seconds:.0f} ms{' (forward)' if row['method'] == 'frozen' else ''}"
+    step = "" if seconds is None else f"{1000 * seconds:.0f} ms"
     cells = (row["title"], f"{row['accuracy']:.3f}{spread}", len(row["accuracies"]), f"{100 * row['share']:.3f}%",
              f"{row['trained']:,}", f"{row['file_bytes'] / 1000:,.0f} kB", step,
              "" if peak is None else f"{peak / 1e6:,.0f} MB")

@@ -211,17 +211,14 @@ def train(net: Classifier, parts: Parts, settings: RunSettings, ranks: Ranks) ->
     return step_seconds(seconds, [length for length, _ in batches])
 
 
-def start_head(net: Classifier, parts: Parts, settings: RunSettings) -> float | None:
+def start_head(net: Classifier, parts: Parts, settings: RunSettings) -> None:
     """Gives the head its first values: fitted to the features as they are now, or from a file, or random ones.
-
-    Returns:
-        The seconds of a forward pass of a batch, where the head was fitted.
 
     Raises:
         UserError: The file is missing or has no head of this size.
     """
     if settings.head == "random":
-        return None
+        return
     head = {"weight": net.classifier.weight, "bias": net.classifier.bias}
     if settings.head != "fit":
         try:
@@ -230,13 +227,10 @@ def start_head(net: Classifier, parts: Parts, settings: RunSettings) -> float | 
                 item.set_data(Tensor(tensors[f"{HEAD}.{name}"]))
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise UserError(f"--head {settings.head} has no head of this classifier: {sentence(error)}") from error
-        return None
-    started = time.perf_counter()
+        return
     features = outputs(Features(net), parts.train_ids, parts.lengths, settings.batch)
-    seconds = (time.perf_counter() - started) / math.ceil(len(features) / settings.batch)
     for item, value in zip(head.values(), fit_head(features, parts.train.labels, len(settings.labels))):
         item.set_data(Tensor(value))
-    return seconds
 
 
 def save(net: Classifier, settings: RunSettings) -> int:
@@ -271,12 +265,11 @@ def whole_run(settings: RunSettings, ranks: Ranks | None = None) -> dict[str, An
     def measure() -> float:
         return accuracy(net, parts.test_ids, parts.test.labels, parts.lengths, EVALUATED)
 
-    seconds = start_head(net, parts, settings)
+    start_head(net, parts, settings)
     before = measure() if settings.before and settings.method != "frozen" else None
     if before is not None:
         say(ranks, f"accuracy before, of the {settings.head if settings.head in HEADS else 'given'} head: {before:.4f}")
-    if settings.method != "frozen":
-        seconds = train(net, parts, settings, ranks)
+    seconds = None if settings.method == "frozen" else train(net, parts, settings, ranks)
     after = measure()
     say(ranks, f"accuracy after: {after:.4f}")
     results = {"accuracy_before": before, "accuracy": after, "trained": trained, "total": total,

@@ -15,7 +15,7 @@ EXAMPLES += ["gguf>=0.17", "tokenizers>=0.20", "jinja2"]
 CLI = ["click>=8"]
 TEST = ["pytest", "pytest-xdist", "hypothesis", "safetensors"]
 # The tests that have PEFT and diffusers themselves read our files.
-INTEROP = ["torch==2.13.0", "peft==0.21.2", "diffusers==0.42.1"]
+INTEROP = ["torch==2.13.0", "peft==0.21.2", "diffusers==0.42.1", "bitsandbytes==0.50.2"]
 
 DOCS = ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27"]
 

@@ -19,8 +19,8 @@ NF4 = np.array([-1.0, -0.6961928009986877, -0.5250730514526367, -0.3949174880981
                 -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
                 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
                 0.7229568362236023, 1.0], np.float32)
-# Numbers that are computed at once: a weight's copy in float32 would double what it takes.
-_AT_ONCE = 1 << 22
+# Numbers that are computed at once: in parts of a few MB, which memory is found for again and again.
+_AT_ONCE = 1 << 19
 
 Tensors = dict[str, np.ndarray]
 

@@ -1,7 +1,10 @@
 """Hold the weights of linear layers in few bits, and take that back."""
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
+import gc
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
@@ -109,6 +112,10 @@ def quantize_base(net: nn.Cell, kind: str, targets: str | Sequence[str] = "all-l
     if problems:
         raise ValueError("quantize_base does not fit the net, which is unchanged:\n  " + listed(problems))
     replace(net, swaps)
+    chosen.clear()
+    swaps.clear()
+    cells.clear()
+    _give_back()
     return net
 
 
@@ -162,6 +169,15 @@ class _Quantised(_Wanted):
     def is_linear(cls, cell: nn.Cell) -> bool:
         """Tell whether ``"all-linear"`` means this cell."""
         return isinstance(cell, Quantised) and not isinstance(cell, Delta)
+
+
+def _give_back() -> None:
+    """Let go of the old weights, and give their memory back to the system."""
+    # Cells refer to each other in circles, so that they would stay until the collector's next turn.
+    gc.collect()
+    # What was freed between Parameters that stay would be kept by the process; only glibc has such a call.
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _names(targets: str | Sequence[str]) -> str | tuple[str, ...] | None:

@@ -23,6 +23,7 @@ class Int8Product(Product):
     def construct(self, h: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         """Return h Wᵀ."""
         codes = self.depend(codes, h)
+        scale = self.depend(scale, h)
         if h.dtype == mindspore.float16:
             # Sums of codes up to 127 could be more than float16 holds.
             return self.matmul(h, self.weight(codes, scale, h.dtype))
@@ -31,11 +32,11 @@ class Int8Product(Product):
 
     def bprop(self, h: Tensor, codes: Tensor, scale: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
         """Return the gradient by h; codes and scales have none."""
-        codes_again = self.depend(codes, dout)
+        codes_again, scale_again = self.depend(codes, dout), self.depend(scale, dout)
         if dout.dtype == mindspore.float16:
-            found = self.turned(dout, self.weight(codes_again, scale, dout.dtype))
+            found = self.turned(dout, self.weight(codes_again, scale_again, dout.dtype))
         else:
-            found = self.turned(dout * self.scales(scale, dout), ops.cast(codes_again, dout.dtype))
+            found = self.turned(dout * self.scales(scale_again, dout), ops.cast(codes_again, dout.dtype))
         return found, ops.zeros_like(codes), ops.zeros_like(scale)
 
 
@@ -63,11 +64,11 @@ class Int8Dense(Quantised):
 
     def product_of(self, h: Tensor) -> Tensor:
         """Return h Wᵀ."""
-        return self.quantised_product(h, self.weight, self.weight_scale)
+        return self.quantised_product[0](h, self.weight, self.weight_scale)
 
     def weight_of(self) -> Tensor:
         """Return W in float32."""
-        return self.quantised_product.weight(self.weight, self.weight_scale, mindspore.float32)
+        return self.quantised_product[0].weight(self.weight, self.weight_scale, mindspore.float32)
 
 
 Int8Dense.plain_type = Int8Dense

@@ -30,7 +30,8 @@ class NF4Product(Product):
         if groups * SCALE_BLOCK != blocks:
             each = each[:blocks]
         numbers = self.gather(self.dynamic, ops.cast(scale, mindspore.int32), 0)
-        return ops.reshape(numbers * each + mean, (-1, 1))
+        means = self.tile(ops.reshape(mean, (1,)), (blocks,))
+        return ops.reshape(numbers * each + means, (-1, 1))
 
     def weight(self, codes: Tensor, scale: Tensor, scale_scale: Tensor, mean: Tensor, dtype: mindspore.dtype) -> Tensor:
         """Return W."""
@@ -43,12 +44,15 @@ class NF4Product(Product):
 
     def construct(self, h: Tensor, codes: Tensor, scale: Tensor, scale_scale: Tensor, mean: Tensor) -> Tensor:
         """Return h Wᵀ."""
-        return self.matmul(h, self.weight(self.depend(codes, h), self.depend(scale, h), scale_scale, mean, h.dtype))
+        weight = self.weight(self.depend(codes, h), self.depend(scale, h), self.depend(scale_scale, h),
+                             self.depend(mean, h), h.dtype)
+        return self.matmul(h, weight)
 
     def bprop(self, h: Tensor, codes: Tensor, scale: Tensor, scale_scale: Tensor, mean: Tensor, out: Tensor,
               dout: Tensor) -> tuple[Tensor, ...]:
         """Return the gradient by h; what the weight is made of has none."""
-        weight = self.weight(self.depend(codes, dout), self.depend(scale, dout), scale_scale, mean, dout.dtype)
+        weight = self.weight(self.depend(codes, dout), self.depend(scale, dout), self.depend(scale_scale, dout),
+                             self.depend(mean, dout), dout.dtype)
         return (self.turned(dout, weight), ops.zeros_like(codes), ops.zeros_like(scale), ops.zeros_like(scale_scale),
                 ops.zeros_like(mean))
 
@@ -79,12 +83,12 @@ class NF4Dense(Quantised):
 
     def product_of(self, h: Tensor) -> Tensor:
         """Return h Wᵀ."""
-        return self.quantised_product(h, self.weight, self.weight_scale, self.weight_scale_scale,
+        return self.quantised_product[0](h, self.weight, self.weight_scale, self.weight_scale_scale,
                                       self.weight_scale_mean)
 
     def weight_of(self) -> Tensor:
         """Return W in float32."""
-        return self.quantised_product.weight(self.weight, self.weight_scale, self.weight_scale_scale,
+        return self.quantised_product[0].weight(self.weight, self.weight_scale, self.weight_scale_scale,
                                              self.weight_scale_mean, mindspore.float32)
 
 

@@ -20,11 +20,11 @@ class Q8Product(Product):
 
     def construct(self, h: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         """Return h Wᵀ."""
-        return self.matmul(h, self.weight(self.depend(codes, h), scale, h.dtype))
+        return self.matmul(h, self.weight(self.depend(codes, h), self.depend(scale, h), h.dtype))
 
     def bprop(self, h: Tensor, codes: Tensor, scale: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
         """Return the gradient by h; codes and scales have none."""
-        found = self.turned(dout, self.weight(self.depend(codes, dout), scale, dout.dtype))
+        found = self.turned(dout, self.weight(self.depend(codes, dout), self.depend(scale, dout), dout.dtype))
         return found, ops.zeros_like(codes), ops.zeros_like(scale)
 
 
@@ -52,11 +52,11 @@ class Q8Dense(Quantised):
 
     def product_of(self, h: Tensor) -> Tensor:
         """Return h Wᵀ."""
-        return self.quantised_product(h, self.weight, self.weight_scale)
+        return self.quantised_product[0](h, self.weight, self.weight_scale)
 
     def weight_of(self) -> Tensor:
         """Return W in float32."""
-        return self.quantised_product.weight(self.weight, self.weight_scale, mindspore.float32)
+        return self.quantised_product[0].weight(self.weight, self.weight_scale, mindspore.float32)
 
 
 Q8Dense.plain_type = Q8Dense

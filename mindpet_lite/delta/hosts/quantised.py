@@ -7,6 +7,7 @@ which CPU's kernels keep 16 bytes for each number (the `Tile` primitive gives eq
 """
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar, TypeVar
 
 import mindspore
@@ -37,6 +38,16 @@ class Product(nn.Cell):
         self.tile, self.depend = ops.Tile(), ops.Depend()
 
 
+@functools.cache
+def _product(kind: Any, shape: tuple[int, int]) -> Product:
+    """Return the cell that multiplies with a weight of this shape: one for all layers.
+
+    The compiler reads it once then, which saves a few MB for each layer.
+    """
+    product: Product = kind.make_product(shape)
+    return product
+
+
 class Quantised(RowsHost):
     """A frozen linear layer, of nn.Dense or mint.nn.Linear, whose weight is held in few bits.
 
@@ -55,7 +66,8 @@ class Quantised(RowsHost):
     # The type that the weight had, and the kind of the plain layer.
     weight_type: mindspore.dtype
     origin: type[Host]
-    quantised_product: Product
+    # In a tuple, so that it is no child: it is that of other layers too, in which flags of this one mean nothing.
+    quantised_product: tuple[Product]
     # The Parameter of a dense layer that a merge puts in this one's place; in a tuple, so that it is none of its own.
     _full: tuple[Parameter, ...] = ()
 
@@ -85,7 +97,8 @@ class Quantised(RowsHost):
         layer.has_bias = plain.bias is not None
         layer.activation_flag = getattr(plain, "activation_flag", False)
         layer.activation = getattr(plain, "activation", None)
-        layer.weight_type, layer.origin, layer.quantised_product = weight.dtype, origin, cls.make_product(shape)
+        kind: Any = cls
+        layer.weight_type, layer.origin, layer.quantised_product = weight.dtype, origin, (_product(kind, shape),)
         for name in cls.base_names:
             if name != "bias":
                 own = frozen_parameter(Tensor(values[name]), weight.name if name == "weight" else prefix + name)

@@ -12,8 +12,9 @@ demo: $(VENV)/installed
 demo-text: $(VENV)/smollm2
 	$(BIN)/python examples/causal_lm/demo.py --overwrite
 
+# Each worker runs whole files, whose tests share what they compile.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # PEFT and diffusers themselves read what we write. Where pip would take PyTorch's CUDA build, install its CPU build first.
 interop: $(VENV)/interop

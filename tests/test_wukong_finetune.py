@@ -328,11 +328,11 @@ def killed_after(place: Path, out: str, steps: int, number: int, *flags: str) ->
 
 
 def test_a_run_that_is_killed_ends_with_the_same_bytes(place):
-    flags = ["--steps", "200", "--save-every", "4", "--ema-decay", "0.9", "--gradient-accumulation", "2",
+    flags = ["--steps", "60", "--save-every", "4", "--ema-decay", "0.9", "--gradient-accumulation", "2",
              "--random-flip", "--data", str(place / "alone" / "train")]
     whole = started(place, "whole", *flags)
     killed = killed_after(place, "killed", 6, signal.SIGKILL, *flags)
-    assert killed[0] == -signal.SIGKILL and 6 <= len(lines_of(place, "killed")) < 200
+    assert killed[0] == -signal.SIGKILL and 6 <= len(lines_of(place, "killed")) < 60
     code, said = killed_after(place, "killed", 6, signal.SIGINT, *flags, "--resume")
     assert code == 130 and "--resume goes on from it" in said
     process = started(place, "killed", *flags, "--resume")
@@ -342,7 +342,7 @@ def test_a_run_that_is_killed_ends_with_the_same_bytes(place):
     kept = [(row["step"], row["loss"], row["rate"], row["norm"]) for row in lines_of(place, "whole")]
     assert kept == [(row["step"], row["loss"], row["rate"], row["norm"]) for row in lines_of(place, "killed")]
     assert sorted(path.name for path in (place / "killed" / "checkpoints").iterdir()) == [
-        "checkpoint-196", "checkpoint-200"]
+        "checkpoint-56", "checkpoint-60"]
     code = finetune.main(run_of(place, "killed", *flags, "--resume", "--lr", "0.5"))
     assert code == 2
     assert finetune.main(run_of(place, "killed", "--overwrite")) == 0

@@ -18,8 +18,8 @@ if not os.environ.get("MINDPET_LITE_TESTS_ASYNCHRONOUS"):
     ms.runtime.launch_blocking()
 
 
-# Files that take minutes, the longest first: with several workers, each of which runs whole files, none is left with one
-# of these at the end.
+# Files that take minutes, the longest first: of several workers, each of which runs whole files, none is left with
+# one of these at the end.
 LONG = ("test_wukong_finetune", "test_wukong_models", "test_methods", "test_several", "test_adalora", "test_laws",
         "test_peft_numbers", "test_causal_lm_finetune", "test_causal_lm_parallel", "test_text_classification",
         "test_quantised", "test_asynchronous", "test_split", "test_train_ranks", "test_wukong_base", "test_docs")

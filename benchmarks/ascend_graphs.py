@@ -14,8 +14,9 @@ import numpy as np
 from llama import Llama, Sizes
 from mindspore import Tensor, mint, nn, ops
 
-from mindpet_lite import DeltaEMA, GradientAccumulation, get_pet_model, net_recompute
+from mindpet_lite import DeltaEMA, GradientAccumulation, get_pet_model, net_recompute, quantize_base
 from mindpet_lite.delta import METHODS, RDropLoss, rdrop_repeat
+from mindpet_lite.delta.hosts import QUANTISED
 from mindpet_lite.delta.hosts.transposed import Conv1D
 
 WUKONG = Path(__file__).resolve().parents[1] / "examples" / "wukong"
@@ -160,6 +161,10 @@ def layer_graphs(dtype: ms.Type) -> Iterator[Graph]:
     def dense() -> nn.Cell:
         return nn.Dense(6, 4, dtype=dtype)
 
+    def quantised(bits: str) -> nn.Cell:
+        # For nf4 more than one block, the last of which is not full.
+        return quantize_base(nn.SequentialCell(nn.Dense(32, 5, dtype=dtype)), bits)[0]
+
     def conv1d() -> nn.Cell:
         layer = Conv1D(4, 6)
         for item in layer.get_parameters():
@@ -190,6 +195,9 @@ def layer_graphs(dtype: ms.Type) -> Iterator[Graph]:
     yield graph("HiRA", lambda: [dense()], x, method="hira", r=2, hira_dropout=0.1)
     yield graph("HRA", lambda: [dense()], x, method="hra", r=2, apply_GS=True)
     yield graph("LoRA on GPT-2's Conv1D", lambda: [conv1d()], x, **lora)
+    rows = numbers(2, 3, 32, dtype=dtype)
+    for bits in QUANTISED:
+        yield graph(f"LoRA on {bits}", lambda bits=bits: [quantised(bits)], rows, **lora)
 
 
 def other_graphs() -> Iterator[Graph]:

@@ -28,7 +28,7 @@ def folders() -> None:
     write_adapter(Path("adapter"), lora(linear(tensors)))
 
 
-@pytest.mark.parametrize("command", ["inspect", "convert", "merge", "extract"])
+@pytest.mark.parametrize("command", ["inspect", "convert", "merge", "extract", "quantize"])
 def test_help_shows_an_example(command, capfd):
     assert main([command, "--help"]) == 0
     assert f":\n    mindpet-lite {command} " in capfd.readouterr().out

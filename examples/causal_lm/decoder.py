@@ -12,6 +12,8 @@ import operators
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
+LARGEST_BATCH = 4096
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -78,28 +80,24 @@ class Attention(nn.Cell):
         self.v_proj = dense(width, self.groups * self.d, sizes.qkv_bias)
         self.o_proj = dense(self.heads * self.d, width, sizes.o_bias)
         self.rotate = operators.Rotate()
+        self.query_heads, self.key_heads = operators.by_head(self.heads, self.d), operators.by_head(self.groups, self.d)
         self.attend = operators.attend(self.heads, self.groups)
 
-    def by_head(self, x: Tensor, batch: int, heads: int) -> Tensor:
-        """Rows to (batch, heads, length, d)."""
-        return x.reshape(batch, -1, heads, self.d).transpose(0, 2, 1, 3)
-
-    def project(self, x: Tensor, cos_q: Tensor, sin_q: Tensor, cos_k: Tensor, sin_k: Tensor
-                ) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, shared: tuple) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values by head; queries and keys turned to their positions, queries scaled."""
+        cos_q, sin_q, cos_k, sin_k, _, queries, keys = shared
         batch = cos_q.shape[0]
-        query = self.rotate(self.by_head(self.q_proj(x), batch, self.heads), cos_q, sin_q)
-        key = self.rotate(self.by_head(self.k_proj(x), batch, self.groups), cos_k, sin_k)
-        return query, key, self.by_head(self.v_proj(x), batch, self.groups)
+        query = self.rotate(self.query_heads.split(self.q_proj(x), batch, queries), cos_q, sin_q)
+        key = self.rotate(self.key_heads.split(self.k_proj(x), batch, keys), cos_k, sin_k)
+        return query, key, self.key_heads.split(self.v_proj(x), batch, keys)
 
-    def mixed(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    def mixed(self, query: Tensor, key: Tensor, value: Tensor, shared: tuple) -> Tensor:
         """The output's rows."""
-        y = self.attend(query, key, value, mask)
-        return self.o_proj(y.transpose(0, 2, 1, 3).reshape(-1, self.heads * self.d))
+        return self.o_proj(self.query_heads.join(self.attend(query, key, value, shared[4]), shared[5]))
 
-    def construct(self, x: Tensor, cos_q: Tensor, sin_q: Tensor, cos_k: Tensor, sin_k: Tensor, mask: Tensor) -> Tensor:
-        query, key, value = self.project(x, cos_q, sin_q, cos_k, sin_k)
-        return self.mixed(query, key, value, mask)
+    def construct(self, x: Tensor, shared: tuple) -> Tensor:
+        query, key, value = self.project(x, shared)
+        return self.mixed(query, key, value, shared)
 
 
 class MLP(nn.Cell):
@@ -126,8 +124,8 @@ class Layer(nn.Cell):
         self.post_attention_layernorm = RMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
         self.mlp = MLP(sizes)
 
-    def construct(self, x: Tensor, cos_q: Tensor, sin_q: Tensor, cos_k: Tensor, sin_k: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos_q, sin_q, cos_k, sin_k, mask)
+    def construct(self, x: Tensor, shared: tuple) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), shared)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -140,9 +138,11 @@ class Model(nn.Cell):
         self.embed_tokens = nn.Embedding(sizes.vocab_size, sizes.hidden_size, embedding_table="zeros")
         self.layers = nn.CellList([Layer(sizes) for _ in range(sizes.num_hidden_layers)])
         self.norm = RMSNorm(sizes.hidden_size, sizes.rms_norm_eps)
+        self.query_heads, self.key_heads = operators.by_head(self.heads, self.d), operators.by_head(self.groups, self.d)
         self.attend = operators.attend(self.heads, self.groups)
         self.cos, self.sin = map(Tensor, rotation(sizes))
         self.places = Tensor(np.arange(sizes.context, dtype=np.float32))
+        self.numbers = Tensor(np.arange(max(sizes.context, LARGEST_BATCH, self.heads), dtype=np.int32))
 
     def tables(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What turns queries and keys at positions (batch or 1, 1, length, d), for all layers; queries are scaled."""
@@ -152,21 +152,25 @@ class Model(nn.Cell):
         return (ops.broadcast_to(cos * scale, query), ops.broadcast_to(sin * scale, query),
                 ops.broadcast_to(cos, key), ops.broadcast_to(sin, key))
 
-    def whole(self, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Tables and mask for sequences from position 0 on; position i sees those up to i."""
+    def whole(self, batch: int, length: int) -> tuple:
+        """What all layers share for texts from position 0 on: tables, the mask, the orders of heads.
+
+        Position i sees those up to i.
+        """
         cos = ops.broadcast_to(self.cos[:length].reshape(1, 1, length, self.d), (batch, 1, length, self.d))
         sin = ops.broadcast_to(self.sin[:length].reshape(1, 1, length, self.d), (batch, 1, length, self.d))
         places = self.places[:length]
         allowed = (places.reshape(length, 1) >= places.reshape(1, length)).astype(ms.float32)
         mask = self.attend.mask(ops.broadcast_to(allowed.reshape(1, length, length), (batch, length, length)))
-        return (*self.tables(cos, sin), mask)
+        return (*self.tables(cos, sin), mask, self.query_heads.orders(self.numbers, batch, length),
+                self.key_heads.orders(self.numbers, batch, length))
 
     def construct(self, ids: Tensor) -> Tensor:
         batch, length = ids.shape
-        cos_q, sin_q, cos_k, sin_k, mask = self.whole(batch, length)
+        shared = self.whole(batch, length)
         x = self.embed_tokens(ids.reshape(-1))
         for layer in self.layers:
-            x = layer(x, cos_q, sin_q, cos_k, sin_k, mask)
+            x = layer(x, shared)
         return self.norm(x)
 
 

@@ -61,13 +61,13 @@ class Prompts(nn.Cell):
 
     def construct(self, ids: Tensor, last: Tensor) -> Tensor:
         cached, model = self.cached, self.cached.net.model
-        cos_q, sin_q, cos_k, sin_k, mask = model.whole(cached.batch, self.length)
+        shared = model.whole(cached.batch, self.length)
         places = (cached.starts + cached.steps[:, :, :self.length]).reshape(-1)
         x = model.embed_tokens(ids.reshape(-1))
         for i, layer in enumerate(model.layers):
-            query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos_q, sin_q, cos_k, sin_k)
+            query, key, value = layer.self_attn.project(layer.input_layernorm(x), shared)
             key = ops.depend(key, cached.stored(i, places, key, value))
-            x = x + layer.self_attn.mixed(query, key, value, mask)
+            x = x + layer.self_attn.mixed(query, key, value, shared)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         return cached.net.head(model.norm(ops.gather(x, last, 0)))
 
@@ -89,15 +89,16 @@ class NextToken(nn.Cell):
         allowed = (cached.places <= positions.astype(ms.float32).reshape(by_text)).astype(ms.float32)
         mask = model.attend.mask(allowed)
         turned = (cached.batch, 1, 1, cached.d)
-        cos_q, sin_q, cos_k, sin_k = model.tables(ops.gather(model.cos, positions, 0).reshape(turned),
-                                                  ops.gather(model.sin, positions, 0).reshape(turned))
+        tables = model.tables(ops.gather(model.cos, positions, 0).reshape(turned),
+                              ops.gather(model.sin, positions, 0).reshape(turned))
+        shared = (*tables, mask, (), ())
         places = (cached.starts + positions.reshape(by_text)).reshape(-1)
         x = model.embed_tokens(ids)
         for i, layer in enumerate(model.layers):
             attention: Attention = layer.self_attn
-            query, key, value = attention.project(layer.input_layernorm(x), cos_q, sin_q, cos_k, sin_k)
+            query, key, value = attention.project(layer.input_layernorm(x), shared)
             keys, values = cached.stored(i, places, key, value)
-            x = x + attention.mixed(query, keys, values, mask)
+            x = x + attention.mixed(query, keys, values, shared)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         return cached.net.head(model.norm(x))
 

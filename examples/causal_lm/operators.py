@@ -104,6 +104,70 @@ class Rotate(nn.Cell):
         return self.turned(dout, cos, -sin), ops.zeros_like(cos), ops.zeros_like(sin)
 
 
+class Heads(nn.Cell):
+    """Rows (batch * length, heads * d) to (batch, heads, length, d) and back, as rows of width d in another order.
+
+    A transposition does the same, but on CPU keeps 8 bytes for each element as long as the graph lives.
+    """
+
+    def __init__(self, heads: int, d: int) -> None:
+        super().__init__()
+        self.heads, self.d = heads, d
+        self.rearrange = Rearrange()
+
+    def orders(self, numbers: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
+        """Where each row comes from, there and back; numbers are 0, 1, 2, ..."""
+        heads = self.heads
+        text, place, part = numbers[:batch], numbers[:length], numbers[:heads]
+        there = ops.broadcast_to(text.reshape(batch, 1, 1) * (length * heads), (batch, heads, length)) \
+            + place.reshape(1, 1, length) * heads + part.reshape(1, heads, 1)
+        back = ops.broadcast_to(text.reshape(batch, 1, 1) * (length * heads), (batch, length, heads)) \
+            + place.reshape(1, length, 1) + part.reshape(1, 1, heads) * length
+        return there.reshape(-1), back.reshape(-1)
+
+    def split(self, x: Tensor, batch: int, orders: tuple[Tensor, Tensor]) -> Tensor:
+        """To heads. A text of one token needs no other order."""
+        rows = x.reshape(-1, self.d)
+        if x.shape[0] != batch:
+            rows = self.rearrange(rows, orders[0], orders[1])
+        return rows.reshape(batch, self.heads, -1, self.d)
+
+    def join(self, x: Tensor, orders: tuple[Tensor, Tensor]) -> Tensor:
+        """Back to rows."""
+        rows = x.reshape(-1, self.d)
+        if x.shape[2] != 1:
+            rows = self.rearrange(rows, orders[1], orders[0])
+        return rows.reshape(-1, self.heads * self.d)
+
+
+class Rearrange(nn.Cell):
+    """Rows of x in another order, with the order back for the gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gather = ops.Gather()
+
+    def construct(self, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
+        return self.gather(x, there, 0)
+
+    def bprop(self, x: Tensor, there: Tensor, back: Tensor, out: Tensor, dout: Tensor
+              ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.gather(dout, back, 0), ops.zeros_like(there), ops.zeros_like(back)
+
+
+class TransposedHeads(Heads):
+    """The same by transposition, for Ascend."""
+
+    def orders(self, numbers: Tensor, batch: int, length: int) -> tuple:
+        return ()
+
+    def split(self, x: Tensor, batch: int, orders: tuple) -> Tensor:
+        return x.reshape(batch, -1, self.heads, self.d).transpose(0, 2, 1, 3)
+
+    def join(self, x: Tensor, orders: tuple) -> Tensor:
+        return x.transpose(0, 2, 1, 3).reshape(-1, self.heads * self.d)
+
+
 class SoftmaxRows(nn.Cell):
     """Softmax over the last axis, with the gradient y dout - y sum(y dout)."""
 
@@ -195,6 +259,11 @@ def rms_norm(eps: float) -> nn.Cell:
 def swiglu() -> nn.Cell:
     """The gate for this device."""
     return FusedSwiGLU() if fused() else SwiGLURows()
+
+
+def by_head(heads: int, d: int) -> nn.Cell:
+    """What tells the heads apart, for this device."""
+    return TransposedHeads(heads, d) if fused() else Heads(heads, d)
 
 
 def attend(heads: int, groups: int) -> nn.Cell:

@@ -234,6 +234,11 @@ def test_dora_and_several_adapters_stand_on_quantised_layers(mode):
     assert np.array_equal(net(x).asnumpy(), before)
 
 
+def test_bitfit_trains_the_bias_of_a_quantised_layer(pynative_mode):
+    net = mp.get_pet_model(filled("int8"), mp.BitFitConfig())
+    assert [item.name for item in net.trainable_params()] == ["up.bias"]
+
+
 class Tied(nn.Cell):
     """An embedding and a head with one weight, and a layer that holds another's."""
 

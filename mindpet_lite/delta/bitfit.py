@@ -16,6 +16,7 @@ from mindspore import Parameter, nn
 
 from mindpet_lite.delta.base import Delta, DeltaConfig, type_refusal
 from mindpet_lite.delta.selection import Selection
+from mindpet_lite.delta.values import FrozenParameter
 
 
 class TrainedBias(Selection):
@@ -52,7 +53,9 @@ class BitFitConfig(DeltaConfig):
         """Return why `cell` has nothing for BitFit to train, or None."""
         if not _biases(cell):
             return f"{type(cell).__name__} has no bias."
-        return next(filter(None, (type_refusal(item, "BitFit") for item in cell.get_parameters(expand=False))), None)
+        # What never trains, as the codes of a quantised layer, may be of any type.
+        return next(filter(None, (type_refusal(item, "BitFit") for item in cell.get_parameters(expand=False)
+                                  if not isinstance(item, FrozenParameter))), None)
 
     def adapt(self, cell: nn.Cell) -> TrainedBias:
         """Return the view of the layer's biases."""

@@ -130,6 +130,7 @@ def test_arrows_point_one_way():
             methods = {item for item in own if item.startswith("mindpet_lite.delta.")} - {
                 "mindpet_lite.delta.base", "mindpet_lite.delta.parts", "mindpet_lite.delta.values",
                 "mindpet_lite.delta.dropout", "mindpet_lite.delta.source", "mindpet_lite.delta.data_start",
+                # The kinds of layers are no methods.
                 "mindpet_lite.delta.hosts", "mindpet_lite.delta.hosts.split"}
             assert not methods, f"{name} imports a method's file: {methods}"
             assert "mindpet_lite" not in own and "mindpet_lite.cli" not in own, name

@@ -9,12 +9,11 @@ from mindspore import dtype as mstype
 
 from mindpet_lite.arguments import some_of, warn_user
 from mindpet_lite.delta.base import Delta
-from mindpet_lite.delta.hosts import Host
 from mindpet_lite.delta.values import set_value
 from mindpet_lite.formats.problems import listed
 from mindpet_lite.graph.adapters import adapters_of, bring_up_to_date, deltas, deltas_in, select
 from mindpet_lite.graph.base_hash import parameter_hash
-from mindpet_lite.graph.quantise import quantised_in, tell_of_merge
+from mindpet_lite.graph.quantise import let_go, quantised_in, tell_of_merge
 from mindpet_lite.graph.saved_parameter import copy_of
 from mindpet_lite.graph.strength import adapters_are_disabled
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, replace
@@ -149,8 +148,7 @@ def unmerge(net: nn.Cell) -> nn.Cell:
             parameter.requires_grad = True
         delattr(cell, _KEPT)
         select(kept.cell, kept.selected)
-        if isinstance(kept.cell, Host):
-            kept.cell.unmerged()
+        let_go(kept.cell)
         _hand_over(cell, kept.cell)
     net = _swap(net, {cell: kept.cell for cell, kept in merged.items()})
     bring_up_to_date(deltas_in(cells_by_path(net)))

@@ -6,7 +6,6 @@ import ctypes
 import dataclasses
 import gc
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
 
 import numpy as np
 from mindspore import Parameter, nn
@@ -105,8 +104,7 @@ def quantize_base(net: nn.Cell, kind: str, targets: str | Sequence[str] = "all-l
     swaps: dict[nn.Cell, nn.Cell] = {}
     for path, cell in chosen.items() if not problems else ():
         try:
-            # Only cells of a kind of host are among the chosen ones.
-            swaps[cell] = QUANTISED[kind].of(cell, cast("type[Host]", host_of(cell)))
+            swaps[cell] = QUANTISED[kind].of(cell, next(host for host in _PLAIN if host.matches(cell)))
         except ValueError as error:
             problems.append(f"{path}: {error}")
     if problems:
@@ -221,6 +219,12 @@ def _is_finite(weight: Parameter) -> bool:
 def quantised_in(cells: Mapping[str, nn.Cell]) -> dict[str, Quantised]:
     """Return the quantised layers of a net of these cells, adapted or not, by path."""
     return {path: cell for path, cell in cells.items() if isinstance(cell, Quantised)}
+
+
+def let_go(cell: nn.Cell) -> None:
+    """Let a quantised layer that takes its place again after a merge let go of the merged weight."""
+    if isinstance(cell, Quantised):
+        cell.let_go()
 
 
 def described(layers: Mapping[str, Quantised]) -> str:

@@ -281,9 +281,6 @@ class Host(TypedCell):
         """Return the layer that stands here after a merge, given the plain one."""
         return plain
 
-    def unmerged(self) -> None:
-        """Hear that the layer stands here again after a merge."""
-
     def base_numbers(self) -> dict[str, np.ndarray]:
         """Return the weight as `weight_numbers` does and, where there is one, the bias."""
         bias = getattr(self, "bias", None)

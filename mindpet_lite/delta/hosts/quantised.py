@@ -172,8 +172,8 @@ class Quantised(RowsHost):
         """Return that plain layer; `plain` where nothing was merged into a weight."""
         return self.full(self._full[0]) if self._full else plain
 
-    def unmerged(self) -> None:
-        """Let go of the merged weight."""
+    def let_go(self) -> None:
+        """Let go of the merged weight, where the layer stands here again."""
         self._full = ()
 
     # What a kind is made of.

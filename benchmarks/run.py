@@ -24,6 +24,7 @@ FOLDER = Path(__file__).resolve().parent
 OWN: list[tuple[str, str]] = [
     ("memory", "memory.py"),
     ("memory", "estimate.py"),
+    ("quantised", "quantised.py"),
     ("first step", "first_step.py"),
     ("files", "files.py"),
     ("growth", "growth.py"),

@@ -290,6 +290,14 @@ def test_what_cannot_be_quantised_is_refused_in_a_sentence_and_nothing_changes(p
         mp.dequantize_base(net)
 
 
+def test_a_refused_merge_keeps_nothing_of_it(pynative_mode):
+    net = mp.get_pet_model(filled("int8"), mp.LoraConfig(lora_rank=2, lora_alpha=4, target_modules=["up"]))
+    net.up.mindpet_delta_lora_b.set_data(Tensor(np.full((96, 2), np.nan, np.float32)))
+    with unchanged(net), pytest.raises(ValueError, match="up"):
+        mp.merge(net)
+    assert net.up._full == ()
+
+
 def test_training_on_a_quantised_base_moves_the_adapter_alone(mode):
     net = mp.get_pet_model(filled("nf4"), mp.LoraConfig(lora_rank=4, lora_alpha=8, target_modules="all-linear"))
     before = {item.name: item.asnumpy().copy() for item in net.get_parameters()}

@@ -62,6 +62,17 @@ def merge(net: nn.Cell) -> nn.Cell:
             merged would change that layer; and one of which the adapter saves one place alone, because a fresh net,
             where both are one, would read the merged net's checkpoint wrongly. The net is unchanged.
     """
+    try:
+        return _merge(net)
+    except ValueError:
+        # What quantised layers had made for it.
+        for cell in quantised_in(cells_by_path(net)).values():
+            let_go(cell)
+        raise
+
+
+def _merge(net: nn.Cell) -> nn.Cell:
+    """Merge as :func:`merge` says; after an error quantised layers may hold merged weights."""
     found = deltas(net)
     fixed = [f"{path or type(delta).__name__}: {delta.unmergeable}" for path, delta in found.items()
              if delta.unmergeable]

@@ -29,7 +29,7 @@ from train import add_common_flags, positive
 from user_errors import Parser, UserError, run_script
 
 RUNS, HEADS, SAID = "runs.jsonl", "heads", 600
-PASSED = ("method", "seed", "lang", "epochs", "train_count", "test_count", "validation_count")
+PASSED = ("method", "seed", "lang", "batch", "epochs", "train_count", "test_count", "validation_count")
 # The features of these are others than the base's before they train, so each fits a head of its own.
 START_ELSEWHERE = ("prefixtuning", "ptuning2", "prompt_tuning", "p_tuning")
 
@@ -37,7 +37,8 @@ START_ELSEWHERE = ("prefixtuning", "ptuning2", "prompt_tuning", "p_tuning")
 def run_settings(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
     """What decides a run's accuracy; a run with other settings is another run."""
     choice = choice_of(method)
-    return {"method": method, "seed": seed, "lang": arguments.lang, "epochs": arguments.epochs,
+    return {"method": method, "seed": seed, "lang": arguments.lang, "batch": arguments.batch,
+            "epochs": arguments.epochs,
             "train_count": arguments.train_count, "test_count": arguments.test_count,
             "validation_count": arguments.validation_count, "on_validation": arguments.on_validation,
             "rate": choice.rate, "targets": choice.targets, "fields": choice.fields}
@@ -78,7 +79,7 @@ def make_run(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[st
         UserError: A run failed; the text has what it said last.
     """
     decisive = {name: value for name, value in settings.items() if name in PASSED or name == "on_validation"}
-    named = "-".join(f"{value}" for name, value in decisive.items() if name not in ("method", "epochs"))
+    named = "-".join(f"{value}" for name, value in decisive.items() if name not in ("method", "batch", "epochs"))
     head = arguments.out / HEADS / f"{named}.safetensors"
     if settings["method"] == "frozen" or settings["method"] not in START_ELSEWHERE and not head.is_file():
         frozen = one_run(arguments, {**settings, "method": "frozen"}, "fit", head)

@@ -5,7 +5,7 @@
     python train.py --method lora --lora-rank 8 --targets 'query|value' --lang zh --out out/zh
     python train.py --method adapter --set bottleneck_size=32 --lr 1e-3 --epochs 2 --out out/adapter
     python train.py --data my.tsv --labels bad,good,neither --train-count 800 --test-count 200 --out out/mine
-    msrun --worker_num=2 --local_worker_num=2 --join=True train.py --parallel data --batch 16 --out out/two
+    msrun --worker_num=2 --local_worker_num=2 --join=True train.py --parallel data --batch 8 --out out/two
     python predict.py "A film that never ends." --run out/train           # afterwards
 
 --data is a file with a sentence a line: label, tab, sentence. A run leaves in --out: adapter/ (PEFT's layout, with the
@@ -81,6 +81,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--lang", choices=sorted(LENGTHS), default="en", help="language of the data in the cache (default: en)")
     add("--cache", type=Path, default=CACHE, help="folder that prepare.py filled (default: cache/ beside this file)")
+    add("--batch", type=positive, default=16, help="sentences of a batch, in each process (default: 16)")
     add("--epochs", type=positive, default=1, help="times that all sentences are trained on (default: 1)")
     add("--train-count", type=positive, default=3200, help="sentences to train on (default: 3200)")
     add("--test-count", type=positive, default=1000, help="sentences to test on (default: 1000)")
@@ -99,7 +100,6 @@ def flags() -> Parser:
     add("--set", type=assignment, action="append", default=[], metavar="NAME=VALUE",
         help="any other field of the method's config; may be given several times")
     add("--lr", type=rate, help="highest learning rate (default: the table's)")
-    add("--batch", type=positive, default=32, help="sentences of a batch, in each process (default: 32)")
     add("--seed", type=not_negative, default=0, help="of the split, the start and the order (default: 0)")
     add("--base", type=Path, help="folder of the base (default: base/ in the cache)")
     add("--data", type=Path, help="file of sentences (default: en.tsv or zh.tsv in the cache)")

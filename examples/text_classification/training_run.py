@@ -38,6 +38,8 @@ WRITTEN = (ADAPTER, WHOLE, SETTINGS, LOG, RESULTS)
 # The lengths that sentences are padded to, by language: a graph for each. Longer sentences lose their end.
 LENGTHS = {"en": (24, 48), "zh": (32, 64)}
 EVALUATED = 64
+# Sentences of a batch whose features the head is fitted to.
+FITTED = 32
 # What the head starts as, besides what a file has.
 HEADS = ("fit", "random")
 
@@ -57,7 +59,7 @@ class RunSettings:
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
     rate: float | None = None
     epochs: int = 1
-    batch: int = 32
+    batch: int = 16
     seed: int = 0
     train_count: int = 3200
     test_count: int = 1000
@@ -228,7 +230,7 @@ def start_head(net: Classifier, parts: Parts, settings: RunSettings) -> None:
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise UserError(f"--head {settings.head} has no head of this classifier: {sentence(error)}") from error
         return
-    features = outputs(Features(net), parts.train_ids, parts.lengths, settings.batch)
+    features = outputs(Features(net), parts.train_ids, parts.lengths, FITTED)
     for item, value in zip(head.values(), fit_head(features, parts.train.labels, len(settings.labels))):
         item.set_data(Tensor(value))
 

@@ -38,8 +38,7 @@ def run_settings(arguments: argparse.Namespace, method: str, seed: int) -> dict[
     """What decides a run's accuracy; a run with other settings is another run."""
     choice = choice_of(method)
     return {"method": method, "seed": seed, "lang": arguments.lang, "batch": arguments.batch,
-            "epochs": arguments.epochs,
-            "train_count": arguments.train_count, "test_count": arguments.test_count,
+            "epochs": arguments.epochs, "train_count": arguments.train_count, "test_count": arguments.test_count,
             "validation_count": arguments.validation_count, "on_validation": arguments.on_validation,
             "rate": choice.rate, "targets": choice.targets, "fields": choice.fields}
 

@@ -56,7 +56,7 @@ class AdaLoRA(Additive):
         sizes = {name: (0.02 if name != _E else 0.0) if config.init_lora_weights else 1.0 for name in (_A, _B, _E)}
         found = {name: sizes[name] * np.random.standard_normal(shape)
                  for name, shape in self.shapes(self, config).items()}
-        mask = _mask(config.kept, config.init_r)
+        mask = _mask(config._kept, config.init_r)
         return {name: value * (mask if name == _B else mask[:, None]) for name, value in found.items()}
 
     def factor(self) -> float:
@@ -73,7 +73,7 @@ class AdaLoRA(Additive):
         self.has_dropout = config.lora_dropout > 0
         if self.has_dropout:
             self.lora_dropout = delta_dropout(float(config.lora_dropout))
-        mask = _mask(config.kept, config.init_r).astype(np.float32)
+        mask = _mask(config._kept, config.init_r).astype(np.float32)
         self.kept = frozen_parameter(Tensor(mask[:, None]), prefix_of(self.weight.name) + "kept")
         self.setting_names += ("kept",)
 
@@ -233,8 +233,6 @@ class AdaLoraConfig(MethodConfig):
         orth_reg_weight: the weight of the regularisation, not negative.
         init_lora_weights: True starts at the base; False at random.
         bias: which biases of the base train too: "none", "all", or "lora_only", those of the adapted layers.
-        kept: of the one layer that these settings are made for, a 1 for each triplet that a file holds and a 0 for each
-            that is gone; None for all.
 
     Raises:
         TypeError, ValueError: a field is not what it must be, or no step is left between `tinit` and `tfinal`.
@@ -251,6 +249,7 @@ class AdaLoraConfig(MethodConfig):
     pet_type: ClassVar[str] = "adalora"
     layer: ClassVar[type[Method]] = AdaLoRA
     title: ClassVar[str] = "AdaLoRA"
+    of_one_layer: ClassVar[tuple[str, ...]] = ("kept",)
     fits: ClassVar[tuple[type[Host], ...]] = tuple(host for host in HOSTS if not host.takes_ids)
     peft: ClassVar[PeftMethod] = _File(
         "ADALORA", {_A: "lora_A", _B: "lora_B", _E: "lora_E"},
@@ -273,7 +272,7 @@ class AdaLoraConfig(MethodConfig):
     orth_reg_weight: float = 0.5
     init_lora_weights: bool = True
     bias: str = "none"
-    kept: str | None = None
+    _kept: str | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -294,6 +293,7 @@ class AdaLoraConfig(MethodConfig):
         if self.tinit >= self.total_step - self.tfinal:
             raise ValueError(f"total_step must be above tinit + tfinal = {self.tinit + self.tfinal}: the budget needs "
                              f"steps in which to fall, but got {self.total_step}.")
-        if self.kept is not None and (not isinstance(self.kept, str) or len(self.kept) != self.init_r
-                                      or set(self.kept) - {"0", "1"}):
-            raise ValueError(f"kept must have 0 or 1 for each of {self.init_r} triplets, but got {self.kept!r:.100}.")
+        # A 1 for each triplet that a file holds and a 0 for each that is gone; None for all.
+        kept = self._kept
+        if kept is not None and (not isinstance(kept, str) or len(kept) != self.init_r or set(kept) - {"0", "1"}):
+            raise ValueError(f"kept must have 0 or 1 for each of {self.init_r} triplets, but got {kept!r:.100}.")

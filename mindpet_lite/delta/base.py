@@ -13,6 +13,7 @@ from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
 
 from mindpet_lite.arguments import check_bool, did_you_mean
+from mindpet_lite.delta.inherited_docs import inherit_args
 from mindpet_lite.delta.parts import put
 from mindpet_lite.delta.spelling import TASK_TYPES, Spelled
 from mindpet_lite.delta.values import Start
@@ -233,6 +234,8 @@ class DeltaConfig(metaclass=Spelled):
     holds_several: ClassVar[bool] = False
     # The method trains Parameters that the net has; `adapt` gives a delta that is no cell.
     adds_nothing: ClassVar[bool] = False
+    # Fields for the one layer that settings are made for: private, without the ``_`` in files. `for_layer` sets them.
+    of_one_layer: ClassVar[tuple[str, ...]] = ()
 
     target_modules: str | tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
@@ -244,6 +247,10 @@ class DeltaConfig(metaclass=Spelled):
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     inference_mode: bool = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        inherit_args(cls)
 
     def __post_init__(self) -> None:
         if self.task_type is not None:
@@ -272,6 +279,12 @@ class DeltaConfig(metaclass=Spelled):
         if self.layers_to_transform is not None and not isinstance(self.target_modules, tuple):
             raise ValueError("layers_to_transform needs target_modules as a list of names; a regular expression can "
                              "name the blocks itself.")
+
+    @classmethod
+    def of_layer(cls, settings: Mapping[str, Any], **more: Any) -> Any:
+        """Return the config of one layer with what `Delta.settings` said of it, as files hold it, and more fields."""
+        return cls(**{f"_{name}" if name in cls.of_one_layer else name: item for name, item in settings.items()},
+                   **more)
 
     def told(self) -> dict[str, str]:
         """Return what the user said of the adapter for other tools, by PEFT's names of the fields."""

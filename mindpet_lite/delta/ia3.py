@@ -98,7 +98,6 @@ class IA3Config(MethodConfig):
     Args:
         feedforward_modules: the layers among `target_modules` whose inputs are scaled, not their outputs: names (each
             the end of a path) or one regular expression of whole paths.
-        is_feedforward: the same for the one layer that these settings are made for.
         init_ia3_weights: True starts at the base; False at random.
 
     Examples:
@@ -114,17 +113,23 @@ class IA3Config(MethodConfig):
     layer: ClassVar[type[Method]] = IA3
     title: ClassVar[str] = "(IA)³"
     fits: ClassVar[tuple[type[Host], ...]] = tuple(host for host in HOSTS if not host.takes_ids)
+    of_one_layer: ClassVar[tuple[str, ...]] = ("is_feedforward",)
     peft: ClassVar[PeftMethod] = _File("IA3", {_L: "ia3_l"}, {"is_feedforward": False},
                                        written={"fan_in_fan_out": False, "init_ia3_weights": True})
 
     feedforward_modules: str | tuple[str, ...] = ()
-    is_feedforward: bool = False
+    _is_feedforward: bool = dataclasses.field(default=False, repr=False)
     init_ia3_weights: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         names = names_of("feedforward_modules", self.feedforward_modules or None, allow_text=True)
         object.__setattr__(self, "feedforward_modules", names or ())
+
+    @property
+    def is_feedforward(self) -> bool:
+        """Tell whether the inputs of the layer are scaled that these settings are made for."""
+        return self._is_feedforward
 
     @classmethod
     def default_fields(cls, family: Family) -> dict[str, tuple[str, ...]]:
@@ -133,7 +138,7 @@ class IA3Config(MethodConfig):
 
     def for_layer(self, path: str) -> IA3Config:
         """Return the settings for the layer at `path`."""
-        return dataclasses.replace(self, is_feedforward=_is_feedforward(path, self.feedforward_modules))
+        return dataclasses.replace(self, _is_feedforward=_is_feedforward(path, self.feedforward_modules))
 
 
 def _is_feedforward(path: str, wanted: Any) -> bool:

@@ -25,9 +25,9 @@ class Spelled(type):
 
     @property
     def __signature__(cls) -> inspect.Signature:
-        """The fields, where their names would be hidden by the spellings."""
+        """The fields, where their names would be hidden by the spellings; without private ones."""
         own = inspect.signature(vars(cls)["__init__"])
-        return own.replace(parameters=list(own.parameters.values())[1:])
+        return own.replace(parameters=[item for item in list(own.parameters.values())[1:] if item.name[0] != "_"])
 
 
 def respelled(kind: type, fields: Mapping[str, Any]) -> dict[str, Any]:

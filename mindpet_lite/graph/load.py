@@ -227,11 +227,11 @@ def _config_for(kind: type[DeltaConfig], path: str, cells: Mapping[str, nn.Cell]
             raise ValueError(f"the file is of method {kind.pet_type!r}, the layer in the net is of "
                              f"{present.method!r:.100}.")
         own = getattr(present, "config", None)
-        return own if layer.settings is None and isinstance(own, kind) else kind(**(layer.settings or {}))
+        return own if layer.settings is None and isinstance(own, kind) else kind.of_layer(layer.settings or {})
     if layer.settings is None:
         raise ValueError("the layer is plain and the file does not say rank and alpha or whatever its method needs: "
                          "adapt the net first, with the values it was trained with.")
-    config = kind(**layer.settings, **_factor_type(kind, cells[path], layer))
+    config = kind.of_layer(layer.settings, **_factor_type(kind, cells[path], layer))
     # Before any memory is taken for what the settings say.
     wrong = shape_problems(path, layer, {} if refusal_at(config, path, cells) else config.shapes(cells[path]))
     problems += wrong

@@ -114,7 +114,7 @@ def put_state(net: nn.Cell, state: AdapterState, path: str, name: str, known: Na
     configs = {}
     for place, layer in values.layers.items():
         try:
-            configs[place] = METHODS[layer.method or state.method](**(layer.settings or {}))
+            configs[place] = METHODS[layer.method or state.method].of_layer(layer.settings or {})
         except (TypeError, ValueError) as error:
             problems.append(f"{place}: {error}")
     if not problems and not all(adds_up(net, config) for config in configs.values()):

@@ -70,7 +70,6 @@ class LoraConfig(DeltaConfig, LoraSettings):
         bias: which biases of the base train too: "none", "all", or "lora_only", those of the adapted layers.
         trainable_token_indices: token numbers whose rows train, by the name of the embedding, or a list of them for
             ``embed_tokens``. An output layer with the same table as its weight (tied weights) has the trained rows too.
-        token_indices: the same for the one layer that these settings are made for.
         ensure_weight_tying: a weight that an embedding and an output layer share stays one where `modules_to_save`
             names one of them alone, and trains for both. (So do tokens that train, in any case.) A LoRA on one of them
             is refused then.
@@ -81,7 +80,6 @@ class LoraConfig(DeltaConfig, LoraSettings):
             such as ``"experts.up_proj"``: matrices, and stacks of them as a mixture of experts has. A cell can have
             one. The weight of a linear layer named so is adapted like the layer. With them, `target_modules` can be
             left out; `lora_dropout` must be 0, and `lora_bias` and `use_dora` do not go with them.
-        target_parameter: the name of the Parameter for the one cell that these settings are made for.
 
     Raises:
         TypeError, ValueError: as `LoRADense`.
@@ -89,16 +87,17 @@ class LoraConfig(DeltaConfig, LoraSettings):
 
     pet_type: ClassVar[str] = "lora"
     holds_several: ClassVar[bool] = True
+    of_one_layer: ClassVar[tuple[str, ...]] = ("token_indices", "target_parameter")
 
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     bias: str = "none"
     trainable_token_indices: Mapping[str, Sequence[int]] | Sequence[int] | None = None
-    token_indices: Sequence[int] | None = None
+    _token_indices: Sequence[int] | None = dataclasses.field(default=None, repr=False, kw_only=True)
     ensure_weight_tying: bool = False
     layer_replication: Sequence[Sequence[int]] | None = None
     target_parameters: tuple[str, ...] | None = None
-    target_parameter: str | None = None
+    _target_parameter: str | None = dataclasses.field(default=None, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         DeltaConfig.__post_init__(self)
@@ -113,18 +112,18 @@ class LoraConfig(DeltaConfig, LoraSettings):
         object.__setattr__(self, "target_parameters",
                            names_of("target_parameters", self.target_parameters, allow_text=False))
         wrong = [name for name in ("lora_dropout", "lora_bias", "use_dora") if getattr(self, name)]
-        if (self.target_parameters or self.target_parameter) and wrong:
+        if (self.target_parameters or self._target_parameter) and wrong:
             raise ValueError(f"target_parameters changes Parameters, whatever they are used for, and {wrong[0]} is of "
                              f"layers: leave one of them out.")
         check_bool("ensure_weight_tying", self.ensure_weight_tying)
         reason = range_problem(self.layer_replication)
         if reason:
             raise ValueError(reason)
-        for name in ("trainable_token_indices", "token_indices"):
+        for name in ("trainable_token_indices", "_token_indices"):
             tokens = getattr(self, name)
             for item in tokens.values() if isinstance(tokens, Mapping) else [tokens]:
                 if item is not None and not are_tokens(item):
-                    raise TypeError(f"{name} must be a list of token numbers, or such lists by the name of an "
+                    raise TypeError(f"{name.strip('_')} must be a list of token numbers, or such lists by the name of an "
                                     f"embedding, but got {item!r:.100}.")
 
     def for_layer(self, path: str) -> LoraConfig:
@@ -137,7 +136,7 @@ class LoraConfig(DeltaConfig, LoraSettings):
         tokens = next((tokens for name, tokens in self._tokens().items() if _ends(path, name)), None)
         own = next((entry.rpartition(".")[2] for entry in self.target_parameters or ()
                     if _ends(path, entry.rpartition(".")[0]) or "." not in entry), None)
-        return dataclasses.replace(self, **changed, token_indices=tokens, target_parameter=own) \
+        return dataclasses.replace(self, **changed, _token_indices=tokens, _target_parameter=own) \
             if changed or tokens or own else self
 
     def unhit(self, adapted: Iterable[str]) -> list[str]:
@@ -198,17 +197,17 @@ class LoraConfig(DeltaConfig, LoraSettings):
 
     def refuses(self, cell: nn.Cell) -> str | None:
         """Return why `cell`, or its Parameter that is meant, cannot carry LoRA, or None."""
-        if self.target_parameter is None:
+        if self._target_parameter is None:
             return self.refusal(cell)
-        if isinstance(cell, Delta) or _is_linear_weight(cell, self.target_parameter):
+        if isinstance(cell, Delta) or _is_linear_weight(cell, self._target_parameter):
             return self.refusal(cell)
         if host_of(cell) is not None:
             return (f"target_parameters adapts the weights of linear layers and Parameters of cells of your own, not "
-                    f"{self.target_parameter} of a {type(cell).__name__}: name the layer in target_modules.")
+                    f"{self._target_parameter} of a {type(cell).__name__}: name the layer in target_modules.")
         if self.init_lora_weights not in (True, False):
             return (f"init_lora_weights {self.init_lora_weights!r} is for linear layers, and target_parameters names a "
                     f"Parameter of a {type(cell).__name__}: adapt it with another config.")
-        return LoRAParameter.refusal(cell, self.target_parameter)
+        return LoRAParameter.refusal(cell, self._target_parameter)
 
     def _tokens(self) -> dict[str, Sequence[int]]:
         tokens = self.trainable_token_indices
@@ -235,19 +234,19 @@ class LoraConfig(DeltaConfig, LoraSettings):
 
     def adapt(self, cell: nn.Cell) -> LowRank | TokenTable | LoRAParameter:
         """Return the LoRA cell on the Parameter objects of `cell`."""
-        if self.target_parameter is not None and host_of(cell) is None:
-            return LoRAParameter.on(cell, self, self.target_parameter)
-        if self.token_indices is not None:
-            return table_for(cell).on_rows(cell, self.token_indices, _ROWS)
+        if self._target_parameter is not None and host_of(cell) is None:
+            return LoRAParameter.on(cell, self, self._target_parameter)
+        if self._token_indices is not None:
+            return table_for(cell).on_rows(cell, self._token_indices, _ROWS)
         return self._kind_for(cell)._on(cell, self)
 
     def shapes(self, cell: nn.Cell) -> dict[str, tuple[int, ...]]:
         """Return the shapes of what these settings train on `cell`."""
-        if self.target_parameter is not None and host_of(cell) is None:
-            return LoRAParameter.shapes(cell, self, self.target_parameter)
-        if self.token_indices is None:
+        if self._target_parameter is not None and host_of(cell) is None:
+            return LoRAParameter.shapes(cell, self, self._target_parameter)
+        if self._token_indices is None:
             return self._kind_for(cell).delta_shapes(cell, self)
-        return {_ROWS.parameter: rows_shape(cell, self.token_indices)}
+        return {_ROWS.parameter: rows_shape(cell, self._token_indices)}
 
     @staticmethod
     def _kind_for(cell: nn.Cell) -> type[LowRank]:
@@ -258,7 +257,7 @@ class LoraConfig(DeltaConfig, LoraSettings):
 
     def adds_up(self) -> bool:
         """Tell whether adapters with these settings add up with others: no DoRA, no base parameters of their own."""
-        alone = (self.use_dora, self.lora_bias, self.bias != "none", self.trainable_token_indices, self.token_indices,
+        alone = (self.use_dora, self.lora_bias, self.bias != "none", self.trainable_token_indices, self._token_indices,
                  takes_from_base(self.init_lora_weights), self.init_lora_weights in DATA_STARTS,
                  self.layer_replication, self.target_parameters)
         return super().adds_up() and not any(alone)

@@ -14,6 +14,7 @@ from mindpet_lite.arguments import warn_user
 from mindpet_lite.delta.base import float64, overflow
 from mindpet_lite.delta.dropout import delta_dropout
 from mindpet_lite.delta.hosts.split import own_part, whole_shape
+from mindpet_lite.delta.inherited_docs import inherit_args
 from mindpet_lite.delta.lora.settings import LoraSettings, OwnStart, scale_of
 from mindpet_lite.delta.lora.start import DATA_STARTS
 from mindpet_lite.delta.lora.starting import HE_UNIFORM, Starting, numbers_of
@@ -22,7 +23,15 @@ from mindpet_lite.formats.starts import takes_from_base
 
 Self = TypeVar("Self", bound="LowRank")
 
-UNIT_NORMAL = Normal(1.0)
+
+class _UnitNormal(Normal):
+    """Normal(1.0) with a name for signatures."""
+
+    def __repr__(self) -> str:
+        return "Normal(1.0)"
+
+
+UNIT_NORMAL = _UnitNormal(1.0)
 
 
 class LowRank(Starting):
@@ -61,6 +70,10 @@ class LowRank(Starting):
     target_parameter: str | None = None
     mindpet_delta_lora_b_bias: Parameter
     mindpet_delta_lora_magnitude: Parameter
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        inherit_args(cls)
 
     @classmethod
     def factor_names(cls) -> tuple[str, str]:
@@ -111,7 +124,7 @@ class LowRank(Starting):
         self.dropout_rate = float(config.lora_dropout)
         self.use_rslora, self.use_dora, self.has_lora_bias = config.use_rslora, config.use_dora, config.lora_bias
         self.init_lora_weights = config.init_lora_weights
-        self.target_parameter = getattr(config, "target_parameter", None)
+        self.target_parameter = getattr(config, "_target_parameter", None)
         if config.init_lora_weights in (*DATA_STARTS, "loftq"):
             self.start_settings = config
         if config.residual_base:

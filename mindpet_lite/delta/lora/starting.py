@@ -17,7 +17,15 @@ from mindpet_lite.delta.parts import initial, put
 from mindpet_lite.delta.values import set_value
 from mindpet_lite.formats.starts import loses_base, takes_from_base
 
-HE_UNIFORM = HeUniform(negative_slope=math.sqrt(5))
+
+class _HeUniform(HeUniform):
+    """HeUniform with a name for signatures."""
+
+    def __repr__(self) -> str:
+        return "HeUniform(√5)"
+
+
+HE_UNIFORM = _HeUniform(negative_slope=math.sqrt(5))
 Self = TypeVar("Self", bound="Starting")
 
 

@@ -49,6 +49,13 @@ def install_as_mindpet() -> None:
 
     Raises:
         RuntimeError: the real mindpet is imported already. Nothing is changed.
+
+    Examples:
+        >>> import mindpet_lite
+        >>> mindpet_lite.install_as_mindpet()
+        >>> from mindpet.delta.lora import LoRADense
+        >>> LoRADense is mindpet_lite.LoRADense
+        True
     """
     found = [name for name in sys.modules if name == "mindpet" or name.startswith("mindpet.")]
     if found and all(isinstance(sys.modules[name], _Alias) for name in found):

@@ -425,8 +425,8 @@ def test_what_cannot_be_allocated():
     ({"total_step": 0}, "total_step"), ({"total_step": None}, "total_step"), ({"init_r": 0}, "init_r"),
     ({"target_r": 5}, "above init_r"), ({"tinit": 11}, "above tinit"), ({"beta1": 1}, "beta1"),
     ({"beta2": 0.0}, "beta2"), ({"orth_reg_weight": -1}, "orth_reg_weight"), ({"lora_alpha": 0}, "lora_alpha"),
-    ({"lora_dropout": 1.5}, "lora_dropout"), ({"deltaT": 0}, "deltaT"), ({"kept": "11"}, "kept must"),
-    ({"kept": [1, 0, 1, 1]}, "kept must"), ({"init_lora_weights": "gaussian"}, "init_lora_weights"),
+    ({"lora_dropout": 1.5}, "lora_dropout"), ({"deltaT": 0}, "deltaT"), ({"_kept": "11"}, "kept must"),
+    ({"_kept": [1, 0, 1, 1]}, "kept must"), ({"init_lora_weights": "gaussian"}, "init_lora_weights"),
     ({"bias": "vera_only"}, "bias must be one of none, all, lora_only")])
 def test_wrong_settings(fields, message):
     with pytest.raises((TypeError, ValueError), match=message):

@@ -26,7 +26,7 @@ CASES = [
     ("lora", {"lora_rank": 2, "use_dora": True}, lambda: mint.nn.Conv2d(4, 6, 3, groups=2)),
     ("lora", {"lora_rank": 2, "use_dora": True}, lambda: nn.Embedding(7, 5)),
     ("lora", {"lora_rank": 2}, lambda: mint.nn.Embedding(7, 5)),
-    ("lora", {"token_indices": [3, 1]}, lambda: nn.Embedding(7, 5)),
+    ("lora", {"_token_indices": [3, 1]}, lambda: nn.Embedding(7, 5)),
     ("trainable_tokens", {"token_indices": [3, 1]}, lambda: nn.Embedding(7, 5)),
     ("prefixtuning", {"prefix_token_num": 3, "prefix_projection": False}, lambda: nn.Dense(4, 6)),
     ("ptuning2", {"pre_seq_len": 3}, lambda: nn.Dense(4, 6)),

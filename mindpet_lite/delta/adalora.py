@@ -220,19 +220,20 @@ class AdaLoraConfig(MethodConfig):
     the last `tfinal` steps. Add `mindpet_lite.OrthogonalRegularization` to the loss.
 
     Args:
-        total_step: how many steps of the optimizer the training has.
-        init_r: triplets of each layer at the start.
-        target_r: triplets of a layer at the end, on average; not above `init_r`.
-        lora_alpha: the scale s is lora_alpha / (init_r + 10^-5).
-        lora_dropout: rate of dropout before Q, in [0, 1).
-        tinit: steps before the budget falls.
-        tfinal: steps with the final budget.
-        deltaT: steps from one allocation to the next.
-        beta1: how slowly the mean importance moves, in (0, 1).
-        beta2: how slowly its uncertainty moves, in (0, 1).
-        orth_reg_weight: the weight of the regularisation, not negative.
-        init_lora_weights: True starts at the base; False at random.
+        total_step: how many steps of the optimizer the training has; above tinit + tfinal. It has no default.
+        init_r: triplets of each layer at the start; positive. Default: 12.
+        target_r: triplets of a layer at the end, on average; positive, not above `init_r`. Default: 8.
+        lora_alpha: the scale s is lora_alpha / (init_r + 10^-5); finite and positive. Default: 8.
+        lora_dropout: rate of dropout before Q, in [0, 1). Default: 0.0.
+        tinit: steps before the budget falls; 0 or more. Default: 0.
+        tfinal: steps with the final budget; 0 or more. Default: 0.
+        deltaT: steps from one allocation to the next; positive. Default: 1.
+        beta1: how slowly the mean importance moves, in (0, 1). Default: 0.85.
+        beta2: how slowly its uncertainty moves, in (0, 1). Default: 0.85.
+        orth_reg_weight: the weight of the regularisation, not negative. Default: 0.5.
+        init_lora_weights: True starts at the base; False at random. Default: True.
         bias: which biases of the base train too: "none", "all", or "lora_only", those of the adapted layers.
+            Default: "none".
 
     Raises:
         TypeError, ValueError: a field is not what it must be, or no step is left between `tinit` and `tfinal`.

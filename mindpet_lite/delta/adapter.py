@@ -26,7 +26,11 @@ from mindpet_lite.delta.parts import as_type, initial, set_strategies
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterSettings(BottleneckSettings):
-    """The settings of an adapter, checked when made; see `AdapterLayer`."""
+    """The settings of an adapter, checked when made; see `AdapterLayer`.
+
+    Args:
+        bottleneck_size: size of the bottleneck; positive. Default: 64.
+    """
 
     bottleneck_size: int = 64
 
@@ -73,12 +77,13 @@ class AdapterLayer(BottleneckLayer):
 
     Args:
         hidden_size (int): size of the last axis of the input; positive.
-        bottleneck_size (int): size of the bottleneck; positive.
+        bottleneck_size (int): size of the bottleneck; positive. Default: 64.
         non_linearity (str): name of the activation in the bottleneck, one of those of
             `mindpet_lite.delta.activation.get_activation`. `softmax2d` works across the axes of the input, which
             must then have 3 or 4; `prelu` trains a slope of its own; `rrelu` draws its slopes in training only.
-        param_init_type (mindspore.dtype): type of the parameters: float16, bfloat16 or float32.
-        compute_dtype (mindspore.dtype | None): see the dtype rule.
+            Default: "gelu".
+        param_init_type (mindspore.dtype): type of the parameters: float16, bfloat16 or float32. Default: float32.
+        compute_dtype (mindspore.dtype | None): see the dtype rule. Default: None.
 
     Inputs:
         - **x** (Tensor): `(*, hidden_size)`, any number of leading axes, none included.
@@ -89,6 +94,14 @@ class AdapterLayer(BottleneckLayer):
     Raises:
         TypeError: a size is a bool or no int; the non-linearity is unknown; a type is not float16, bfloat16 or float32.
         ValueError: a size is not positive.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> layer, x = mp.AdapterLayer(8, bottleneck_size=2), Tensor(np.ones((3, 8), np.float32))
+        >>> bool((layer(x) == x).all())            # it starts as the identity
+        True
     """
 
     method: ClassVar[str] = "adapter"
@@ -167,15 +180,16 @@ class AdapterDense(BottleneckDense):
     Args:
         in_channels (int): size of the last axis of the input; positive.
         out_channels (int): size of the last axis of the output; positive.
-        weight_init (Tensor | str | Initializer | number): start of `weight`.
-        bias_init (Tensor | str | Initializer | number): start of `bias`.
-        has_bias (bool): whether there is a `bias`.
-        activation (str | Cell | Primitive | None): activation of the Dense, before the adapter.
-        bottleneck_size (int): as for `AdapterLayer`.
-        non_linearity (str): as for `AdapterLayer`.
+        weight_init (Tensor | str | Initializer | number): start of `weight`. Default: "normal".
+        bias_init (Tensor | str | Initializer | number): start of `bias`. Default: "zeros".
+        has_bias (bool): whether there is a `bias`. Default: True.
+        activation (str | Cell | Primitive | None): activation of the Dense, before the adapter. Default: None.
+        bottleneck_size (int): as for `AdapterLayer`; positive. Default: 64.
+        non_linearity (str): as for `AdapterLayer`. Default: "gelu".
         param_init_type (mindspore.dtype): type of the adapter's parameters: float16, bfloat16 or float32.
-        compute_dtype (mindspore.dtype | None): see the dtype rule.
-        dtype (mindspore.dtype): type of `weight` and `bias`.
+            Default: float32.
+        compute_dtype (mindspore.dtype | None): see the dtype rule. Default: None.
+        dtype (mindspore.dtype): type of `weight` and `bias`. Default: float32.
 
     Inputs:
         - **x** (Tensor): `(*, in_channels)`, any number of leading axes, none included.
@@ -187,6 +201,14 @@ class AdapterDense(BottleneckDense):
         TypeError: as `AdapterLayer`; `activation` or an initialiser is of no known kind.
         ValueError: as `AdapterLayer`; an initial Tensor has the wrong shape; the activation's (a KeyError too)
             or initialiser's name is unknown.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> layer = mp.AdapterDense(4, 8, bottleneck_size=2)
+        >>> layer(Tensor(np.ones((3, 4), np.float32))).shape
+        (3, 8)
     """
 
     method: ClassVar[str] = "adapter"
@@ -250,6 +272,14 @@ class AdapterConfig(DeltaConfig, AdapterSettings):
 
     Raises:
         TypeError, ValueError: as `AdapterDense`.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.AdapterConfig(bottleneck_size=2, target_modules=["0"]))
+        >>> sum(item.size for item in net.trainable_params())
+        42
     """
 
     pet_type: ClassVar[str] = "adapter"

@@ -205,22 +205,24 @@ class DeltaConfig(metaclass=Spelled):
         target_modules: a regular expression that must match a layer's whole path, a list of names (each equal to a
             path or to its last parts), or ``"all-linear"``. An expression that matches no whole path, but some layer's
             own name (the last part of its path), is matched from the start of the own names, as MindFormers does.
+            Default: None.
         exclude_modules: layers left alone among those, spelt likewise. A name in a list stands for all layers below it
-            too, and an entry that is no name for own names, as MindFormers' `exclude_layers`.
+            too, and an entry that is no name for own names, as MindFormers' `exclude_layers`. Default: None.
         modules_to_save: names of modules, spelt as a list in `target_modules`, that train whole and are written to
-            adapter files with the deltas, such as a new head.
+            adapter files with the deltas, such as a new head. Default: None.
         layers_to_transform: numbers of the blocks whose layers are adapted, where `target_modules` is a list; all
-            without it. An entry that equals a layer's whole path is adapted whatever its number.
+            without it. An entry that equals a layer's whole path is adapted whatever its number. Default: None.
         layers_pattern: the names of the lists of blocks, such as ``"layers"``, whose numbers are meant; without it the
-            first number after a name in a path (as PEFT).
+            first number after a name in a path (as PEFT). Default: None.
         freeze_include: patterns (`*` matches anything) of parameters to freeze. Everything but the deltas is frozen
-            without it; what both lists name is left alone, as in `freeze_delta`.
-        freeze_exclude: patterns of parameters that train together with the deltas.
+            without it; what both lists name is left alone, as in `freeze_delta`. Default: None.
+        freeze_exclude: patterns of parameters that train together with the deltas. Default: None.
         task_type: PEFT's name of the task, which is written to adapter files: SEQ_CLS, SEQ_2_SEQ_LM, CAUSAL_LM,
             TOKEN_CLS, QUESTION_ANS or FEATURE_EXTRACTION. PEFT picks the class of the model by it. (PEFT saves a
-            classifier by it as well; here `modules_to_save` names one.)
+            classifier by it as well; here `modules_to_save` names one.) Default: None.
         base_model_name_or_path: the name or path of the base model, likewise: PEFT's `AutoPeftModel` loads it.
-        inference_mode: nothing trains: the deltas are frozen too.
+            Default: None.
+        inference_mode: True: nothing trains: the deltas are frozen too. Default: False.
     """
 
     pet_type: ClassVar[str]

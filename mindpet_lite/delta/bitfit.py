@@ -37,6 +37,14 @@ class BitFitConfig(DeltaConfig):
     A bias is a Parameter whose attribute name ends in ``bias``, as `freeze_delta(net, "bitfit")` takes it; the shift
     of a LayerNorm (`beta`) can be trained too with ``freeze_exclude=["*beta"]``. In a net with another adapter the
     biases belong to that adapter: they are saved, switched off and merged with it.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.BitFitConfig())
+        >>> [item.name for item in net.trainable_params()]
+        ['0.bias', '2.bias']
     """
 
     pet_type: ClassVar[str] = "bitfit"

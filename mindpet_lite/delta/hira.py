@@ -102,12 +102,12 @@ class HiraConfig(MethodConfig):
     """Settings of HiRA; the names are PEFT's.
 
     Args:
-        r: rank of B A.
+        r: rank of B A; positive. Default: 32.
         hira_dropout: probability in [0, 1) of dropping an input of the update in training; not on tables, whose ids
-            cannot be dropped.
+            cannot be dropped. Default: 0.0.
         init_weights: True starts at the base, with A uniform; "gaussian" too, with A from N(0, 1/r²); False at random.
-            On a table both start with A zero and B from N(0, 1).
-        rank_pattern: ranks of single layers, by patterns of the ends of their paths.
+            On a table both start with A zero and B from N(0, 1). Default: True.
+        rank_pattern: ranks of single layers, each positive, by patterns of the ends of their paths. Default: none.
 
     Raises:
         TypeError: a value is of the wrong type.

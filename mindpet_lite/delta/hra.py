@@ -96,11 +96,11 @@ class HRAConfig(MethodConfig):
     """Settings of HRA; the names are PEFT's.
 
     Args:
-        r: number of reflections; an even one, where training is to start at the base.
+        r: number of reflections, 1 or more; an even one, where training is to start at the base. Default: 8.
         apply_GS: make the directions orthogonal by the method of Gram and Schmidt. No such reflections are none
             together, so training starts at another net than the base: one that has r directions of the inputs turned
-            round.
-        init_weights: True starts at the base (without `apply_GS`); False at random.
+            round. Default: False.
+        init_weights: True starts at the base (without `apply_GS`); False at random. Default: True.
 
     Raises:
         TypeError: a value is of the wrong type.

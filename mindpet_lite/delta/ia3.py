@@ -97,8 +97,8 @@ class IA3Config(MethodConfig):
 
     Args:
         feedforward_modules: the layers among `target_modules` whose inputs are scaled, not their outputs: names (each
-            the end of a path) or one regular expression of whole paths.
-        init_ia3_weights: True starts at the base; False at random.
+            the end of a path) or one regular expression of whole paths. Default: ().
+        init_ia3_weights: True starts at the base; False at random. Default: True.
 
     Examples:
         >>> import mindpet_lite as mp

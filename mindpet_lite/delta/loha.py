@@ -94,16 +94,18 @@ class LoHaConfig(DecomposedConfig):
     """Settings of LoHa; the names are PEFT's.
 
     Args:
-        r: rank of each of the two products.
-        alpha: the update is multiplied with alpha / r.
+        r: rank of each of the two products; positive. Default: 8.
+        alpha: the update is multiplied with alpha / r; finite and positive. Default: 8.
         rank_dropout: probability, in [0, 1), with which each output of the update drops out in training; the others
-            are scaled by (all outputs) / (those that stay).
-        module_dropout: probability with which a layer's whole update drops out in training, without a scale.
+            are scaled by (all outputs) / (those that stay). Default: 0.0.
+        module_dropout: probability, in [0, 1), with which a layer's whole update drops out in training, without a
+            scale. Default: 0.0.
         use_effective_conv2d: kernels of more than one place get tensors of their own (`t1`, `t2`), so that the others
             need not have the kernel's places; nothing changes for dense layers and kernels of one place.
-        init_weights: True starts at the base; False at random.
-        rank_pattern: another rank for layers whose path ends as a regular expression says.
-        alpha_pattern: another alpha likewise.
+            Default: False.
+        init_weights: True starts at the base; False at random. Default: True.
+        rank_pattern: another rank for layers whose path ends as a regular expression says. Default: none.
+        alpha_pattern: another alpha likewise. Default: none.
 
     Examples:
         >>> import mindpet_lite as mp

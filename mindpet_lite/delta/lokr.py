@@ -159,20 +159,23 @@ class LoKrConfig(DecomposedConfig):
     """Settings of LoKr; the names are PEFT's.
 
     Args:
-        r: rank of the products that the factors may be; a factor is whole where r is at least half its larger side.
-        alpha: the update is multiplied with alpha / r, also where both factors are whole.
-        rank_dropout: probability, in [0, 1), with which each output of the update drops out in training.
-        rank_dropout_scale: scale the others by (all outputs) / (those that stay) then.
-        module_dropout: probability with which a layer's whole update drops out in training, without a scale.
+        r: rank of the products that the factors may be; positive. A factor is whole where r is at least half its larger
+            side. Default: 8.
+        alpha: the update is multiplied with alpha / r, also where both factors are whole; finite and positive.
+            Default: 8.
+        rank_dropout: probability, in [0, 1), with which each output of the update drops out in training. Default: 0.0.
+        rank_dropout_scale: scale the others by (all outputs) / (those that stay) then. Default: False.
+        module_dropout: probability, in [0, 1), with which a layer's whole update drops out in training, without a
+            scale. Default: 0.0.
         use_effective_conv2d: kernels of more than one place get a tensor of their own (`t2`) where `w2` is a product;
-            nothing changes for dense layers and kernels of one place.
-        decompose_both: the smaller factor `w1` may be a product too.
+            nothing changes for dense layers and kernels of one place. Default: False.
+        decompose_both: the smaller factor `w1` may be a product too. Default: False.
         decompose_factor: into which sizes outputs and inputs are cut: this number and the rest where it divides them,
-            else the largest divisor up to it and to the root. -1: as near to the root as goes.
+            else the largest divisor up to it and to the root. -1: as near to the root as goes. Default: -1.
         init_weights: True starts at the base, with `w1` zero; "lycoris" likewise with `w2` zero, as LyCORIS does;
-            False at random.
-        rank_pattern: another rank for layers whose path ends as a regular expression says.
-        alpha_pattern: another alpha likewise.
+            False at random. Default: True.
+        rank_pattern: another rank for layers whose path ends as a regular expression says. Default: none.
+        alpha_pattern: another alpha likewise. Default: none.
 
     Examples:
         >>> import mindpet_lite as mp

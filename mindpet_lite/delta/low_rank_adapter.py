@@ -42,12 +42,12 @@ class LowRankLinear(TypedCell, Delta):
     Args:
         in_channels (int): size of the last axis of the input; positive.
         out_channels (int): size of the last axis of the output; positive.
-        rank (int): of the weight; positive.
-        weight_init (str | Initializer | number): start of both factors.
-        bias_init (Tensor | str | Initializer | number): start of the bias.
-        has_bias (bool): whether there is a bias.
-        param_init_type (mindspore.dtype): type of the parameters: float16, bfloat16 or float32.
-        compute_dtype (mindspore.dtype | None): see the dtype rule.
+        rank (int): of the weight; positive. Default: 1.
+        weight_init (str | Initializer | number): start of both factors. Default: "normal".
+        bias_init (Tensor | str | Initializer | number): start of the bias. Default: "zeros".
+        has_bias (bool): whether there is a bias. Default: True.
+        param_init_type (mindspore.dtype): type of the parameters: float16, bfloat16 or float32. Default: float32.
+        compute_dtype (mindspore.dtype | None): see the dtype rule. Default: None.
 
     Inputs:
         - **x** (Tensor): `(*, in_channels)`, any number of leading axes, none included.
@@ -59,6 +59,14 @@ class LowRankLinear(TypedCell, Delta):
         TypeError: a size is a bool or no int; has_bias is no bool; a type is not float16, bfloat16 or float32; an
             initialiser is of no known kind.
         ValueError: a size is not positive; an initialiser's name is unknown or a Tensor has the wrong shape.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> layer = mp.LowRankLinear(4, 8, rank=2)
+        >>> layer(Tensor(np.ones((3, 4), np.float32))).shape
+        (3, 8)
     """
 
     method: ClassVar[str] = "low_rank_adapter"
@@ -155,7 +163,15 @@ class LowRankLinear(TypedCell, Delta):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowRankAdapterSettings(BottleneckSettings):
-    """The settings of a low-rank adapter, checked when made; see `LowRankAdapterLayer`."""
+    """The settings of a low-rank adapter, checked when made; see `LowRankAdapterLayer`.
+
+    Args:
+        reduction_factor: a layer's outputs by the size of the bottleneck, which is rounded down; from 1 to the outputs.
+            Default: 1.
+        low_rank_size: rank of the two weights; positive. Default: 1.
+        low_rank_w_init: start of the factors but the last, which starts at zero: an Initializer or its name.
+            Default: "xavier_uniform".
+    """
 
     reduction_factor: int = 1
     low_rank_size: int = 1
@@ -199,11 +215,11 @@ class LowRankAdapterLayer(BottleneckLayer):
     Args:
         hidden_size (int): size of the last axis of the input; positive.
         reduction_factor (int): hidden_size by the size of the bottleneck, which is rounded down; from 1 to hidden_size.
-        low_rank_size (int): rank of the two weights; positive.
-        low_rank_w_init (str | Initializer): start of the factors.
-        non_linearity (str): as for `AdapterLayer`.
-        param_init_type (mindspore.dtype): type of the parameters: float16, bfloat16 or float32.
-        compute_dtype (mindspore.dtype | None): see the dtype rule.
+        low_rank_size (int): rank of the two weights; positive. Default: 1.
+        low_rank_w_init (str | Initializer): start of the factors. Default: "xavier_uniform".
+        non_linearity (str): as for `AdapterLayer`. Default: "gelu".
+        param_init_type (mindspore.dtype): type of the parameters: float16, bfloat16 or float32. Default: float32.
+        compute_dtype (mindspore.dtype | None): see the dtype rule. Default: None.
 
     Inputs:
         - **x** (Tensor): `(*, hidden_size)`, any number of leading axes, none included.
@@ -215,6 +231,14 @@ class LowRankAdapterLayer(BottleneckLayer):
         TypeError: a size is a bool or no int; the non-linearity is unknown; low_rank_w_init is no initialiser or name;
             a type is not float16, bfloat16 or float32.
         ValueError: a size is not positive; reduction_factor is above hidden_size; the initialiser's name is unknown.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> layer, x = mp.LowRankAdapterLayer(8, reduction_factor=4), Tensor(np.ones((3, 8), np.float32))
+        >>> bool((layer(x) == x).all())            # it starts as the identity
+        True
     """
 
     method: ClassVar[str] = "low_rank_adapter"
@@ -300,17 +324,18 @@ class LowRankAdapterDense(BottleneckDense):
     Args:
         in_channels (int): size of the last axis of the input; positive.
         out_channels (int): size of the last axis of the output; positive.
-        weight_init (Tensor | str | Initializer | number): start of `weight`.
-        bias_init (Tensor | str | Initializer | number): start of `bias`.
-        has_bias (bool): whether there is a `bias`.
-        activation (str | Cell | Primitive | None): activation of the Dense, before the adapter.
-        reduction_factor (int): out_channels by the size of the bottleneck; from 1 to out_channels.
-        low_rank_size (int): as for `LowRankAdapterLayer`.
-        low_rank_w_init (str | Initializer): as for `LowRankAdapterLayer`.
-        non_linearity (str): as for `LowRankAdapterLayer`.
+        weight_init (Tensor | str | Initializer | number): start of `weight`. Default: "normal".
+        bias_init (Tensor | str | Initializer | number): start of `bias`. Default: "zeros".
+        has_bias (bool): whether there is a `bias`. Default: True.
+        activation (str | Cell | Primitive | None): activation of the Dense, before the adapter. Default: None.
+        reduction_factor (int): out_channels by the size of the bottleneck; from 1 to out_channels. Default: 1.
+        low_rank_size (int): as for `LowRankAdapterLayer`; positive. Default: 1.
+        low_rank_w_init (str | Initializer): as for `LowRankAdapterLayer`. Default: "xavier_uniform".
+        non_linearity (str): as for `LowRankAdapterLayer`. Default: "gelu".
         param_init_type (mindspore.dtype): type of the adapter's parameters: float16, bfloat16 or float32.
-        compute_dtype (mindspore.dtype | None): see the dtype rule.
-        dtype (mindspore.dtype): type of `weight` and `bias`.
+            Default: float32.
+        compute_dtype (mindspore.dtype | None): see the dtype rule. Default: None.
+        dtype (mindspore.dtype): type of `weight` and `bias`. Default: float32.
 
     Inputs:
         - **x** (Tensor): `(*, in_channels)`, any number of leading axes, none included.
@@ -322,6 +347,14 @@ class LowRankAdapterDense(BottleneckDense):
         TypeError: as `LowRankAdapterLayer`; `activation` or an initialiser is of no known kind.
         ValueError: as `LowRankAdapterLayer`; an initial Tensor has the wrong shape; the activation's (a
             KeyError too) or initialiser's name is unknown.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> layer = mp.LowRankAdapterDense(4, 8, reduction_factor=4)
+        >>> layer(Tensor(np.ones((3, 4), np.float32))).shape
+        (3, 8)
     """
 
     method: ClassVar[str] = "low_rank_adapter"
@@ -395,6 +428,14 @@ class LowRankAdapterConfig(DeltaConfig, LowRankAdapterSettings):
 
     Raises:
         TypeError, ValueError: as `LowRankAdapterDense`.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LowRankAdapterConfig(reduction_factor=4, target_modules=["0"]))
+        >>> sum(item.size for item in net.trainable_params())
+        30
     """
 
     pet_type: ClassVar[str] = "low_rank_adapter"

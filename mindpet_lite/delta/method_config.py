@@ -21,8 +21,9 @@ class MethodConfig(DeltaConfig):
     """Settings that every method on hosts has; its own have PEFT's names, and stand in `peft.fields`.
 
     Args:
-        param_init_type: type of what trains: float16, bfloat16 or float32.
-        compute_dtype: what the layers compute in; see the dtype rule of `mindpet_lite.LoRADense`.
+        param_init_type: type of what trains: float16, bfloat16 or float32. Default: float32.
+        compute_dtype: type that the layers compute in: float16, bfloat16 or float32. None: the type of `to_float()`,
+            else that of the weight; see the dtype rule of `LoRADense`. Default: None.
 
     Raises:
         TypeError: a type is not float16, bfloat16 or float32; a pattern is no mapping.

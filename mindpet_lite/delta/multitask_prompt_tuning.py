@@ -178,13 +178,14 @@ class MultitaskPromptTuningConfig(StartedTokensConfig):
     """Settings of multitask prompt tuning; the names are PEFT's. See `StartedTokensConfig` for the others.
 
     Args:
-        num_tasks: how many tasks there are.
-        num_ranks: the rank of a task's own factors.
+        num_tasks: how many tasks there are; positive. Default: 1.
+        num_ranks: the rank of a task's own factors; positive. Default: 1.
         prompt_tuning_init: besides what `StartedTokensConfig` has, a start from an adapter of source tasks:
             "ONLY_SOURCE_SHARED" (P), and for one task P with the factors of a source task ("EXACT_SOURCE_TASK") or the
-            mean of all ("AVERAGE_SOURCE_TASKS").
+            mean of all ("AVERAGE_SOURCE_TASKS"). Default: "RANDOM".
         prompt_tuning_init_state_dict_path: the `adapter_model.safetensors` of the source tasks, for those.
-        prompt_tuning_init_task: the source task, for "EXACT_SOURCE_TASK".
+            Default: None.
+        prompt_tuning_init_task: number of the source task, 0 or more, for "EXACT_SOURCE_TASK". Default: 0.
 
     Raises:
         TypeError: a number or the path is none.

@@ -183,19 +183,21 @@ class OFTConfig(MethodConfig):
     does is taken, as PEFT does; a convolution's inputs are those of a kernel, channels times places.
 
     Args:
-        r: number of blocks.
-        oft_block_size: size of a block.
-        module_dropout: probability with which a block is I in a call in training. (PEFT 0.21 has the field and does not
-            use it.)
+        r: number of blocks; 0: oft_block_size says it. Default: 0.
+        oft_block_size: size of a block; 0: r says it. Default: 32.
+        module_dropout: probability in [0, 1) with which a block is I in a call in training. (PEFT 0.21 has the field
+            and does not use it.) Default: 0.0.
         bias: which biases of the base train too: "none", "all", or "oft_only", those of the adapted layers.
-        init_weights: True starts at the base; False at random.
+            Default: "none".
+        init_weights: True starts at the base; False at random. Default: True.
         coft: keep ||Q|| of each block at or below eps / √blocks: a larger Q is scaled down before it is used. (PEFT's
             forward also writes that into the parameter. Here `project()` of the layer does, for a training that is the
-            same step by step: a compiled forward changes no Parameter.)
-        eps: see `coft`; a finite number above 0.
-        block_share: one block is used for all.
+            same step by step: a compiled forward changes no Parameter.) Default: False.
+        eps: see `coft`; a finite number above 0. Default: 6e-5.
+        block_share: True: one block is used for all. Default: False.
         use_cayley_neumann: a series instead of the exact R: fast, but R is orthogonal only about where Q is small.
-        num_cayley_neumann_terms: of that series, 2 or more; 3 is the same as 4, as in PEFT.
+            Default: True.
+        num_cayley_neumann_terms: of that series, 2 or more; 3 is the same as 4, as in PEFT. Default: 5.
 
     Raises:
         TypeError, ValueError: a value is none of these.

@@ -42,7 +42,16 @@ TABLE = f"{WTE}.embedding_table"
 
 @dataclasses.dataclass(frozen=True)
 class PrefixSettings:
-    """The settings of Prefix-Tuning, checked when made; see `PrefixDense`."""
+    """The settings of Prefix-Tuning, checked when made; see `PrefixDense`.
+
+    Args:
+        prefix_token_num: rows of the prefix; positive. Default: 128.
+        embed_dim: width of the embedding; positive. Without prefix_projection it means nothing. Default: 512.
+        mid_dim: width of the MLP; positive. Without prefix_projection it means nothing. Default: 512.
+        dropout_rate: probability in [0, 1) of dropping an element of the prefix in training. Default: 0.1.
+        prefix_projection: True: an MLP gives the prefix. False: it is a Parameter. Default: True.
+        param_init_type: type of what trains: float16, bfloat16 or float32. Default: float32.
+    """
 
     prefix_token_num: int = 128
     embed_dim: int = 512
@@ -168,15 +177,16 @@ class PrefixLayer(Prefixes, nn.Cell):
         prefix_token_num (int): rows of the prefix; a multiple of `batch_size`.
         batch_size (int): sequences in a batch. Kept for attentions that share the rows out among the batch,
             prefix_token_num / batch_size each, as MindPet's documentation does for its mask.
-        num_heads (int): heads of the attention. Kept for the caller's mask, as `batch_size`.
-        hidden_dim (int): width of keys and values, all heads together.
-        embed_dim (int): width of the embedding.
-        mid_dim (int): width of the MLP.
+        num_heads (int): heads of the attention; positive. Kept for the caller's mask, as `batch_size`.
+        hidden_dim (int): width of keys and values, all heads together; positive.
+        embed_dim (int): width of the embedding; positive.
+        mid_dim (int): width of the MLP; positive. Default: 512.
         dropout_rate (int | float): probability in [0, 1) of dropping an element of a prefix in training. At 0 there
-            is no dropout operator.
+            is no dropout operator. Default: 0.1.
         prefix_projection (bool): an MLP gives the prefixes. False: they are Parameters, as after `fold`, and
-            embed_dim and mid_dim mean nothing.
+            embed_dim and mid_dim mean nothing. Default: True.
         param_init_type (mindspore.dtype): type of the Parameters and of what they give: float16, bfloat16 or float32.
+            Default: float32.
 
     Outputs:
         Tuple of the keys' and the values' prefix, `(prefix_token_num, hidden_dim)` each.
@@ -186,6 +196,13 @@ class PrefixLayer(Prefixes, nn.Cell):
             no float type.
         ValueError: an int is not positive; prefix_token_num is no multiple of batch_size; dropout_rate is outside
             [0, 1).
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> layer = mp.PrefixLayer(4, batch_size=2, num_heads=2, hidden_dim=8, embed_dim=4, mid_dim=4)
+        >>> keys, values = layer()
+        >>> keys.shape, values.shape
+        ((4, 8), (4, 8))
     """
 
     setting_names = ("input_tokens",)
@@ -271,16 +288,16 @@ class PrefixDense(Prefixes, PrefixedDense):
     Source: Li & Liang, https://arxiv.org/abs/2101.00190, sections 4.2 and 4.3.
 
     Args:
-        in_channels (int): size of the last axis of the input.
-        out_channels (int): size of the last axis of the output.
-        prefix_token_num (int): rows of the prefix.
-        embed_dim (int): width of the embedding P'.
-        mid_dim (int): width of the MLP.
+        in_channels (int): size of the last axis of the input; positive.
+        out_channels (int): size of the last axis of the output; positive.
+        prefix_token_num (int): rows of the prefix; positive. Default: 128.
+        embed_dim (int): width of the embedding P'; positive. Default: 512.
+        mid_dim (int): width of the MLP; positive. Default: 512.
         dropout_rate (int | float): probability in [0, 1) of dropping an element of P in training. At 0 there is no
-            dropout operator.
+            dropout operator. Default: 0.1.
         prefix_projection (bool): an MLP gives P. False: P is a Parameter, as after `fold()`, and embed_dim and mid_dim
-            mean nothing.
-        param_init_type (mindspore.dtype): type of what the layer adds: float16, bfloat16 or float32.
+            mean nothing. Default: True.
+        param_init_type (mindspore.dtype): type of what the layer adds: float16, bfloat16 or float32. Default: float32.
         **dense_kwargs: weight_init, bias_init, has_bias, activation and dtype of nn.Dense.
 
     Inputs:
@@ -293,6 +310,14 @@ class PrefixDense(Prefixes, PrefixedDense):
         TypeError: an int is a bool or no int, dropout_rate no number, prefix_projection no bool, or a type is not
             float16, bfloat16 or float32.
         ValueError: an int is not positive; dropout_rate is outside [0, 1); an input has no axis for the sequence.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> layer = mp.PrefixDense(4, 8, prefix_token_num=3, embed_dim=4, mid_dim=4)
+        >>> layer(Tensor(np.ones((2, 5, 4), np.float32))).shape       # five rows of each sequence, and three before them
+        (2, 8, 8)
     """
 
     def __init__(self, in_channels: int, out_channels: int, prefix_token_num: int = 128, embed_dim: int = 512,
@@ -332,6 +357,18 @@ class PrefixTuningConfig(DeltaConfig, PrefixSettings):
 
     Raises:
         TypeError, ValueError: as `PrefixDense`.
+
+    Examples:
+        >>> from mindspore import nn
+        >>> import mindpet_lite as mp
+        >>> class Attention(nn.Cell):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.to_q, self.to_k, self.to_v = nn.Dense(4, 4), nn.Dense(4, 4), nn.Dense(4, 4)
+        >>> config = mp.PrefixTuningConfig(prefix_token_num=3, embed_dim=4, mid_dim=4, target_modules=["to_k", "to_v"])
+        >>> net = mp.get_pet_model(Attention(), config)
+        >>> type(net.to_q).__name__, type(net.to_k).__name__
+        ('Dense', 'PrefixDense')
     """
 
     pet_type: ClassVar[str] = "prefixtuning"

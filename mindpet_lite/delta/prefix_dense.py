@@ -28,6 +28,13 @@ def prepend_prefix(prefix: Tensor, rows: Tensor) -> Tensor:
 
     Raises:
         ValueError: `rows` has no axis for the sequence.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> mp.prepend_prefix(Tensor(np.zeros((3, 8), np.float32)), Tensor(np.ones((2, 5, 8), np.float32))).shape
+        (2, 8, 8)
     """
     if len(rows.shape) < 2:
         raise ValueError(f"Prefix rows stand before the rows of a sequence: the input must have the axes "
@@ -41,7 +48,7 @@ def prefix_mask(attention_mask: Tensor, prefix_token_num: int, visible: float) -
 
     Args:
         attention_mask: `(batch, key)`, `(batch, query, key)` or `(batch, 1 or heads, query, key)`; any type.
-        prefix_token_num: how many rows stand before each sequence.
+        prefix_token_num: how many rows stand before each sequence; positive.
         visible: what the mask holds where a query sees a key: 1 (or True) in masks that multiply or select, as
             MindPet's documentation uses them; 0 (or False) in masks that are added to the scores, or that mark
             what is hidden.
@@ -51,6 +58,14 @@ def prefix_mask(attention_mask: Tensor, prefix_token_num: int, visible: float) -
 
     Raises:
         ValueError: `attention_mask` has another number of axes, or `prefix_token_num` is not positive.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> mask = Tensor(np.tril(np.ones((1, 2, 2), np.float32)))
+        >>> mp.prefix_mask(mask, 3, visible=1).asnumpy().tolist()
+        [[[1.0, 1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0, 1.0]]]
     """
     if len(attention_mask.shape) < 2 or len(attention_mask.shape) > 4:
         raise ValueError(f"attention_mask must have the axes (batch, key), (batch, query, key) or (batch, heads, "

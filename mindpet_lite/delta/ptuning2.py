@@ -37,7 +37,15 @@ _DENSE_IN, _DENSE_OUT = "mindpet_delta_ptuning2_dense_in", "mindpet_delta_ptunin
 
 @dataclasses.dataclass(frozen=True)
 class Ptuning2Settings:
-    """The settings of P-Tuning v2, checked when made; see `Ptuning2Dense`."""
+    """The settings of P-Tuning v2, checked when made; see `Ptuning2Dense`.
+
+    Args:
+        pre_seq_len: rows of the prefix; positive. Default: 128.
+        prefix_projection: True: an MLP gives the prefix. False: it is a Parameter. Default: False.
+        projection_dim: width of the MLP; positive. Without prefix_projection it means nothing. Default: 128.
+        dropout_prob: probability in [0, 1) of dropping an element of the prefix in training. Default: 0.01.
+        param_init_type: type of what trains: float16, bfloat16 or float32. Default: float32.
+    """
 
     pre_seq_len: int = 128
     prefix_projection: bool = False
@@ -61,13 +69,14 @@ class PrefixEmbedding(nn.Cell):
     """A table of vectors, looked up by ids, with its parallel strategy.
 
     Args:
-        vocab_size (int): rows of the table.
-        embedding_size (int): width of the table.
-        data_parallel (int): into how many parts the first axis of the ids is split.
-        model_parallel (int): into how many parts the table's rows are split where `vocab_emb_dp` is False.
-        vocab_emb_dp (bool): every device holds the whole table.
-        param_init (Tensor | str | Initializer | number): start of the table.
-        param_init_type (mindspore.dtype): type of the table: float16, bfloat16 or float32.
+        vocab_size (int): rows of the table; positive.
+        embedding_size (int): width of the table; positive.
+        data_parallel (int): into how many parts the first axis of the ids is split; positive. Default: 1.
+        model_parallel (int): into how many parts the table's rows are split where `vocab_emb_dp` is False; positive.
+            Default: 1.
+        vocab_emb_dp (bool): every device holds the whole table. Default: True.
+        param_init (Tensor | str | Initializer | number): start of the table. Default: "normal".
+        param_init_type (mindspore.dtype): type of the table: float16, bfloat16 or float32. Default: float32.
 
     Inputs:
         - **input_ids** (Tensor): ints in [0, vocab_size), with two axes where `data_parallel` splits them.
@@ -78,6 +87,13 @@ class PrefixEmbedding(nn.Cell):
     Raises:
         TypeError: an int is a bool or no int, or another argument is of the wrong kind.
         ValueError: an int is not positive, or `vocab_size` is no multiple of the parts it is split into.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import Tensor
+        >>> layer = mp.PrefixEmbedding(10, 4)
+        >>> layer(Tensor([1, 2, 3])).shape
+        (3, 4)
     """
 
     def __init__(self, vocab_size: int, embedding_size: int, data_parallel: int = 1, model_parallel: int = 1,
@@ -168,19 +184,20 @@ class PrefixEncoder(Prompts, nn.Cell):
     Source: Liu et al., https://arxiv.org/abs/2110.07602, sections 3.2 and 3.3.
 
     Args:
-        pre_seq_len (int): rows of the prefix.
-        num_layers (int): layers of the net.
-        num_heads (int): heads of its attentions.
-        kv_channels (int): width of a head.
+        pre_seq_len (int): rows of the prefix; positive.
+        num_layers (int): layers of the net; positive.
+        num_heads (int): heads of its attentions; positive.
+        kv_channels (int): width of a head; positive.
         prefix_projection (bool): an MLP gives the prefixes.
-        projection_dim (int): width of the MLP; without `prefix_projection` it means nothing.
+        projection_dim (int): width of the MLP; positive; without `prefix_projection` it means nothing.
         dropout_prob (int | float): probability in [0, 1) of dropping an element of a prefix in training, for each
             sequence of the batch anew. At 0 there is no dropout operator.
         parallel_config (object | None): has `data_parallel`, `model_parallel` and `vocab_emb_dp`, as the
-            TransformerOpParallelConfig of MindFormers; see `shard` and `PrefixEmbedding`.
+            TransformerOpParallelConfig of MindFormers; see `shard` and `PrefixEmbedding`. Default: None.
         out_perm (tuple[int]): order of the output's axes: a permutation of (0 batch, 1 pre_seq_len, 2 layers' keys
             and values, 3 heads, 4 kv_channels) that starts with 2, as that axis is cut into layers.
-        param_init_type (mindspore.dtype): type of the Parameters: float16, bfloat16 or float32.
+            Default: (2, 0, 3, 1, 4).
+        param_init_type (mindspore.dtype): type of the Parameters: float16, bfloat16 or float32. Default: float32.
 
     Inputs:
         - **batch_size** (int): sequences in the batch.
@@ -194,6 +211,15 @@ class PrefixEncoder(Prompts, nn.Cell):
         TypeError: an int is a bool or no int, dropout_prob no number, prefix_projection no bool; parallel_config lacks
             an attribute.
         ValueError: an int is not positive; dropout_prob is outside [0, 1); out_perm is no such permutation.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import mindspore as ms
+        >>> encoder = mp.PrefixEncoder(3, num_layers=2, num_heads=2, kv_channels=4, prefix_projection=False,
+        ...                            projection_dim=8, dropout_prob=0.0)
+        >>> prefixes = encoder(5, ms.float32)
+        >>> len(prefixes), prefixes[0].shape
+        (2, (2, 5, 2, 3, 4))
     """
 
     setting_names = ("mindpet_delta_ptuning2_prefix",)
@@ -311,14 +337,14 @@ class Ptuning2Dense(Prompts, PrefixedDense):
     Source: Liu et al., https://arxiv.org/abs/2110.07602, sections 3.2 and 3.3.
 
     Args:
-        in_channels (int): size of the last axis of the input.
-        out_channels (int): size of the last axis of the output.
-        pre_seq_len (int): rows of the prefix.
+        in_channels (int): size of the last axis of the input; positive.
+        out_channels (int): size of the last axis of the output; positive.
+        pre_seq_len (int): rows of the prefix; positive. Default: 128.
         prefix_projection (bool): an MLP gives P. Default: False, P is a Parameter.
-        projection_dim (int): width of the MLP; without `prefix_projection` it means nothing.
+        projection_dim (int): width of the MLP; positive; without `prefix_projection` it means nothing. Default: 128.
         dropout_prob (int | float): probability in [0, 1) of dropping an element of P in training. At 0 there is no
-            dropout operator.
-        param_init_type (mindspore.dtype): type of what the layer adds: float16, bfloat16 or float32.
+            dropout operator. Default: 0.01.
+        param_init_type (mindspore.dtype): type of what the layer adds: float16, bfloat16 or float32. Default: float32.
         **dense_kwargs: weight_init, bias_init, has_bias, activation and dtype of nn.Dense.
 
     Inputs:
@@ -331,6 +357,14 @@ class Ptuning2Dense(Prompts, PrefixedDense):
         TypeError: an int is a bool or no int, dropout_prob no number, prefix_projection no bool, or a type is not
             float16, bfloat16 or float32.
         ValueError: an int is not positive; dropout_prob is outside [0, 1); an input has no axis for the sequence.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> layer = mp.Ptuning2Dense(4, 8, pre_seq_len=3)
+        >>> layer(Tensor(np.ones((2, 5, 4), np.float32))).shape       # five rows of each sequence, and three before them
+        (2, 8, 8)
     """
 
     def __init__(self, in_channels: int, out_channels: int, pre_seq_len: int = 128, prefix_projection: bool = False,
@@ -361,6 +395,17 @@ class Ptuning2Config(DeltaConfig, Ptuning2Settings):
 
     Raises:
         TypeError, ValueError: as `Ptuning2Dense`.
+
+    Examples:
+        >>> from mindspore import nn
+        >>> import mindpet_lite as mp
+        >>> class Attention(nn.Cell):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.to_q, self.to_k, self.to_v = nn.Dense(4, 4), nn.Dense(4, 4), nn.Dense(4, 4)
+        >>> net = mp.get_pet_model(Attention(), mp.Ptuning2Config(pre_seq_len=3, target_modules=["to_k", "to_v"]))
+        >>> sum(item.size for item in net.trainable_params())
+        24
     """
 
     pet_type: ClassVar[str] = "ptuning2"

@@ -29,9 +29,10 @@ class TrainableTokensConfig(DeltaConfig):
     holds is as large as the rows. Beside LoRA, see `trainable_token_indices` of `mindpet_lite.LoraConfig`.
 
     Args:
-        target_modules: the embeddings, as `DeltaConfig` has it; ``["embed_tokens"]`` without it.
-        token_indices: the numbers of the rows that train.
-        init_weights: True starts with the table's rows, and so at the base; False at random.
+        target_modules: the embeddings, as `DeltaConfig` has it; ``["embed_tokens"]`` without it. Default: None.
+        token_indices: the numbers of the rows that train, each from 0 to below the table's rows, none twice. There must
+            be one. Default: ().
+        init_weights: True starts with the table's rows, and so at the base; False at random. Default: True.
 
     Raises:
         TypeError: `token_indices` is no list of token numbers, or empty; `init_weights` is no bool.

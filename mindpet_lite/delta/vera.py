@@ -148,13 +148,15 @@ class VeraConfig(MethodConfig):
     `projection_prng_key` as PEFT draws them, bit for bit. Layers that are adapted later use those that are there.
 
     Args:
-        r: the number of ranks. It costs few trained numbers, so it is larger than LoRA's.
-        vera_dropout: rate of dropout before A, in [0, 1).
-        d_initial: what the vector between A and B starts at.
-        projection_prng_key: the seed of A and B.
+        r: the number of ranks; positive. It costs few trained numbers, so it is larger than LoRA's. Default: 256.
+        vera_dropout: rate of dropout before A, in [0, 1). Default: 0.0.
+        d_initial: what the vector between A and B starts at; a finite number. Default: 0.1.
+        projection_prng_key: the seed of A and B, from -2^63 to below 2^64. Default: 0.
         save_projection: whether adapter files hold A and B. Without them, whoever reads a file draws them again.
-        init_weights: True starts at the base; False at random.
+            Default: True.
+        init_weights: True starts at the base; False at random. Default: True.
         bias: which biases of the base train too: "none", "all", or "vera_only", those of the adapted layers.
+            Default: "none".
 
     Raises:
         TypeError, ValueError: a field is not what it must be.

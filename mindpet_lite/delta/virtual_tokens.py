@@ -34,10 +34,11 @@ def prompt_mask(attention_mask: Tensor, num_virtual_tokens: int, visible: float,
         attention_mask: of padding, `(batch, key)`, where every virtual token is seen; or causal, `(..., query, key)`
             with as many queries as keys. Any type. Another mask with an axis of queries is made from the lengthened
             mask of padding, not lengthened itself.
-        num_virtual_tokens: how many there are, n.
+        num_virtual_tokens: how many there are, n; positive.
         visible: what the mask holds where a query sees a key: 1 (or True) in masks that multiply or select, 0 in masks
             that are added to the scores.
         hidden: what it holds elsewhere, for a causal mask: a virtual token sees itself and those before it, no token.
+            Default: None.
 
     Returns:
         Tensor `(batch, n + key)` or `(..., n + query, n + key)` of the type of `attention_mask`.
@@ -45,6 +46,14 @@ def prompt_mask(attention_mask: Tensor, num_virtual_tokens: int, visible: float,
     Raises:
         ValueError: the axes are others; `hidden` is missing for a causal mask, or given for one of padding;
             `num_virtual_tokens` is not positive.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> mask = Tensor(np.array([[1, 1, 0]], np.int32))      # the third token is padding
+        >>> mp.prompt_mask(mask, 2, visible=1).asnumpy().tolist()
+        [[1, 1, 1, 1, 0]]
     """
     if (len(attention_mask.shape) == 2) != (hidden is None):
         raise ValueError(f"prompt_mask takes a mask of padding (batch, key) without hidden, or a causal one (batch, "
@@ -147,12 +156,13 @@ class VirtualTokensConfig(MethodConfig):
     only embedding, else the only one with a name that libraries give such tables, as `embed_tokens`.
 
     Args:
-        num_virtual_tokens: the rows before each sequence.
-        token_dim: their size, which is that of the table's rows; None takes it from there.
+        num_virtual_tokens: the rows before each sequence; positive. Default: 20.
+        token_dim: their size, which is that of the table's rows; None takes it from there. Default: None.
         num_transformer_submodules: 1; for PEFT's 2 (an encoder and a decoder with prompts of their own) there is no
-            form here.
+            form here. Default: 1.
         num_attention_heads: of the base, for PEFT, which reads it from the file. None leaves it to PEFT to find out.
-        num_layers: of the base, likewise.
+            Default: None.
+        num_layers: of the base, likewise. Default: None.
 
     Raises:
         TypeError: a number is none.
@@ -210,8 +220,8 @@ class StartedTokensConfig(VirtualTokensConfig):
 
     Args:
         prompt_tuning_init: "RANDOM" (a normal distribution), "SAMPLE_VOCAB" (rows of random tokens) or "TEXT" (rows of
-            the tokens in `init_token_ids`).
-        init_token_ids: ids of a text's tokens, repeated or cut to num_virtual_tokens; for "TEXT" alone.
+            the tokens in `init_token_ids`). Default: "RANDOM".
+        init_token_ids: ids of a text's tokens, repeated or cut to num_virtual_tokens; for "TEXT" alone. Default: None.
     """
 
     inits: ClassVar[tuple[str, ...]] = ("RANDOM", "SAMPLE_VOCAB", "TEXT")

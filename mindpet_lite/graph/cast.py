@@ -19,9 +19,6 @@ def cast_to_float32(net: nn.Cell, patterns: str | Sequence[str]) -> list[str]:
     `to_float(float16)` do. Cells below a named one are cast with it. It is what recipes for int8 bases do to norms and
     to `lm_head` by hand.
 
-    Examples:
-        >>> cast_to_float32(net, r".*norm.*|lm_head")
-
     Args:
         net: any Cell.
         patterns: a regular expression that must match a cell's whole path, or a list of names (each equal to a path or
@@ -34,6 +31,18 @@ def cast_to_float32(net: nn.Cell, patterns: str | Sequence[str]) -> list[str]:
         TypeError: `net` is no Cell, or `patterns` neither text nor a list of texts.
         ValueError: `patterns` is empty or hits nothing, or a cell has no Parameter of a float type. The net is
             unchanged.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import mindspore as ms
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.LayerNorm((8,)), nn.Dense(8, 2)).to_float(ms.float16)
+        >>> for item in net.get_parameters():
+        ...     _ = item.set_dtype(ms.float16)
+        >>> mp.cast_to_float32(net, ["1"])
+        ['1']
+        >>> net[1].gamma.dtype, net[0].weight.dtype
+        (mindspore.float32, mindspore.float16)
     """
     cells = without_inner(cells_by_path(require_cell(net)))
     owners = {path: cell for path, cell in cells.items() if path and any(True for _ in cell.get_parameters())}

@@ -43,6 +43,16 @@ def check_adapters(net: nn.Cell, *inputs: Any) -> list[str]:
         ValueError: layers of which no delta reaches the output, or whose weight another cell reads besides: the message
             names them. Or the net has no adapted layer, its adapters are switched off, or its output holds no float
             Tensor.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> x = Tensor(np.ones((3, 4), np.float32))
+        >>> mp.check_adapters(net, x)
+        ['0']
     """
     found = deltas(net)
     if adapters_are_disabled(net):

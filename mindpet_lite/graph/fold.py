@@ -23,6 +23,14 @@ def fold_prefixes(net: nn.Cell) -> nn.Cell:
     Raises:
         TypeError: `net` is no Cell.
         ValueError: the net has no prefix.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> layer = mp.PrefixDense(4, 8, prefix_token_num=3, embed_dim=4, mid_dim=4)
+        >>> net = mp.fold_prefixes(nn.SequentialCell(layer))
+        >>> [item.name for item in layer.delta_parameters().values()]
+        ['0.mindpet_delta_prefixtuning_prefix']
     """
     found = [delta for delta in deltas(net).values() if delta.foldable]
     if not found:

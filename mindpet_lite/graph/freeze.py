@@ -23,7 +23,18 @@ FREEZE_MODES = {mode: kind for name, kind in METHODS.items() for mode in (name, 
 
 @dataclasses.dataclass(frozen=True)
 class TrainableReport:
-    """How many elements of a net train; `print` gives one line in PEFT's form."""
+    """How many elements of a net train; `print` gives one line in PEFT's form.
+
+    Args:
+        trainable: elements that train.
+        total: all elements of the net.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> report = mp.TrainableReport(trainable=8, total=50)
+        >>> print(report)
+        trainable params: 8 || all params: 50 || trainable%: 16.0000
+    """
 
     trainable: int
     total: int
@@ -53,8 +64,8 @@ def freeze_modules(model: nn.Cell, include: Sequence[str] | None = None,
     Args:
         model: any Cell.
         include: patterns of parameters to freeze. `*` stands for any text, every other character for itself; a
-            pattern must match the whole path of a parameter, or its `Parameter.name` where that differs.
-        exclude: patterns of parameters to make trainable.
+            pattern must match the whole path of a parameter, or its `Parameter.name` where that differs. Default: None.
+        exclude: patterns of parameters to make trainable. Default: None.
 
     Returns:
         How many elements train now.
@@ -62,6 +73,15 @@ def freeze_modules(model: nn.Cell, include: Sequence[str] | None = None,
     Raises:
         TypeError: `model` is no Cell, or a list is no list of strings.
         ValueError: neither list is given, a list is empty, or a pattern matches nothing. The net is unchanged.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> mp.freeze_modules(net, include=["0.*"]).trainable
+        18
+        >>> [item.name for item in net.trainable_params()]
+        ['2.weight', '2.bias']
     """
     require_cell(model)
     if include is None and exclude is None:
@@ -81,8 +101,8 @@ def freeze_delta(model: nn.Cell, mode: str, include: Sequence[str] | None = None
     Args:
         model: any Cell.
         mode: 'lora', 'prefixtuning' (or 'prefix'), 'adapter', 'low_rank_adapter', 'ptuning2' or 'bitfit', in any case.
-        include: patterns of parameters to freeze besides.
-        exclude: patterns of parameters to train besides, such as ``['*classifier*']``.
+        include: patterns of parameters to freeze besides. Default: None.
+        exclude: patterns of parameters to train besides, such as ``['*classifier*']``. Default: None.
 
     Returns:
         How many elements train now.
@@ -91,6 +111,13 @@ def freeze_delta(model: nn.Cell, mode: str, include: Sequence[str] | None = None
         TypeError: `model` is no Cell, `mode` is no string, or a list is no list of strings.
         ValueError: the mode is unknown or leaves nothing trainable; a list is empty; a pattern matches nothing. The
             net is unchanged.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(mp.LoRADense(4, 8, 2, 4), nn.Dense(8, 2))
+        >>> print(mp.freeze_delta(net, "lora", exclude=["1.*"]))        # the head trains too
+        trainable params: 42 || all params: 82 || trainable%: 51.2195
     """
     require_cell(model)
     if not isinstance(mode, str):
@@ -143,9 +170,22 @@ def freeze_from_config(model: nn.Cell, config_path: str | os.PathLike[str]) -> T
       exclude: ['*lora*']
     ```
 
+    Args:
+        model: any Cell.
+        config_path: a YAML file with a `freeze` block; other blocks do not matter.
+
     Raises:
         FileNotFoundError, ValueError, TypeError: the file is missing, is no YAML, has no such block or an unknown key
             in it; or as `freeze_modules`. The net is unchanged.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> _ = Path("freeze.yaml").write_text("freeze: {include: ['*weight'], exclude: ['*bias']}")
+        >>> print(mp.freeze_from_config(net, "freeze.yaml"))
+        trainable params: 10 || all params: 58 || trainable%: 17.2414
     """
     require_cell(model)
     if not config_path:

@@ -35,7 +35,7 @@ def initialize_from_data(net: nn.Cell, batches: Iterable[Any], forward: Callable
     Args:
         net: with adapters of `init_lora_weights` "eva" or "corda", see `mindpet_lite.LoraConfig`.
         batches: each a tuple or list of the net's arguments, a mapping of them by name, or one argument.
-        forward: what runs the net on a batch, `forward(net, batch)`, for batches of another form.
+        forward: what runs the net on a batch, `forward(net, batch)`, for batches of another form. Default: None.
 
     Returns:
         `net`.
@@ -45,6 +45,18 @@ def initialize_from_data(net: nn.Cell, batches: Iterable[Any], forward: Callable
         ValueError: no adapter waits for data, or one has trained; there is no batch; a layer was given nothing, or NaN
             or infinite values; a mask does not fit; the data are too few. Or this is a distributed job, where each
             process would see other data. The net is unchanged.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> config = mp.LoraConfig(2, 4, target_modules=["0"], init_lora_weights="eva")
+        >>> net = mp.get_pet_model(net, config)
+        >>> batches = [Tensor(np.random.standard_normal((8, 4)).astype(np.float32)) for _ in range(4)]
+        >>> net = mp.initialize_from_data(net, batches)
+        >>> net[0].lora_rank
+        2
     """
     waiting = {path: delta for path, delta in deltas(net).items() if delta.data_start is not None}
     if not waiting:

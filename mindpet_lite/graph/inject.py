@@ -67,6 +67,20 @@ def get_pet_model(net: nn.Cell, config: DeltaConfig | Mapping[str, Any] | str | 
             adapted already; or the processes of a data-parallel job adapt different layers. All problems stand in
             one message, and the net is unchanged.
         RuntimeError: another process of a distributed job did not answer. The net is unchanged.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> x = Tensor(np.ones((3, 4), np.float32))
+        >>> before = net(x)
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(lora_rank=2, lora_alpha=4, target_modules=["0"]))
+        >>> bool((net(x) == before).all())         # training starts at the base
+        True
+        >>> [item.name for item in net.trainable_params()]
+        ['0.mindpet_delta_lora_a', '0.mindpet_delta_lora_b']
+        >>> optimizer = nn.Adam(net.trainable_params(), 1e-3)      # afterwards, not before
     """
     cells_by_path(net)
     config = as_config(config)

@@ -42,19 +42,21 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
         path: a directory or file, as `save_adapter`, PEFT, diffusers, kohya's scripts, MindPet or MindFormers wrote
             it. MindPet's checkpoints hold no rank and alpha, so they fit a net that is adapted already.
         format: "peft", "diffusers", "kohya", "mindpet" or "mindformers"; told by keys and files without it.
+            Default: None.
         name_map: for layers that are called otherwise: ``{path in the file: path in the net}``, or pairs of a regular
-            expression and what to put in its place. An entry that renames nothing is an error.
-        strict_base: refuse an adapter that was trained on another base, instead of a warning.
+            expression and what to put in its place. An entry that renames nothing is an error. Default: None.
+        strict_base: refuse an adapter that was trained on another base, instead of a warning. Default: False.
         trainable: "adapter", or "keep": Parameters that were trainable or frozen stay so, and new ones train.
+            Default: "adapter".
         component: of a diffusion pipeline: "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer",
             "transformer_2" or "vae". Takes its part of a file of several, and says that the net is that component, or
-            has it.
+            has it. Default: None.
         name: of the adapter among others on the net, see `mindpet_lite.set_adapter`. It stands beside those that
             are there, frozen, and counts from `set_adapter` on; the first counts at once. In room that
-            `mindpet_lite.reserve_adapters` made it is loaded in the running graph, by values.
+            `mindpet_lite.reserve_adapters` made it is loaded in the running graph, by values. Default: None.
         residual_base: the weights in `net` are those that the adapter's start left of its base, as PiSSA's: nothing is
             taken out of them. Needed for starts of which no file tells what they left (pissa_niter_N, CorDA, LoftQ,
-            LoRA-GA), unless the file holds the hash of these weights, as those of `save_adapter` do.
+            LoRA-GA), unless the file holds the hash of these weights, as those of `save_adapter` do. Default: False.
 
     Returns:
         `net`.
@@ -64,6 +66,20 @@ def load_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str | None 
         FileNotFoundError: the directory or a file in it is missing.
         ValueError: a file is damaged, or does not fit the net: missing, unexpected and misshapen keys stand in one
             message. The net is unchanged.
+
+    Examples:
+        >>> import mindspore as ms
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> _ = ms.save_checkpoint(net, "base.ckpt")
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> _ = mp.save_adapter(net, "adapter")
+        >>> fresh = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> _ = ms.load_checkpoint("base.ckpt", fresh)
+        >>> fresh = mp.load_adapter(fresh, "adapter")
+        >>> [item.name for item in fresh.trainable_params()]
+        ['0.mindpet_delta_lora_a', '0.mindpet_delta_lora_b']
     """
     source = read_for(net, Path(path), format, name_map, trainable)
     if name is None and banks_of(net):

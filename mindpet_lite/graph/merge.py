@@ -61,6 +61,15 @@ def merge(net: nn.Cell) -> nn.Cell:
             weight would not be finite. So are tied weights: a weight that another layer of the net uses too, which
             merged would change that layer; and one of which the adapter saves one place alone, because a fresh net,
             where both are one, would read the merged net's checkpoint wrongly. The net is unchanged.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> net = mp.merge(net)
+        >>> type(net[0]).__name__, [item.name for item in net.get_parameters()]
+        ('Dense', ['0.weight', '0.bias', '2.weight', '2.bias'])
     """
     try:
         return _merge(net)
@@ -142,6 +151,15 @@ def unmerge(net: nn.Cell) -> nn.Cell:
     Raises:
         TypeError: `net` is no Cell.
         ValueError: nothing in the net was merged.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> net = mp.unmerge(mp.merge(net))
+        >>> type(net[0]).__name__
+        'LoRADense'
     """
     merged = {cell: vars(cell)[_KEPT] for cell in cells_by_path(net).values() if _KEPT in vars(cell)}
     if not merged:

@@ -34,6 +34,13 @@ def check_optimizer(net: nn.Cell, optimizer: nn.Cell) -> None:
     Raises:
         TypeError: `net` is no Cell, or `optimizer` no optimizer.
         ValueError: the optimizer lacks something or holds too much; the message names some by their paths.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> mp.check_optimizer(net, nn.Adam(net.trainable_params(), 1e-3))
     """
     if not isinstance(optimizer, _OPTIMIZERS):
         raise TypeError(f"optimizer must be an optimizer such as nn.Adam, but got {type(optimizer).__name__}.")

@@ -22,12 +22,19 @@ from mindpet_lite.graph.tree import require_cell
 def print_trainable_parameters(net: nn.Cell) -> TrainableReport:
     """Print and return how many elements of a net train, in PEFT's form.
 
-    Examples:
-        >>> print_trainable_parameters(net)
-        trainable params: 4,096 || all params: 1,052,672 || trainable%: 0.3891
+    Args:
+        net: any Cell.
 
     Raises:
         TypeError: `net` is no Cell.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> report = mp.print_trainable_parameters(net)
+        trainable params: 24 || all params: 82 || trainable%: 29.2683
     """
     report = count(require_cell(net))
     print(report)
@@ -35,12 +42,39 @@ def print_trainable_parameters(net: nn.Cell) -> TrainableReport:
 
 
 def merge_and_unload(net: nn.Cell) -> nn.Cell:
-    """Return the net with its adapters merged: `mindpet_lite.merge` by PEFT's name."""
+    """Return the net with its adapters merged: `mindpet_lite.merge` by PEFT's name.
+
+    Args:
+        net: a net with adapted layers.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> net = mp.merge_and_unload(net)
+        >>> type(net[0]).__name__
+        'Dense'
+    """
     return merge(net)
 
 
 def disable_adapter(net: nn.Cell) -> AbstractContextManager[nn.Cell]:
-    """Return a block inside which the net is its base: `mindpet_lite.adapters_disabled` by PEFT's name."""
+    """Return a block inside which the net is its base: `mindpet_lite.adapters_disabled` by PEFT's name.
+
+    Args:
+        net: a net with adapted layers.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> x = Tensor(np.ones((3, 4), np.float32))
+        >>> with mp.disable_adapter(net):
+        ...     y = net(x)                         # the base's output
+    """
     return adapters_disabled(net)
 
 
@@ -51,11 +85,19 @@ def get_adapter_state(net: nn.Cell, name: str | None = None) -> dict[str, np.nda
 
     Args:
         net: a net with adapted layers.
-        name: of one adapter, where the net has several.
+        name: of one adapter, where the net has several. Default: None.
 
     Raises:
         TypeError: `net` is no Cell.
         ValueError: the net has no adapter, or not this one, or PEFT has no place for a part of it.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> {key: value.shape for key, value in mp.get_adapter_state(net).items()}
+        {'base_model.model.0.lora_A.weight': (2, 4), 'base_model.model.0.lora_B.weight': (8, 2)}
     """
     tensors, _ = as_peft(state_to_save(net, name), METHODS)
     return {key: np.array(value) for key, value in tensors.items()}
@@ -76,6 +118,14 @@ def set_adapter_state(net: nn.Cell, state: Mapping[str, np.ndarray]) -> nn.Cell:
     Raises:
         TypeError: `net` is no Cell, or `state` no mapping of texts to arrays.
         ValueError: the net has no adapter or several, or a key or a shape is not its adapter's. The net is unchanged.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> state = mp.get_adapter_state(net)
+        >>> net = mp.set_adapter_state(net, {key: 2 * value for key, value in state.items()})
     """
     if not isinstance(state, Mapping) or not all(isinstance(key, str) and isinstance(value, np.ndarray)
                                                  for key, value in state.items()):

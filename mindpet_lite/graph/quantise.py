@@ -69,7 +69,7 @@ def quantize_base(net: nn.Cell, kind: str, targets: str | Sequence[str] = "all-l
         net: it is changed in place and returned.
         kind: one of the table.
         targets: which layers, spelt as `target_modules` of `mindpet_lite.LoraConfig`; they must be nn.Dense or
-            mint.nn.Linear. ``"all-linear"`` means all but the output head.
+            mint.nn.Linear. ``"all-linear"`` means all but the output head. Default: "all-linear".
 
     Returns:
         `net`.
@@ -125,7 +125,7 @@ def dequantize_base(net: nn.Cell, targets: str | Sequence[str] | None = None) ->
 
     Args:
         net: it is changed in place and returned.
-        targets: which layers, as in `quantize_base`; all quantised ones without it.
+        targets: which layers, as in `quantize_base`; all quantised ones without it. Default: None.
 
     Returns:
         `net`.
@@ -134,6 +134,15 @@ def dequantize_base(net: nn.Cell, targets: str | Sequence[str] | None = None) ->
         TypeError: `net` is no Cell, or `targets` no names.
         ValueError: there is nothing quantised; a name means no quantised layer; or a layer has an adapter on it, which
             `merge` takes along. The net is unchanged.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(64, 64), nn.ReLU(), nn.Dense(64, 2))
+        >>> net = mp.quantize_base(net, "int8", ["0"])
+        >>> net = mp.dequantize_base(net)
+        >>> net[0].weight.dtype, net[0].weight.shape
+        (mindspore.float32, (64, 64))
     """
     cells = cells_by_path(net)
     if targets is None:

@@ -31,6 +31,14 @@ def refresh_base(net: nn.Cell) -> nn.Cell:
     Raises:
         TypeError: `net` is no Cell.
         ValueError: the net has no adapted layer, or its adapters are switched off.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"], use_dora=True))
+        >>> _ = net[0].weight.set_data(net[0].weight * 2)         # another base
+        >>> net = mp.refresh_base(net)             # DoRA's magnitudes are those of the new weight
     """
     if adapters_are_disabled(net):
         raise ValueError("The adapters are switched off by adapters_disabled(): leave the block before refresh_base().")

@@ -43,11 +43,13 @@ def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft
             keys ``base_model.model.<path>.lora_A.weight``, other methods, and several on one net, under
             ``<path>.<our parameter name>``; "diffusers" or "kohya": a ``.safetensors`` file for a U-Net or text
             encoder or transformer; "mindpet": a ``.ckpt`` or ``.safetensors`` file; "mindformers": a directory.
+            Default: "peft".
         component: of a diffusion pipeline that the net is, for "diffusers" and "kohya", which say it in each key:
             "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "transformer_2" or "vae". Without
             it, the net is what the file said that it was loaded from; else the U-Net, unless the names of its layers
             are those of something else. Of a net whose paths say the component, the part to save, in any format.
-        name: of the adapter, on a net with several.
+            Default: None.
+        name: of the adapter, on a net with several. Default: None.
 
     Returns:
         The path.
@@ -57,6 +59,16 @@ def save_adapter(net: nn.Cell, path: str | os.PathLike[str], format: str = "peft
         ValueError: `path` is empty; the net has no adapted layer, or is itself one (a layer needs a path); the format
             is unknown, or cannot hold this adapter: the message says which field of which layer.
         OSError: the place cannot be written, or the disk is full; what was there is unchanged.
+
+    Examples:
+        >>> import os
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> path = mp.save_adapter(net, "adapter")
+        >>> sorted(os.listdir(path))
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     if not os.fspath(path):
         raise ValueError("path must name a directory or a file to write, but got an empty string.")

@@ -52,6 +52,16 @@ def add_adapter(net: nn.Cell, name: str, config: DeltaConfig | Mapping[str, Any]
 
     Raises:
         TypeError, ValueError: the name is taken or none, or the config does not fit the net. The net is unchanged.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> net = mp.add_adapter(net, "style", mp.LoraConfig(2, 4, target_modules=["0", "2"]))
+        >>> mp.set_adapter(net, "style")
+        >>> mp.active_adapters(net)
+        {'style': 1.0}
     """
     config, known = as_config(config), named(net)
     check_new(name, known)
@@ -95,12 +105,24 @@ def set_adapter(net: nn.Cell, names: str | Mapping[str, float], train: bool | No
         net: a net with adapters.
         names: a name, or weights by name; an empty mapping is the base.
         train: of one name whether it trains; without it the adapters train that were made by `get_pet_model` or
-            `add_adapter`, and those that were loaded by name do not.
+            `add_adapter`, and those that were loaded by name do not. Default: None.
 
     Raises:
         TypeError: a weight is no number.
         ValueError: a name is none of the net's; a weight is not finite; several are named that do not add up. Nothing
             is changed.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> net = mp.add_adapter(net, "style", mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> mp.set_adapter(net, "style")           # this one counts, and trains
+        >>> mp.set_adapter(net, {"default": 0.5, "style": 1.0})     # both count
+        >>> mp.set_adapter(net, {})                # the base
+        >>> mp.active_adapters(net)
+        {}
     """
     known, banks = named(net), banks_of(net)
     weights = {names: 1.0} if isinstance(names, str) else dict(names)
@@ -134,16 +156,44 @@ def _without_banks(net: nn.Cell, live: str, weights: Mapping[str, float]) -> dic
 
 
 def active_adapters(net: nn.Cell) -> dict[str, float]:
-    """Return the weights of the adapters that count, by name; empty where the net is its base."""
+    """Return the weights of the adapters that count, by name; empty where the net is its base.
+
+    Args:
+        net: a net with or without adapters.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> net = mp.add_adapter(net, "style", mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> mp.set_adapter(net, {"default": 0.3, "style": 0.7})
+        >>> mp.active_adapters(net)
+        {'default': 0.3, 'style': 0.7}
+    """
     return dict(named(net).active)
 
 
 def delete_adapter(net: nn.Cell, name: str) -> None:
     """Take an adapter out of a net; in the running graph where it stands in reserved room.
 
+    Args:
+        net: a net with several adapters.
+        name: of the adapter that goes.
+
     Raises:
         ValueError: the net has no such adapter; or it is the only one, for which there are merge() and a fresh net.
             Nothing is changed.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> net = mp.add_adapter(net, "style", mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> mp.delete_adapter(net, "style")
+        >>> mp.active_adapters(net)
+        {'default': 1.0}
     """
     known, banks = named(net), banks_of(net)
     check_names([name], known)
@@ -179,6 +229,19 @@ def adapters_for_samples(net: nn.Cell, names: Sequence[str | None]) -> Iterator[
     Raises:
         ValueError: a name is none of the net's; or its adapters do not add up. Nothing is changed. In the block: a
             layer's input has another number of samples.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> x = Tensor(np.ones((3, 4), np.float32))
+        >>> net = mp.add_adapter(net, "style", mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> with mp.adapters_for_samples(net, ["default", "style", None]):
+        ...     y = net(x)
+        >>> y.shape
+        (3, 2)
     """
     known = named(net)
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
@@ -219,9 +282,9 @@ def reserve_adapters(net: nn.Cell, rank: int, samples: int = 0, target_modules: 
 
     Args:
         net: a net with or without adapters.
-        rank: how many ranks the adapters in a layer's room may have together.
-        samples: how many samples a batch has, where they are to have different adapters without a compile.
-        target_modules: layers that get room besides those that are adapted, as a config spells them.
+        rank: how many ranks the adapters in a layer's room may have together; positive.
+        samples: how many samples a batch has, where they are to have different adapters without a compile. Default: 0.
+        target_modules: layers that get room besides those that are adapted, as a config spells them. Default: None.
 
     Returns:
         `net`.
@@ -229,6 +292,18 @@ def reserve_adapters(net: nn.Cell, rank: int, samples: int = 0, target_modules: 
     Raises:
         ValueError: a number is none; the layers do not exist or cannot be adapted; the room would be smaller than what
             stands in it. The net is unchanged.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> _ = mp.save_adapter(net, "style")
+        >>> net = mp.reserve_adapters(net, rank=8)
+        >>> net = mp.load_adapter(net, "style", name="style")       # by values: nothing compiles again
+        >>> mp.set_adapter(net, "style")
+        >>> mp.active_adapters(net)
+        {'style': 1.0}
     """
     for field, value, least in (("rank", rank, 1), ("samples", samples, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -271,11 +346,11 @@ def combine_adapters(net: nn.Cell, name: str, names: Sequence[str], weights: Seq
         names: of those to combine.
         weights: a number for each.
         how: "cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", or one of the last four with
-            "_svd" behind it: see `mindpet_lite.formats.combine.combine`.
-        rank: of the result, for svd; the highest of the adapters' without it.
-        density: the share of numbers that pruning leaves, in (0, 1].
-        majority_sign: "total" or "frequency", for ties.
-        seed: of dare's random numbers.
+            "_svd" behind it: see `mindpet_lite.formats.combine.combine`. Default: "svd".
+        rank: of the result, for svd; positive; the highest of the adapters' without it. Default: None.
+        density: the share of numbers that pruning leaves, in (0, 1]. Default: None.
+        majority_sign: "total" or "frequency", for ties. Default: "total".
+        seed: of dare's random numbers; 0 or more. Default: 0.
 
     Returns:
         `net`.
@@ -283,6 +358,17 @@ def combine_adapters(net: nn.Cell, name: str, names: Sequence[str], weights: Seq
     Raises:
         ValueError: a name is none of the net's, or the new one is taken; or the adapters cannot be combined so. The net
             is unchanged.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> net = mp.add_adapter(net, "style", mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> net = mp.combine_adapters(net, "both", ["default", "style"], [0.5, 0.5], how="linear")
+        >>> mp.set_adapter(net, "both")
+        >>> mp.active_adapters(net)
+        {'both': 1.0}
     """
     known = named(net)
     check_new(name, known)

@@ -34,12 +34,6 @@ def split_linear(net: nn.Cell, column: str | Sequence[str], row: str | Sequence[
 
     All processes see the same batch. Do not use data-parallel mode: the gradients are whole already.
 
-    Examples:
-        >>> import mindspore.communication as job
-        >>> job.init()                                     # msrun --worker_num=2 --local_worker_num=2 train.py
-        >>> split_linear(net, ["q_proj", "k_proj", "v_proj", "up_proj"], ["o_proj", "down_proj"])
-        >>> get_pet_model(net, LoraConfig(8, 16, target_modules=["q_proj", "v_proj"]))
-
     Args:
         net: any Cell with plain `nn.Dense` layers that are not adapted yet; every process has the same.
         column: a regular expression that must match a layer's whole path, or a list of names (each equal to a path or
@@ -55,6 +49,16 @@ def split_linear(net: nn.Cell, column: str | Sequence[str], row: str | Sequence[
             `mindspore.communication.init()`.
         ValueError: a pattern is empty or hits nothing, a layer is hit by both, is no plain Dense, has an activation,
             or cannot be shared evenly. All problems stand in one message, and the net is unchanged.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import mindspore.communication as job
+        >>> from mindspore import nn
+        >>> job.init()                             # msrun --worker_num=2 --local_worker_num=2 train.py  # doctest: +SKIP
+        >>> net = nn.SequentialCell(nn.Dense(8, 32), nn.ReLU(), nn.Dense(32, 8))  # doctest: +SKIP
+        >>> mp.split_linear(net, column=["0"], row=["2"])  # doctest: +SKIP
+        ['0', '2']
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0", "2"]))  # doctest: +SKIP
     """
     cells = without_inner(cells_by_path(require_cell(net)))
     if not GlobalComm.INITED or get_group_size() < 2:

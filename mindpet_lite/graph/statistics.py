@@ -33,6 +33,15 @@ def freeze_statistics(net: nn.Cell) -> list[str]:
     Raises:
         TypeError: `net` is no Cell.
         ValueError: the net has no such layer.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        >>> mp.freeze_statistics(net)
+        ['1']
+        >>> net.set_train()[1].training
+        False
     """
     found = _with_statistics(require_cell(net))
     if not found:

@@ -32,6 +32,17 @@ def set_lora_scale(net: nn.Cell, scale: float) -> None:
         ValueError: `scale` is not finite, or would not be in the type that a layer computes in; the net has no adapted
             layer, one of a method without a strength, or its adapters are switched off; or `scale` is 0 and a delta
             holds NaN or infinite values, which 0 does not cancel.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> x = Tensor(np.ones((3, 4), np.float32))
+        >>> mp.set_lora_scale(net, 0.5)            # half of the update
+        >>> y = net(x)
+        >>> mp.set_lora_scale(net, 1)              # as trained
     """
     number = check_number("scale", scale)
     if not math.isfinite(number):
@@ -61,10 +72,25 @@ def adapters_disabled(net: nn.Cell) -> Iterator[nn.Cell]:
     inside the block, if `mindpet_lite.get_pet_model` or `mindpet_lite.load_adapter` put the adapter in.
     Nothing compiles anew. Blocks may be nested.
 
+    Args:
+        net: a net with adapted layers.
+
     Raises:
         TypeError: `net` is no Cell.
         ValueError: the net has no adapted layer, one of a method that cannot be switched off, or a delta holds NaN or
             infinite values.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> x = Tensor(np.ones((3, 4), np.float32))
+        >>> base = net(x)
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> with mp.adapters_disabled(net):
+        ...     bool((net(x) == base).all())
+        True
     """
     found = deltas(net)
     # What is no cell trains base Parameters: it has no strength, but is switched with them.

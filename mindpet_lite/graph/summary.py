@@ -22,6 +22,30 @@ class Summary:
     `saved` names the Parameters of the base that belong to the adapter; `notes` say what a config left to this package.
     `quantised` says how many layers are, what they
     take in memory, and how much rounding changed; it is empty where none is.
+
+    Args:
+        rows: a row for each adapted layer: path, layer, method, settings, shapes, size.
+        saved: the names of the base's Parameters that belong to the adapter.
+        report: how many elements train, of how many.
+        notes: what a config left to this package, a sentence each. Default: ().
+        quantised: how many layers are quantised, what they take in memory, and how much rounding changed; empty where
+            none is. Default: "".
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> table = mp.summary(net)
+        path  layer      method  settings                                   delta shapes   delta params
+        -----------------------------------------------------------------------------------------------
+        0     LoRADense  lora    lora_rank=2, lora_alpha=4, lora_dropout=0  (2, 4) (8, 2)  24
+        1 adapted layers
+        trainable params: 24 || all params: 82 || trainable%: 29.2683
+        >>> table
+        <Summary of 1 layers>
+        >>> table.rows[0][0], table.report.trainable
+        ('0', 24)
     """
 
     rows: tuple[tuple[str, ...], ...]
@@ -56,8 +80,23 @@ def _shown(value: object) -> str:
 def summary(net: nn.Cell) -> Summary:
     """Print and return the adapted layers of `net`, with shapes, ranks and counts.
 
+    Args:
+        net: any Cell; without adapters the table has no row.
+
     Raises:
         TypeError: `net` is no Cell.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> table = mp.summary(net)
+        path  layer      method  settings                                   delta shapes   delta params
+        -----------------------------------------------------------------------------------------------
+        0     LoRADense  lora    lora_rank=2, lora_alpha=4, lora_dropout=0  (2, 4) (8, 2)  24
+        1 adapted layers
+        trainable params: 24 || all params: 82 || trainable%: 29.2683
     """
     rows = []
     cells = cells_by_path(net)

@@ -37,17 +37,14 @@ class GradientAccumulation(nn.Cell):
     `mindpet_lite.clip_global_norm`; the optimizer; `ema`. With `steps` 1 it is the plain step with the same
     order, and has no sums.
 
-    Examples:
-        >>> step = GradientAccumulation(nn.WithLossCell(net, loss), optimizer, steps=4, max_norm=1.0)
-        >>> Model(step).train(epochs, dataset)             # or: loss = step(x, y), and at the end step.flush()
-
     Args:
         network: a cell that gives a scalar loss.
         optimizer: of `mindspore.nn`, or a `mindpet_lite.RankAllocation` around one; its parameters train.
         steps: n, positive. Learning rates and weight decays count updates, not calls.
-        max_norm: largest norm of all gradients together; None for no clipping.
+        max_norm: largest norm of all gradients together; None for no clipping. Default: None.
         loss_scaler: a `mindspore.amp.StaticLossScaler` or `DynamicLossScaler`; it is adjusted once a window.
-        ema: averages to update after each update of the weights.
+            Default: None.
+        ema: averages to update after each update of the weights. Default: None.
 
     Inputs:
         - **\*batch** (Tensor): what `network` takes.
@@ -59,6 +56,20 @@ class GradientAccumulation(nn.Cell):
         TypeError: an argument is of another kind.
         ValueError: `steps` or `max_norm` is not positive, or `max_norm` is given and layers are split over processes
             (`mindpet_lite.split_linear`).
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> optimizer = nn.Adam(net.trainable_params(), 1e-3)
+        >>> step = mp.GradientAccumulation(nn.WithLossCell(net, nn.MSELoss()), optimizer, steps=4, max_norm=1.0)
+        >>> x = Tensor(np.ones((3, 4), np.float32))
+        >>> for _ in range(4):                     # or Model(step).train(epochs, dataset)
+        ...     loss = step(x, Tensor(np.zeros((3, 2), np.float32)))
+        >>> int(optimizer.global_step)             # the weights changed once
+        1
     """
 
     def __init__(self, network: nn.Cell, optimizer: nn.Optimizer | RankAllocation, steps: int,

@@ -44,13 +44,6 @@ class RankAllocation(nn.Cell):
 
     Source: Zhang et al., AdaLoRA, https://arxiv.org/abs/2303.10512, sections 3.2 and 3.3.
 
-    Examples:
-        >>> optimizer = mp.RankAllocation(net, nn.Adam(net.trainable_params(), 1e-3))
-        >>> gradients_of = mindspore.value_and_grad(loss_of, None, optimizer.parameters)
-        >>> for batch in batches:
-        >>>     loss, gradients = gradients_of(batch)
-        >>>     optimizer(gradients)
-
     Args:
         net: a net with AdaLoRA's layers; their config has the schedule.
         optimizer: of `mindspore.nn`, which holds what trains of them.
@@ -64,6 +57,23 @@ class RankAllocation(nn.Cell):
     Raises:
         TypeError: `net` is no Cell, or `optimizer` no optimizer.
         ValueError: no layer is AdaLoRA's, their schedules differ, or the optimizer lacks a part of one.
+
+    Examples:
+        >>> import mindspore as ms
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> config = mp.AdaLoraConfig(total_step=3, init_r=3, target_r=2, target_modules=["0"])
+        >>> net = mp.get_pet_model(net, config)
+        >>> optimizer = mp.RankAllocation(net, nn.Adam(net.trainable_params(), 1e-3))
+        >>> gradients_of = ms.value_and_grad(lambda x: net(x).mean(), None, optimizer.parameters)
+        >>> x = Tensor(np.ones((3, 4), np.float32))
+        >>> for _ in range(3):
+        ...     loss, gradients = gradients_of(x)
+        ...     _ = optimizer(gradients)
+        >>> int(net[0].kept.asnumpy().sum())       # the layer has two of its three ranks
+        2
     """
 
     def __init__(self, net: nn.Cell, optimizer: nn.Optimizer) -> None:
@@ -158,11 +168,6 @@ class OrthogonalRegularization(nn.Cell):
 
     Source: Zhang et al., AdaLoRA, https://arxiv.org/abs/2303.10512.
 
-    Examples:
-        >>> regularization = mp.OrthogonalRegularization(net)
-        >>> def loss_of(x, y):
-        >>>     return loss(net(x), y) + regularization()
-
     Args:
         net: a net with AdaLoRA's layers.
 
@@ -172,6 +177,19 @@ class OrthogonalRegularization(nn.Cell):
     Raises:
         TypeError: `net` is no Cell.
         ValueError: no layer is AdaLoRA's, or their weights γ differ.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> config = mp.AdaLoraConfig(total_step=10, init_r=3, target_r=2, target_modules=["0"])
+        >>> net = mp.get_pet_model(net, config)
+        >>> regularization = mp.OrthogonalRegularization(net)
+        >>> x = Tensor(np.ones((3, 4), np.float32))
+        >>> loss = net(x).mean() + regularization()
+        >>> loss.shape
+        ()
     """
 
     def __init__(self, net: nn.Cell) -> None:

@@ -30,16 +30,31 @@ class TrainableParamsCheckPoint(Callback):
 
     Args:
         directory: where to write; absolute or relative to the working directory; made if missing.
-        prefix: start of the file names.
+        prefix: start of the file names. Default: "DELTA_CKP".
         config: mindspore.train.CheckpointConfig; `save_checkpoint_steps`, `save_checkpoint_seconds`,
             `keep_checkpoint_max`, `keep_checkpoint_per_n_minutes`, `append_info` and `saved_network` are honoured.
-            Default: at the end of every epoch, the last 5.
+            Default: None, which saves at the end of every epoch and keeps the last 5.
 
     Raises:
         TypeError: `directory` is no path, `prefix` no string, `config` no CheckpointConfig.
         ValueError: `directory` or `prefix` is None or empty, or `prefix` holds a path separator; or `config` asks for
             encryption or files of another format. When the training begins: nothing in the network trains, or as
             `mindpet_lite.check_optimizer`.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> import mindspore as ms
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> data = [(np.ones(4, np.float32), np.ones(2, np.float32))] * 6
+        >>> data = ms.dataset.GeneratorDataset(data, ["x", "y"]).batch(3)
+        >>> model = ms.Model(net, nn.MSELoss(), nn.Adam(net.trainable_params(), 1e-3))
+        >>> model.train(1, data, mp.TrainableParamsCheckPoint("deltas"), dataset_sink_mode=False)
+        >>> [path.name for path in Path("deltas").glob("*.ckpt")]
+        ['DELTA_CKP-1_2.ckpt']
     """
 
     def __init__(self, directory: str | os.PathLike[str], prefix: str = "DELTA_CKP",

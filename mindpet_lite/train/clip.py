@@ -34,6 +34,14 @@ def clip_global_norm(gradients: tuple[Tensor, ...], max_norm: float) -> tuple[tu
 
     Returns:
         The gradients, each of its own type, and ||g|| from before, () in float32.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> gradients, norm = mp.clip_global_norm((Tensor(np.full(4, 3.0, np.float32)),), max_norm=1.0)
+        >>> float(norm), gradients[0].asnumpy().tolist()
+        (6.0, [0.5, 0.5, 0.5, 0.5])
     """
     norm = ops.sqrt(ops.addn(_EACH(_squares, gradients)))
     # Not by a maximum, which on CPU passes over NaN.

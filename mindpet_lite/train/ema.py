@@ -35,24 +35,29 @@ class DeltaEMA(nn.Cell):
     Source: Polyak and Juditsky, Acceleration of stochastic approximation by averaging, 1992, in its exponential form;
     the warm-up is that of TensorFlow's ExponentialMovingAverage.
 
-    Examples:
-        >>> ema = DeltaEMA(net, decay=0.999)
-        >>> for batch in batches:
-        >>>     step(batch)
-        >>>     ema()
-        >>> with ema.applied():
-        >>>     evaluate(net)
-        >>> save_adapter(net, "out")
-        >>> ema.save("out")              # out/ema, which load_adapter(net, "out/ema") reads
-
     Args:
         net: a net with adapted layers, frozen as it is to be trained.
-        decay: d, in [0, 1).
-        warm_up: start with smaller decays.
+        decay: d, in [0, 1). Default: 0.999.
+        warm_up: start with smaller decays. Default: False.
 
     Raises:
         TypeError: `net` is no Cell, `decay` no number, or `warm_up` no bool.
         ValueError: `decay` is outside [0, 1); the net has no adapted layer, or nothing in it trains.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> x = Tensor(np.ones((3, 4), np.float32))
+        >>> ema = mp.DeltaEMA(net, decay=0.999)
+        >>> for _ in range(2):
+        ...     _ = ema()                          # after each step of the optimizer
+        >>> with ema.applied():
+        ...     y = net(x)                         # computes with the averages
+        >>> ema.save("averages")                   # load_adapter(net, "averages/ema") reads it
+        PosixPath('averages/ema')
     """
 
     def __init__(self, net: nn.Cell, decay: float = 0.999, warm_up: bool = False) -> None:

@@ -43,6 +43,16 @@ def lora_plus_groups(net: nn.Cell, lr: Any, ratio: float) -> list[dict[str, Any]
         TypeError: `net` is no Cell, `lr` no learning rate, or `ratio` no number.
         ValueError: `ratio` or `lr` is not finite and positive (a rate of 0 is allowed within a list); the net has no
             adapted layer, nothing in it trains, or no B does: the message says which.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> groups = mp.lora_plus_groups(net, lr=1e-4, ratio=16)
+        >>> [(group["lr"], [item.name for item in group["params"]]) for group in groups]
+        [(0.0001, ['0.mindpet_delta_lora_a']), (0.0016, ['0.mindpet_delta_lora_b'])]
+        >>> optimizer = nn.AdamWeightDecay(groups)
     """
     check_positive("ratio", ratio)
     slow_rate, fast_rate = _rates(lr, float(ratio))

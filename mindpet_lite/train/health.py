@@ -31,16 +31,31 @@ class HealthCallback(Callback):
     end; all other steps cost nothing.
 
     Args:
-        every: steps between two reads.
-        zero_after: steps after which no delta may be all zeros.
-        scale_floor: the lowest loss scale. MindSpore's never go below 1.
-        network: whose deltas, by the paths in it; without it the network that the Model was given.
+        every: steps between two reads; positive. Default: 100.
+        zero_after: steps after which no delta may be all zeros; positive. Default: 100.
+        scale_floor: the lowest loss scale. MindSpore's never go below 1. Default: 1.0.
+        network: whose deltas, by the paths in it; without it the network that the Model was given. Default: None.
 
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: a number is not positive. When the training begins: the network has no adapted layer, or as
             `mindpet_lite.check_optimizer`.
         FloatingPointError: in the training, for the reasons above; names the parameter by its path.
+
+    Examples:
+        >>> import mindspore as ms
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> data = [(np.ones(4, np.float32), np.ones(2, np.float32))] * 6
+        >>> data = ms.dataset.GeneratorDataset(data, ["x", "y"]).batch(3)
+        >>> model = ms.Model(net, nn.MSELoss(), nn.Adam(net.trainable_params(), 1e-3))
+        >>> health = mp.HealthCallback(every=1)
+        >>> model.train(1, data, health, dataset_sink_mode=False)
+        >>> list(health.norms[2])                  # the sizes of the deltas after step 2, by layer
+        ['0']
     """
 
     def __init__(self, every: int = 100, zero_after: int = 100, scale_floor: float = 1.0,

@@ -25,17 +25,17 @@ class Interrupts:
 
     Use it in the main thread, which alone gets signals.
 
-    Examples:
-        >>> with Interrupts() as interrupts:
-        >>>     for rows in sampler:
-        >>>         step(*batch(rows))
-        >>>         if interrupts.number:
-        >>>             state.save()
-        >>>             break
-        >>> raise SystemExit(interrupts.exit_code)
-
     Attributes:
         number: the number of the signal that came, or 0.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> with mp.Interrupts() as interrupts:
+        ...     for step in range(3):              # a training loop
+        ...         if interrupts.number:          # Ctrl-C came: save, and leave the loop
+        ...             break
+        >>> interrupts.number
+        0
     """
 
     def __init__(self) -> None:

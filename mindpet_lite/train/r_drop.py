@@ -123,6 +123,15 @@ class RDropLoss(nn.Cell):
         TypeError: logits or label_ids is no Tensor or of another type than said above; alpha is a bool or no number.
         ValueError: logits have another rank, or an odd number of rows, or none; the labels are not as many as the
             rows; alpha is negative or not finite.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> logits = Tensor(np.zeros((4, 3), np.float32))       # two passes of each of two samples
+        >>> loss = mp.RDropLoss()(logits, Tensor([0, 0, 1, 1]), alpha=2)
+        >>> round(float(loss), 4)
+        1.0986
     """
 
     def construct(self, logits: Tensor, label_ids: Tensor, alpha: float = 4) -> Tensor:
@@ -154,6 +163,13 @@ def rdrop_repeat(*items: Tensor) -> tuple[Tensor, ...]:
     Raises:
         TypeError: an item is no Tensor.
         ValueError: an item is a scalar.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import Tensor
+        >>> (labels,) = mp.rdrop_repeat(Tensor([7, 8]))
+        >>> labels.asnumpy().tolist()
+        [7, 7, 8, 8]
     """
     repeated = []
     for position, item in enumerate(items):

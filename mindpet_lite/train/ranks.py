@@ -15,9 +15,14 @@ _STARTED_BY = ("MS_WORKER_NUM", "RANK_TABLE_FILE", "OMPI_COMM_WORLD_SIZE")
 class Ranks(NamedTuple):
     """One process of a job.
 
-    Attributes:
-        rank: its number, from 0.
-        size: how many there are.
+    Args:
+        rank: number of the process, from 0. Default: 0.
+        size: how many processes there are; positive. Default: 1.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> mp.Ranks()
+        Ranks(rank=0, size=1)
     """
 
     rank: int = 0
@@ -36,16 +41,16 @@ def init_data_parallel() -> Ranks:
     trains, and nothing else, are averaged over the processes. `GradientAccumulation` and MindSpore's own steps
     do that by themselves then. `get_pet_model` and `load_adapter` give all processes the values of rank 0.
 
-    Examples:
-        >>> ranks = init_data_parallel()                       # msrun --worker_num=2 --local_worker_num=2 train.py
-        >>> sampler = BatchSampler(len(images), 16, rank=ranks.rank, ranks=ranks.size)
-        >>> step = GradientAccumulation(loss, optimizer, steps=1)
-
     Returns:
         The number of this process, and how many there are.
 
     Raises:
         RuntimeError: the script was not started as one of several processes, or the others did not come.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> ranks = mp.init_data_parallel()        # msrun --worker_num=2 --local_worker_num=2 train.py  # doctest: +SKIP
+        >>> sampler = mp.BatchSampler(1000, 16, rank=ranks.rank, ranks=ranks.size)  # doctest: +SKIP
     """
     if not any(os.environ.get(name) for name in _STARTED_BY):
         raise RuntimeError("Data-parallel training needs several processes, and this one was started alone: start it "
@@ -58,5 +63,17 @@ def init_data_parallel() -> Ranks:
 
 
 def gradient_bytes(parameters: Iterable[Parameter]) -> int:
-    """Return how many bytes of gradients each process sends for one update of these Parameters."""
+    """Return how many bytes of gradients each process sends for one update of these Parameters.
+
+    Args:
+        parameters: those of the optimizer, such as ``net.trainable_params()``.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> mp.gradient_bytes(net.trainable_params())
+        96
+    """
     return sum(parameter.size * parameter.itemsize for parameter in parameters)

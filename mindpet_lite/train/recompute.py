@@ -57,6 +57,13 @@ def net_recompute(net: nn.Cell, pattern: str | Sequence[str]) -> list[str]:
         ValueError: `pattern` is empty or hits nothing, it hits cells inside one another, a cell that is recomputed
             already, that is never called itself (a `CellList`), or that writes Parameters when it runs (a BatchNorm),
             which recomputing would write twice. All problems stand in one message, and the net is unchanged.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> mp.net_recompute(net, ["0", "2"])
+        ['0', '2']
     """
     cells = without_inner(cells_by_path(require_cell(net)))
     problems: list[str] = []
@@ -83,12 +90,23 @@ def net_recompute(net: nn.Cell, pattern: str | Sequence[str]) -> list[str]:
 def undo_recompute(net: nn.Cell) -> list[str]:
     """Let every cell of `net` keep its activations again, whoever set it to be recomputed.
 
+    Args:
+        net: a net with cells that are recomputed.
+
     Returns:
         The paths of the cells that were recomputed.
 
     Raises:
         TypeError: `net` is no Cell.
         ValueError: none is recomputed.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> _ = mp.net_recompute(net, ["0"])
+        >>> mp.undo_recompute(net)
+        ['0']
     """
     cells = cells_by_path(require_cell(net))
     found = {id(cell): path for path, cell in reversed(cells.items()) if is_recomputed(cell)}

@@ -18,19 +18,12 @@ class BatchSampler:
     With several processes each gets its share of the same batch of `batch_size` x `ranks` rows: together they train
     on what one process with the batch size `batch_size` x `ranks` would.
 
-    Examples:
-        >>> sampler = BatchSampler(len(images), batch_size=32, seed=0)
-        >>> for rows in sampler:
-        >>>     loss = step(Tensor(images[rows]))
-        >>>     if sampler.step == 1000:
-        >>>         break
-
     Args:
-        count: number of rows.
-        batch_size: rows of a batch of this process; may be more than `count`.
-        seed: the same seed gives the same batches.
-        rank: number of this process, from 0.
-        ranks: number of processes.
+        count: number of rows; positive.
+        batch_size: rows of a batch of this process; positive; may be more than `count`.
+        seed: the same seed gives the same batches; 0 or more. Default: 0.
+        rank: number of this process, from 0. Default: 0.
+        ranks: number of processes; positive. Default: 1.
 
     Attributes:
         step: number of batches given so far; set it to go on from there.
@@ -38,6 +31,15 @@ class BatchSampler:
     Raises:
         TypeError: an argument is no integer.
         ValueError: `count`, `batch_size` or `ranks` is below 1, `seed` is below 0, or `rank` is none of the processes'.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> sampler = mp.BatchSampler(count=10, batch_size=4, seed=0)
+        >>> for rows in sampler:                   # it never ends by itself
+        ...     if sampler.step == 5:
+        ...         break
+        >>> len(rows)
+        4
     """
 
     def __init__(self, count: int, batch_size: int, seed: int = 0, rank: int = 0, ranks: int = 1) -> None:

@@ -39,26 +39,38 @@ class TrainingState:
     Not in it are the masks of the next dropouts: the operator of a compiled graph keeps its generator to itself. A
     run with dropout goes on with other masks; `resume` says so.
 
-    Examples:
-        >>> sampler = BatchSampler(len(images), batch_size=32, seed=0)
-        >>> state = TrainingState("run", net, step, sampler)
-        >>> state.resume()                        # 0 where there is no checkpoint yet
-        >>> for rows in sampler:
-        >>>     loss = step(Tensor(images[rows]))
-        >>>     if sampler.step % 100 == 0:
-        >>>         state.save()
-
     Args:
         directory: where the checkpoints stand; made at the first save.
         net: the net, adapted and frozen as it is to be trained.
         step: the training step, or the optimizer: a cell whose Parameters are the rest of the state.
         sampler: the place in the data; its step is the number of the checkpoint.
-        keep: the number of checkpoints to keep; older ones are deleted after a save.
+        keep: the number of checkpoints to keep; positive; older ones are deleted after a save. Default: 2.
         settings: what must be the same when the run goes on, as JSON holds it. It is written into the checkpoint.
+            Default: None.
 
     Raises:
         TypeError: `net` or `step` is no Cell, or `keep` no int.
         ValueError: `keep` is below 1, or nothing in the net trains.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> x = Tensor(np.ones((3, 4), np.float32))
+        >>> optimizer = nn.Adam(net.trainable_params(), 1e-3)
+        >>> step = nn.TrainOneStepCell(nn.WithLossCell(net, nn.MSELoss()), optimizer)
+        >>> sampler = mp.BatchSampler(count=10, batch_size=3)
+        >>> state = mp.TrainingState("run", net, step, sampler)
+        >>> state.resume()                         # 0: there is no checkpoint yet
+        0
+        >>> for rows in sampler:
+        ...     loss = step(x, Tensor(np.zeros((3, 2), np.float32)))
+        ...     if sampler.step == 2:
+        ...         break
+        >>> state.save().name
+        'checkpoint-2'
     """
 
     def __init__(self, directory: str | os.PathLike[str], net: nn.Cell, step: nn.Cell, sampler: BatchSampler,

@@ -57,32 +57,46 @@ class LoraConfig(DeltaConfig, LoraSettings):
             "orthogonal", "pissa", "pissa_niter_4" (with any number of iterations), "olora", "loftq", "eva" or "corda"
             (linear layers only). PiSSA, OLoRA and CorDA take what the factors start with out of the base's weight, and
             LoftQ quantises it. EVA and CorDA start like True, and begin with
-            `mindpet_lite.initialize_from_data`.
-        residual_base: the base's weights are those that this start left already: nothing is taken out of them.
+            `mindpet_lite.initialize_from_data`. Default: True.
+        residual_base: True: the base's weights are those that this start left already, so nothing is taken out of them.
+            Default: False.
         eva_config: for "eva": rho, tau, use_label_mask, label_mask_value, whiten and adjust_scaling_factors, see
-            `mindpet_lite.delta.lora.eva.EvaConfig`.
+            `mindpet_lite.delta.lora.eva.EvaConfig`. Default: None.
         corda_config: for "corda": corda_method, "ipm" or "kpm"; see
-            `mindpet_lite.delta.lora.corda.CordaConfig`.
+            `mindpet_lite.delta.lora.corda.CordaConfig`. Default: None.
         loftq_config: for "loftq": loftq_bits, 4 or 8, and loftq_iter; see
-            `mindpet_lite.delta.lora.loftq.LoftQConfig`.
-        rank_pattern: ranks by regular expression; the first that fits the end of a layer's path counts.
-        alpha_pattern: alphas, likewise.
+            `mindpet_lite.delta.lora.loftq.LoftQConfig`. Default: None.
+        rank_pattern: ranks by regular expression, each positive; the first that fits the end of a layer's path counts.
+            Default: none, lora_rank everywhere.
+        alpha_pattern: alphas by regular expression, each finite and positive, likewise. Default: none, lora_alpha
+            everywhere.
         bias: which biases of the base train too: "none", "all", or "lora_only", those of the adapted layers.
+            Default: "none".
         trainable_token_indices: token numbers whose rows train, by the name of the embedding, or a list of them for
             ``embed_tokens``. An output layer with the same table as its weight (tied weights) has the trained rows too.
+            Default: None.
         ensure_weight_tying: a weight that an embedding and an output layer share stays one where `modules_to_save`
             names one of them alone, and trains for both. (So do tokens that train, in any case.) A LoRA on one of them
-            is refused then.
+            is refused then. Default: False.
         layer_replication: ranges of the net's layers, ``[[0, 4], [2, 5]]`` for the layers 0, 1, 2, 3, 2, 3, 4: the list
             called ``layers``, ``encoder.layer`` or ``h`` has them then. Those that are one layer share its Parameters;
-            each has a LoRA of its own.
+            each has a LoRA of its own. Default: None.
         target_parameters: Parameters of any cells that are adapted themselves, each named by its path or the end of it,
             such as ``"experts.up_proj"``: matrices, and stacks of them as a mixture of experts has. A cell can have
             one. The weight of a linear layer named so is adapted like the layer. With them, `target_modules` can be
-            left out; `lora_dropout` must be 0, and `lora_bias` and `use_dora` do not go with them.
+            left out; `lora_dropout` must be 0, and `lora_bias` and `use_dora` do not go with them. Default: None.
 
     Raises:
         TypeError, ValueError: as `LoRADense`.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> config = mp.LoraConfig(lora_rank=2, lora_alpha=4, target_modules=["0", "2"], rank_pattern={"2": 1})
+        >>> net = mp.get_pet_model(net, config)
+        >>> sum(item.size for item in net.trainable_params())
+        34
     """
 
     pet_type: ClassVar[str] = "lora"

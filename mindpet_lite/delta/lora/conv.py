@@ -39,19 +39,20 @@ class LoRAConv(LowRank):
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685; for convolutions the authors' loralib, and PEFT.
 
     Args:
-        in_channels (int): channels of the input.
-        out_channels (int): channels of the output.
+        in_channels (int): channels of the input; positive.
+        out_channels (int): channels of the output; positive.
         kernel_size (int | tuple[int]): as the plain layer takes it.
         lora_rank (int): channels between A and B; positive, divisible by the number of groups.
         lora_alpha (int | float): finite and positive; the update is scaled by lora_alpha / lora_rank.
-        lora_dropout (int | float): probability in [0, 1) of dropping an input of A in training.
+        lora_dropout (int | float): probability in [0, 1) of dropping an input of A in training. Default: 0.0.
         lora_a_init (Tensor | str | Initializer | number): start of A. Default: He-uniform with negative slope √5.
         lora_b_init (Tensor | str | Initializer | number): start of B. Default: zeros, so that the layer starts equal
             to its base.
-        param_init_type (mindspore.dtype): type of A and B: float16, bfloat16 or float32.
-        compute_dtype (mindspore.dtype | None): see the dtype rule.
-        use_rslora (bool), lora_bias (bool): as for `LoRADense`.
-        **conv_kwargs: the other arguments of the plain layer.
+        param_init_type (mindspore.dtype): type of A and B: float16, bfloat16 or float32. Default: float32.
+        compute_dtype (mindspore.dtype | None): see the dtype rule. Default: None.
+        use_rslora (bool): scale by lora_alpha / √lora_rank instead. Default: False.
+        lora_bias (bool): B has a bias of its own. Default: False.
+        **conv_kwargs: the other arguments of the plain layer. Default: the plain layer's.
 
     Inputs:
         - **x** (Tensor): as the plain layer takes it.
@@ -78,24 +79,74 @@ class LoRAConv(LowRank):
 
 
 class LoRAConv1d(LoRAConv, Conv1dHost):
-    """LoRA on `nn.Conv1d`; see `LoRAConv`. `weight` is (out_channels, in_channels / group, 1, kernel_size)."""
+    """LoRA on `nn.Conv1d`; see `LoRAConv`. `weight` is (out_channels, in_channels / group, 1, kernel_size).
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> layer = mp.LoRAConv1d(3, 4, kernel_size=5, lora_rank=2, lora_alpha=4)
+        >>> layer(Tensor(np.ones((1, 3, 8), np.float32))).shape
+        (1, 4, 8)
+        >>> layer.mindpet_delta_lora_a.shape, layer.mindpet_delta_lora_b.shape
+        ((2, 3, 5), (4, 2, 1))
+    """
 
 
 class LoRAConv2d(LoRAConv, Conv2dHost):
-    """LoRA on `nn.Conv2d`; see `LoRAConv`."""
+    """LoRA on `nn.Conv2d`; see `LoRAConv`.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> layer = mp.LoRAConv2d(3, 4, kernel_size=3, lora_rank=2, lora_alpha=4, pad_mode="same")
+        >>> layer(Tensor(np.ones((1, 3, 8, 8), np.float32))).shape
+        (1, 4, 8, 8)
+        >>> layer.mindpet_delta_lora_a.shape, layer.mindpet_delta_lora_b.shape
+        ((2, 3, 3, 3), (4, 2, 1, 1))
+    """
 
 
 class LoRAConv3d(LoRAConv, Conv3dHost):
-    """LoRA on `nn.Conv3d`; see `LoRAConv`."""
+    """LoRA on `nn.Conv3d`; see `LoRAConv`.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> layer = mp.LoRAConv3d(3, 4, kernel_size=3, lora_rank=2, lora_alpha=4)
+        >>> layer.mindpet_delta_lora_a.shape, layer.mindpet_delta_lora_b.shape
+        ((2, 3, 3, 3, 3), (4, 2, 1, 1, 1))
+    """
 
 
 class LoRAMintConv1d(LoRAConv, MintConv1dHost):
-    """LoRA on `mint.nn.Conv1d`; see `LoRAConv`."""
+    """LoRA on `mint.nn.Conv1d`; see `LoRAConv`.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> layer = mp.LoRAMintConv1d(3, 4, kernel_size=5, lora_rank=2, lora_alpha=4)
+        >>> layer.mindpet_delta_lora_a.shape, layer.mindpet_delta_lora_b.shape
+        ((2, 3, 5), (4, 2, 1))
+    """
 
 
 class LoRAMintConv2d(LoRAConv, MintConv2dHost):
-    """LoRA on `mint.nn.Conv2d`; see `LoRAConv`."""
+    """LoRA on `mint.nn.Conv2d`; see `LoRAConv`.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> layer = mp.LoRAMintConv2d(4, 4, kernel_size=3, lora_rank=2, lora_alpha=4, groups=2)
+        >>> layer.mindpet_delta_lora_a.shape, layer.mindpet_delta_lora_b.shape
+        ((2, 4, 3, 3), (4, 1, 1, 1))
+    """
 
 
 class LoRAMintConv3d(LoRAConv, MintConv3dHost):
-    """LoRA on `mint.nn.Conv3d`; see `LoRAConv`."""
+    """LoRA on `mint.nn.Conv3d`; see `LoRAConv`.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> layer = mp.LoRAMintConv3d(3, 4, kernel_size=3, lora_rank=2, lora_alpha=4)
+        >>> layer.mindpet_delta_lora_a.shape, layer.mindpet_delta_lora_b.shape
+        ((2, 3, 3, 3, 3), (4, 2, 1, 1, 1))
+    """

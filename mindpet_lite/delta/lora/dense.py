@@ -38,17 +38,17 @@ class LoRADense(LowRank, DenseHost):
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685, eq. 3 and section 4.1.
 
     Args:
-        in_channels (int): size of the last axis of the input.
-        out_channels (int): size of the last axis of the output.
+        in_channels (int): size of the last axis of the input; positive.
+        out_channels (int): size of the last axis of the output; positive.
         lora_rank (int): rows of A, columns of B; positive. Above min(in, out) a warning says that it is wasted.
         lora_alpha (int | float): finite and positive; the update is scaled by lora_alpha / lora_rank.
         lora_dropout (int | float): probability in [0, 1) of dropping an input of A in training. At 0 there is no
-            dropout operator.
+            dropout operator. Default: 0.0.
         lora_a_init (Tensor | str | Initializer | number): start of A. Default: He-uniform with negative slope √5.
         lora_b_init (Tensor | str | Initializer | number): start of B. Default: zeros, so that the layer starts equal
             to its base.
-        param_init_type (mindspore.dtype): type of A and B: float16, bfloat16 or float32.
-        compute_dtype (mindspore.dtype | None): see the dtype rule.
+        param_init_type (mindspore.dtype): type of A and B: float16, bfloat16 or float32. Default: float32.
+        compute_dtype (mindspore.dtype | None): see the dtype rule. Default: None.
         **dense_kwargs: weight_init, bias_init, has_bias, activation and dtype of nn.Dense; and by keyword, False by
             default, use_rslora (scale by lora_alpha / √lora_rank) and lora_bias (B has a bias of its own): see
             `mindpet_lite.delta.lora.low_rank.LowRank`.
@@ -66,6 +66,16 @@ class LoRADense(LowRank, DenseHost):
             finite); lora_dropout is outside [0, 1);
             use_dora is set, which needs a base: see `from_dense`; an initial Tensor has the wrong shape; the
             activation's or initialiser's name is unknown.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> import numpy as np
+        >>> from mindspore import Tensor, nn
+        >>> layer = mp.LoRADense(4, 3, lora_rank=2, lora_alpha=4)
+        >>> layer(Tensor(np.ones((5, 4), np.float32))).shape
+        (5, 3)
+        >>> layer.mindpet_delta_lora_a.shape, layer.mindpet_delta_lora_b.shape
+        ((2, 4), (3, 2))
     """
 
     def __init__(self, in_channels: int, out_channels: int, lora_rank: int, lora_alpha: float,

@@ -31,18 +31,18 @@ class LoRATable(LowRank):
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685; for embeddings the authors' loralib, and PEFT.
 
     Args:
-        vocab_size (int): how many ids there are.
-        embedding_size (int): size of a vector.
+        vocab_size (int): how many ids there are; positive.
+        embedding_size (int): size of a vector; positive.
         lora_rank (int): rows of A, columns of B; positive. Above min(vocab_size, embedding_size) a warning says that
             it is wasted.
         lora_alpha (int | float): finite and positive; the update is scaled by lora_alpha / lora_rank.
         lora_dropout (int | float): 0, because ids cannot be dropped. The `lora_dropout` of a config that adapts other
-            layers too does not apply to embeddings, as in PEFT.
+            layers too does not apply to embeddings, as in PEFT. Default: 0.0.
         lora_a_init (Tensor | str | Initializer | number): start of A. Default: zeros.
         lora_b_init (Tensor | str | Initializer | number): start of B. Default: normal with deviation 1.
-        param_init_type (mindspore.dtype): type of A and B: float16, bfloat16 or float32.
-        compute_dtype (mindspore.dtype | None): see the dtype rule.
-        use_rslora (bool): as for `LoRADense`. (DoRA's norm is over the ids.)
+        param_init_type (mindspore.dtype): type of A and B: float16, bfloat16 or float32. Default: float32.
+        compute_dtype (mindspore.dtype | None): see the dtype rule. Default: None.
+        use_rslora (bool): scale by lora_alpha / √lora_rank instead. (DoRA's norm is over the ids.) Default: False.
         **embedding_kwargs: the other arguments of the plain layer.
 
     Inputs:
@@ -72,7 +72,17 @@ class LoRATable(LowRank):
 
 
 class LoRAEmbedding(LoRATable, EmbeddingHost):
-    """LoRA on `nn.Embedding`; see `LoRATable`. `embedding_table` is (vocab_size, embedding_size)."""
+    """LoRA on `nn.Embedding`; see `LoRATable`. `embedding_table` is (vocab_size, embedding_size).
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import Tensor
+        >>> layer = mp.LoRAEmbedding(10, 4, lora_rank=2, lora_alpha=4)
+        >>> layer(Tensor([[1, 2, 3]])).shape
+        (1, 3, 4)
+        >>> layer.mindpet_delta_lora_embedding_a.shape, layer.mindpet_delta_lora_embedding_b.shape
+        ((2, 10), (4, 2))
+    """
 
 
 class LoRAMintEmbedding(LoRATable, MintEmbeddingHost):
@@ -81,4 +91,10 @@ class LoRAMintEmbedding(LoRATable, MintEmbeddingHost):
     Raises:
         ValueError: the layer has `max_norm`, which rewrites its rows whenever they are looked up, or
             `scale_grad_by_freq`, which A's gradient would not follow.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> layer = mp.LoRAMintEmbedding(10, 4, lora_rank=2, lora_alpha=4)
+        >>> layer.mindpet_delta_lora_embedding_a.shape, layer.mindpet_delta_lora_embedding_b.shape
+        ((2, 10), (4, 2))
     """

@@ -184,11 +184,13 @@ class PromptEncoderConfig(VirtualTokensConfig):
 
     Args:
         encoder_reparameterization_type: "MLP" (three Dense layers) or "LSTM" (in both directions, then two Dense).
-        encoder_hidden_size: the width within the encoder; None: that of the rows.
-        encoder_num_layers: of the LSTM. The MLP has its three.
+            Default: "MLP".
+        encoder_hidden_size: the width within the encoder; positive. None: that of the rows. Default: None.
+        encoder_num_layers: of the LSTM; positive. The MLP has its three. Default: 2.
         encoder_dropout: probability in [0, 1) of dropping a number between the layers of the LSTM in training. The MLP
-            has no dropout.
+            has no dropout. Default: 0.0.
         inference_mode: no encoder: the rows themselves are what is kept, and what would train. So are those of a file.
+            Default: False.
 
     Examples:
         >>> import mindspore as ms

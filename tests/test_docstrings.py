@@ -100,8 +100,8 @@ def test_what_is_inherited_stands_behind_what_a_class_says_itself():
     Parent.__module__ = Child.__module__ = Silent.__module__ = "mindpet_lite.test"
     inherit_args(Child)
     inherit_args(Silent)
-    assert Child.__doc__ == ("A child.\n\nArgs:\n    size: how small. Default: 1.\n    name: what it is\n        called."
-                             "\n\nRaises:\n    ValueError: never.\n")
+    assert Child.__doc__ == ("A child.\n\nArgs:\n    size: how small. Default: 1.\n    name: what it is\n"
+                             "        called.\n\nRaises:\n    ValueError: never.\n")
     assert list(entries_of(Silent.__doc__)) == ["size", "name"] and Silent.__doc__.endswith(
         "called.\n\nExamples:\n    >>> 1\n    1\n")
 
@@ -122,7 +122,8 @@ def eager() -> Iterator[None]:
 @pytest.mark.parametrize("name", PUBLIC)
 def test_examples_run(name, eager):
     """Each by itself, as a reader types it: it imports what it needs."""
-    examples = doctest.DocTestParser().get_doctest(inspect.getdoc(PUBLIC[name]), {"__name__": "__main__"}, name, None, 0)
+    doc, names = inspect.getdoc(PUBLIC[name]), {"__name__": "__main__"}
+    examples = doctest.DocTestParser().get_doctest(doc, names, name, None, 0)
     skipped = [item for item in examples.examples if item.options.get(doctest.SKIP)]
     assert examples.examples and bool(skipped) == (name in SKIPPED)
     np.random.seed(1)

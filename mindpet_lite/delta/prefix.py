@@ -316,7 +316,7 @@ class PrefixDense(Prefixes, PrefixedDense):
         >>> import numpy as np
         >>> from mindspore import Tensor, nn
         >>> layer = mp.PrefixDense(4, 8, prefix_token_num=3, embed_dim=4, mid_dim=4)
-        >>> layer(Tensor(np.ones((2, 5, 4), np.float32))).shape       # five rows of each sequence, and three before them
+        >>> layer(Tensor(np.ones((2, 5, 4), np.float32))).shape       # the prefix, and five rows of the sequence
         (2, 8, 8)
     """
 

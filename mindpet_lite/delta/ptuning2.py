@@ -363,7 +363,7 @@ class Ptuning2Dense(Prompts, PrefixedDense):
         >>> import numpy as np
         >>> from mindspore import Tensor, nn
         >>> layer = mp.Ptuning2Dense(4, 8, pre_seq_len=3)
-        >>> layer(Tensor(np.ones((2, 5, 4), np.float32))).shape       # five rows of each sequence, and three before them
+        >>> layer(Tensor(np.ones((2, 5, 4), np.float32))).shape       # the prefix, and five rows of the sequence
         (2, 8, 8)
     """
 

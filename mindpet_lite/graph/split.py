@@ -54,7 +54,7 @@ def split_linear(net: nn.Cell, column: str | Sequence[str], row: str | Sequence[
         >>> import mindpet_lite as mp
         >>> import mindspore.communication as job
         >>> from mindspore import nn
-        >>> job.init()                             # msrun --worker_num=2 --local_worker_num=2 train.py  # doctest: +SKIP
+        >>> job.init()  # by msrun --worker_num=2 train.py  # doctest: +SKIP
         >>> net = nn.SequentialCell(nn.Dense(8, 32), nn.ReLU(), nn.Dense(32, 8))  # doctest: +SKIP
         >>> mp.split_linear(net, column=["0"], row=["2"])  # doctest: +SKIP
         ['0', '2']

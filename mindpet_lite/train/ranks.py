@@ -49,7 +49,7 @@ def init_data_parallel() -> Ranks:
 
     Examples:
         >>> import mindpet_lite as mp
-        >>> ranks = mp.init_data_parallel()        # msrun --worker_num=2 --local_worker_num=2 train.py  # doctest: +SKIP
+        >>> ranks = mp.init_data_parallel()  # by msrun --worker_num=2 train.py  # doctest: +SKIP
         >>> sampler = mp.BatchSampler(1000, 16, rank=ranks.rank, ranks=ranks.size)  # doctest: +SKIP
     """
     if not any(os.environ.get(name) for name in _STARTED_BY):

@@ -137,8 +137,8 @@ class LoraConfig(DeltaConfig, LoraSettings):
             tokens = getattr(self, name)
             for item in tokens.values() if isinstance(tokens, Mapping) else [tokens]:
                 if item is not None and not are_tokens(item):
-                    raise TypeError(f"{name.strip('_')} must be a list of token numbers, or such lists by the name of an "
-                                    f"embedding, but got {item!r:.100}.")
+                    raise TypeError(f"{name.strip('_')} must be a list of token numbers, or such lists by the name of "
+                                    f"an embedding, but got {item!r:.100}.")
 
     def for_layer(self, path: str) -> LoraConfig:
         """Return the settings for the layer at `path`: the rank and alpha of the first pattern that fits its end."""

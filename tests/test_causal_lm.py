@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference_decoder as reference
 from mindspore import Tensor
-from tiny_decoders import CONFIG, SPECIAL, TEMPLATE, byte_tokenizer, random_weights, write_model
+from tiny_decoders import CONFIG, TEMPLATE, byte_tokenizer, random_weights, write_gguf, write_model
 
 import bases  # isort: skip
 import generation  # isort: skip
@@ -147,46 +147,13 @@ def cut_short(folder: Path) -> None:
     (lambda folder: change(folder, num_hidden_layers=3), "lacks model.layers.2.*and 6 more"),
     (lambda folder: change(folder, num_hidden_layers=1), "holds what the model does not have: model.layers.1"),
     (lambda folder: change(folder, vocab_size=300), r"another shape model.embed_tokens.weight \(259, 16\)"),
+    (lambda folder: change(folder, num_key_value_heads=3), "4 heads of queries on 3 of keys"),
     (lambda folder: change(folder, hidden_size="big"), "hidden_size must be a whole number, got 'big'")])
 def test_a_folder_that_cannot_be_computed_is_refused(tmp_path, spoil, message):
     write_model(tmp_path / "model", SIZES, CONFIG, 2)
     spoil(tmp_path / "model")
     with pytest.raises(UserError, match=message):
         bases.load_base(tmp_path / "model")
-
-
-def write_gguf(path: Path, weights: dict[str, np.ndarray], architecture: str = "llama", **values) -> None:
-    """Writes weights as llama.cpp's converter does: its names, and queries and keys in its order of rows."""
-    import gguf
-    from gguf_file import ENDS, PARTS
-
-    writer = gguf.GGUFWriter(path, architecture)
-    fields = {"block_count": 2, "embedding_length": 16, "feed_forward_length": 24, "attention.head_count": 4,
-              "attention.head_count_kv": 2, "context_length": 256} | values
-    for key, value in fields.items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(f"{architecture}.{key}", value)
-    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
-    writer.add_float32(f"{architecture}.rope.freq_base", 1000.0)
-    tokens = sorted(byte_tokenizer().get_vocab().items(), key=lambda item: item[1])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([token for token, _ in tokens])
-    writer.add_token_types([3 if token in SPECIAL else 1 for token, _ in tokens])
-    writer.add_token_merges(["Ġ Ġ"])
-    writer.add_eos_token_id(1)
-    writer.add_chat_template(TEMPLATE)
-    theirs = {name: f"blk.{{}}.{part}" for part, name in PARTS.items()} | {name: part for part, name in ENDS.items()}
-    for name, value in weights.items():
-        layer, _, last = name.rpartition(".")
-        head, number, part = layer.split(".", 3)[1:] if layer.startswith("model.layers.") else ("", "", layer)
-        if part.endswith(("q_proj", "k_proj")):
-            heads = 4 if part.endswith("q_proj") else 2
-            value = value.reshape(heads, 2, value.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(value.shape)
-        writer.add_tensor(f"{theirs[part].format(number)}.{last}", np.ascontiguousarray(value))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_gguf_holds_what_the_folder_holds(tmp_path):

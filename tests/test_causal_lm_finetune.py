@@ -54,7 +54,8 @@ def place(tmp_path_factory) -> Path:
     chat = {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "hi"},
                          {"role": "assistant", "content": "ho"}]}
     write_lines(place / "data" / "train.jsonl", [*ROWS, *bad, chat])
-    write_lines(place / "data" / "heldout.jsonl", [{"instruction": "say", "input": "j", "output": "aa"}] * 3)
+    write_lines(place / "data" / "heldout.jsonl", [
+        *[{"instruction": "say", "input": "j", "output": "aa"}] * 3, {"instruction": "long" * 99, "output": "aa"}])
     (place / "tune.yaml").write_text(yaml.safe_dump(YAML))
     before = ms.get_context("mode")
     assert tune(place, "whole", "--steps", "6", "--save-every", "4") == 0
@@ -121,7 +122,7 @@ def test_what_is_left_out_is_counted_and_named(place, capfd):
     capfd.readouterr()
     assert tune(place, "none", "--steps", "1", "--max-length", "12") == 2
     text = capfd.readouterr().err
-    assert "not a single sample can be trained on" in text and "the limit is 12" in text
+    assert "not a single sample can be used" in text and "the limit is 12" in text
     samples, skipped = instructions.read_samples(place / "data" / "train.jsonl")
     assert len(samples) == 7 and samples[-1].messages[0] == {"role": "system", "content": "S"}
     expected = {6: "is not valid JSON", 7: "an answer is empty", 9: "has neither instruction and output nor messages",
@@ -139,7 +140,7 @@ def test_a_run_goes_on_bit_for_bit(place, capfd):
     np.random.seed(99)
     assert tune(place, "again", "--steps", "6", "--save-every", "4", "--resume", "--answers", "0") == 0
     out = capfd.readouterr().out
-    assert "going on after step 4" in out and "7 left out" not in out and "8 left out" in out
+    assert "going on after step 4" in out and "8 left out" in out and "1 left out" in out
     named = out.partition("not used here: ")[2].partition("\n")[0]
     assert set(named.split(", ")) == {"trainer", "context", "runner_config.sink_mode", "optimizer.betas", "model.arch",
                                       "model.model_config.type"}

@@ -12,7 +12,9 @@ CAUSAL_LM = Path(__file__).resolve().parent.parent / "examples" / "causal_lm"
 # At the end: no module there has the name of another example's, but for the scripts.
 sys.path.append(str(CAUSAL_LM))
 
+import gguf  # noqa: E402
 from decoder import Decoder, Sizes  # noqa: E402
+from gguf_file import ENDS, PARTS  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 
 SPECIAL = ("<|im_start|>", "<|im_end|>")
@@ -60,6 +62,37 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL))
     return tokenizer
+
+
+def write_gguf(path: Path, weights: dict[str, np.ndarray], architecture: str = "llama", **values) -> None:
+    """Writes weights as llama.cpp's converter does: its names, and queries and keys in its order of rows."""
+    writer = gguf.GGUFWriter(path, architecture)
+    fields = {"block_count": 2, "embedding_length": 16, "feed_forward_length": 24, "attention.head_count": 4,
+              "attention.head_count_kv": 2, "context_length": 256} | values
+    for key, value in fields.items():
+        (writer.add_string if isinstance(value, str) else writer.add_uint32)(f"{architecture}.{key}", value)
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_float32(f"{architecture}.rope.freq_base", 1000.0)
+    tokens = sorted(byte_tokenizer().get_vocab().items(), key=lambda item: item[1])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list([token for token, _ in tokens])
+    writer.add_token_types([3 if token in SPECIAL else 1 for token, _ in tokens])
+    writer.add_token_merges(["Ġ Ġ"])
+    writer.add_eos_token_id(1)
+    writer.add_chat_template(TEMPLATE)
+    theirs = {name: f"blk.{{}}.{part}" for part, name in PARTS.items()} | {name: part for part, name in ENDS.items()}
+    for name, value in weights.items():
+        layer, _, last = name.rpartition(".")
+        head, number, part = layer.split(".", 3)[1:] if layer.startswith("model.layers.") else ("", "", layer)
+        if part.endswith(("q_proj", "k_proj")):
+            heads = 4 if part.endswith("q_proj") else 2
+            value = value.reshape(heads, 2, value.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(value.shape)
+        writer.add_tensor(f"{theirs[part].format(number)}.{last}", np.ascontiguousarray(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def write_lines(path: Path, rows: list) -> Path:

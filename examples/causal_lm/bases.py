@@ -94,6 +94,9 @@ def filled(sizes: Sizes, shapes: dict[str, tuple[int, ...]], read: Callable[[str
     Raises:
         UserError: A tensor is missing, too much, or of another shape.
     """
+    if sizes.num_attention_heads % sizes.num_key_value_heads:
+        raise UserError(f"{path} has {sizes.num_attention_heads} heads of queries on {sizes.num_key_value_heads} of "
+                        "keys: expected a multiple")
     net = Decoder(sizes)
     parameters = {hugging_face(name): parameter for name, parameter in net.parameters_and_names()}
     spare = [name for name in shapes if name not in parameters and not name.endswith(DERIVED)

@@ -54,7 +54,7 @@ class Bucket:
 
 
 def encode(samples: Sequence[Sample], chat: Chat, lengths: Sequence[int], least: int = 1
-           ) -> tuple[list[Bucket], list[str]]:
+           ) -> tuple[list[Bucket], dict[str, str]]:
     """Sorts samples into buckets.
 
     Args:
@@ -64,27 +64,27 @@ def encode(samples: Sequence[Sample], chat: Chat, lengths: Sequence[int], least:
         least: A bucket of fewer samples is joined with the next longer one: each costs a compilation.
 
     Returns:
-        The buckets that hold something, and a message for each sample that was left out.
+        The buckets that hold something, and why each sample was left out, by where it stands.
 
     Raises:
         UserError: None is left.
     """
     lengths = sorted(lengths)
     sorted_in: dict[int, list[tuple[list[int], np.ndarray]]] = {length: [] for length in lengths}
-    skipped = []
+    skipped: dict[str, str] = {}
     for sample in samples:
         try:
             ids, marks = chat.tokens(sample.messages)
         except UserError as error:
-            skipped.append(f"{sample.where}: {sentence(error)}")
+            skipped[sample.where] = sentence(error)
             continue
         length = next((length for length in lengths if length >= len(ids)), None)
         # What predicts a token stands one place before it.
         places = np.flatnonzero(marks[1:])
         if length is None:
-            skipped.append(f"{sample.where}: {len(ids)} tokens, and the limit is {lengths[-1]}")
+            skipped[sample.where] = f"{len(ids)} tokens, and the limit is {lengths[-1]}"
         elif not len(places):
-            skipped.append(f"{sample.where}: no token of an answer is left")
+            skipped[sample.where] = "no token of an answer is left"
         else:
             sorted_in[length].append((ids, places))
     for length, longer in zip(lengths, lengths[1:]):
@@ -93,7 +93,8 @@ def encode(samples: Sequence[Sample], chat: Chat, lengths: Sequence[int], least:
             sorted_in[length] = []
     buckets = [bucket(length, sorted_in[length]) for length in lengths if sorted_in[length]]
     if not buckets:
-        raise UserError(f"not a single sample can be trained on ({len(skipped)} left out; the first: {skipped[0]})")
+        first = next(f"{where}: {why}" for where, why in skipped.items())
+        raise UserError(f"not a single sample can be used ({len(skipped)} left out; the first: {first})")
     return buckets, skipped
 
 

@@ -23,7 +23,7 @@ import mindspore as ms
 import processes
 from bases import Base, load_base
 from batches import Batches, Bucket, encode
-from common import CHECKPOINTS, Parser, check, clear, explained, lasting, run_script, save_settings
+from common import CHECKPOINTS, Parser, UserError, check, clear, explained, lasting, run_script, save_settings
 from generation import Generator
 from instructions import Sample, read_samples
 from loop import Evaluation, Run, make_step, say, train
@@ -43,18 +43,18 @@ MAY_CHANGE = ("answers", "answer_length")
 
 def read_data(path: Path, base: Base, settings: Settings, least: int, ranks: Ranks
               ) -> tuple[list[Sample], list[Bucket]]:
-    """Samples of a file, as they are and by length; says how many were left out, and why."""
+    """The samples of a file that can be used, as they are and by length; says how many were left out, and why."""
     samples, unread = read_samples(path)
     lengths = [length for length in settings.padded() if length <= base.net.sizes.context]
-    with explained(str(path), ValueError):
+    with explained(str(path), UserError):
         buckets, unfit = encode(samples, base.chat, lengths or [base.net.sizes.context], least)
-    skipped = unread + unfit
+    skipped = unread + [f"{where}: {why}" for where, why in unfit.items()]
     say(ranks, f"{path}: {sum(len(one.places) for one in buckets)} samples"
                + (f", {len(skipped)} left out" if skipped else "")
                + "; padded to " + ", ".join(f"{one.length} ({len(one.places)})" for one in buckets))
     for message in skipped[:10]:
         say(ranks, f"  left out: {message}")
-    return samples, buckets
+    return [sample for sample in samples if sample.where not in unfit], buckets
 
 
 def adapt(net: nn.Cell, settings: Settings) -> TrainableReport:
@@ -140,7 +140,8 @@ def finetune(settings: Settings, base: Base, ranks: Ranks | None = None) -> tupl
     state = None if settings.parallel == "tensor" else TrainingState(
         settings.out / CHECKPOINTS, base.net, step, batches.sampler, settings.keep, fixed)
     measured: dict[str, float] = {"trainable": report.trainable, "parameters": report.total, "steps": steps}
-    asked = unseen[:settings.answers]
+    asked = [sample for sample in unseen if len(base.chat.prompt(sample.prompt)) + settings.answer_length
+             <= base.net.sizes.context][:settings.answers]
     answering, evaluation = Answering(base, asked, settings.answer_length), Evaluation(
         base.net, unseen_buckets, settings.batch_size)
     base.net.set_train(False)

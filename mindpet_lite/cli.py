@@ -4,6 +4,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from mindpet_lite.endings import Ended
 from mindpet_lite.formats.problems import first_of
 
 USER_ERROR, TIMED_OUT, INTERRUPTED = 2, 124, 130
@@ -15,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `mindpet-lite` and return its exit code.
 
     The code is that of the user's script for `run`; 2 for an error in what was asked; 124 at a timeout, as timeout(1);
-    130 after Ctrl-C.
+    130 after Ctrl-C; 128 + n where signal n ended it (129 for SIGHUP, 143 for SIGTERM).
     """
     try:
         import click
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), TIMED_OUT)
     except (OSError, ValueError) as error:
         return _fail(first_of(error, _LINES), USER_ERROR)
+    except Ended as error:
+        return _fail(str(error), error.exit_code)
     except click.Abort:
         return INTERRUPTED
 

@@ -1,18 +1,19 @@
-"""The commands of `mindpet-lite`, thin over the package's functions; the only file that imports click."""
+"""The commands of `mindpet-lite`, thin over the package's functions."""
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mindpet_lite import __version__, tasks
+from mindpet_lite.command_parts import JSON, FileCommand, NewFolder, Place, tell, warnings_as_lines
 from mindpet_lite.estimate import as_dict, estimate
 from mindpet_lite.estimate import table as plan_table
 from mindpet_lite.estimate.plan import ITEMS, OPTIMIZERS
@@ -57,9 +58,14 @@ def run() -> None:
 
 def _task_command(task: Callable[..., tasks.TaskResult], summary: str) -> click.Command:
     """Return the command whose options are the parameters of a task."""
-    def call(**arguments: Any) -> int:
-        outcome = task(**arguments)
-        if outcome.result is not None:
+    def call(as_json: bool, **arguments: Any) -> int:
+        # What the script prints is no JSON.
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            outcome = task(**arguments)
+        if as_json:
+            tell("", {"exit_code": outcome.exit_code, "output_path": outcome.output_path, "result": outcome.result},
+                 as_json)
+        elif outcome.result is not None:
             echo(json.dumps(outcome.result, ensure_ascii=False) + "\n")
         return outcome.exit_code
 
@@ -70,6 +76,8 @@ def _task_command(task: Callable[..., tasks.TaskResult], summary: str) -> click.
         # None, not False: click 8.5 takes an explicit False to mean that the value may be left out.
         options.append(click.Option([*spelling, name], required=parameter.default is parameter.empty,
                                     is_flag=parameter.default is False or None, help=option.help))
+    options.append(click.Option(["--json", "as_json"], is_flag=True,
+                                help="Print how it ended as JSON, and the script's output on standard error."))
     name = task.__name__
     return click.Command(name, params=options, callback=call, help=summary,
                          epilog=f"\b\nExample:\n  mindpet-lite run {name} {_EXAMPLES[name]}")
@@ -80,19 +88,7 @@ run.add_command(_task_command(tasks.evaluate, "Run your evaluation script; print
 run.add_command(_task_command(tasks.infer, "Run your inference script; print its result."))
 
 
-
-
-class _Place(click.Path):
-    """A path that names something: an empty one would mean the working directory."""
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        """Return the path, having refused an empty one."""
-        if value == "":
-            self.fail("an empty path names nothing.", parameter, context)
-        return super().convert(value, parameter, context)
-
-
-_PATH = _Place(path_type=Path)
+_PATH, _NEW = Place(path_type=Path), NewFolder(path_type=Path)
 _FROM = click.option("--from", "kind", type=click.Choice(FORMATS), help="The adapter's format; detected without it.")
 _NAMES = click.option("--names", type=_PATH, help="YAML or JSON file: names of layers in the result by those in the "
                                                   "adapter, or 'patterns'.")
@@ -116,27 +112,15 @@ def _table(path: Path | None) -> Table | None:
     return table
 
 
-@contextmanager
-def _warnings_as_lines() -> Iterator[None]:
-    """Show warnings as the errors of the command line are shown."""
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        sys.stderr.write(f"mindpet-lite: {message}\n")
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = show
-        yield
-
-
-@mindpet_lite.command("inspect", epilog="\b\nExample:\n  mindpet-lite inspect adapter/")
+@mindpet_lite.command("inspect", cls=FileCommand, epilog="\b\nExample:\n  mindpet-lite inspect adapter/")
 @click.argument("path", type=_PATH)
 @_FROM
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@JSON
 def _inspect(path: Path, kind: str | None, as_json: bool) -> None:
     """Print what the adapter at PATH is: format, method, layers, ranks, alphas, sizes, norms."""
     from mindpet_lite.delta import METHODS  # loads MindSpore, for which the other commands need not wait
     report = inspection.inspect(path, kind, METHODS)
-    echo(json.dumps(report, indent=2, ensure_ascii=False) + "\n" if as_json else inspection.table(report))
+    tell(inspection.table(report), report, as_json)
 
 
 def _methods_of(adapter: Path) -> Methods:
@@ -151,46 +135,50 @@ def _methods_of(adapter: Path) -> Methods:
     return METHODS
 
 
-@mindpet_lite.command("merge", epilog="\b\nExample:\n  mindpet-lite merge --base llama/ --adapter adapter/ --out "
-                                      "llama-merged/")
+@mindpet_lite.command("merge", cls=FileCommand, epilog="\b\nExample:\n  mindpet-lite merge --base llama/ --adapter "
+                                                       "adapter/ --out llama-merged/")
 @click.option("--base", required=True, type=_PATH, help="Directory or file: safetensors, shards, or .ckpt.")
 @click.option("--adapter", required=True, type=_PATH, help="An adapter of any format.")
-@click.option("--out", required=True, type=_PATH, help="New directory for the merged model.")
+@click.option("--out", required=True, type=_NEW, help="New directory for the merged model.")
 @_FROM
 @_NAMES
 @_COMPONENT
 @click.option("--strict-base", is_flag=True, help="Refuse an adapter that was trained on another base.")
 @_QUIET
+@JSON
 def _merge(base: Path, adapter: Path, out: Path, kind: str | None, names: Path | None, component: str | None,
-           strict_base: bool, quiet: bool) -> None:
+           strict_base: bool, quiet: bool, as_json: bool) -> None:
     """Write a base with an adapter merged into its weights, file to file."""
-    with _warnings_as_lines():
+    with warnings_as_lines():
         done = merge(base, adapter, out, kind, _table(names), strict_base, quiet, component, _methods_of(adapter))
     for path in done.left_behind:
         sys.stderr.write(f"mindpet-lite: {path} was left behind: it is not merged.\n")
-    echo(f"merged {len(done.changed)} of {done.tensors} tensors into {out}\n")
+    tell(f"merged {len(done.changed)} of {done.tensors} tensors into {out}\n", dataclasses.asdict(done), as_json)
 
 
-@mindpet_lite.command("combine", epilog="\b\nExamples:\n"
+@mindpet_lite.command("combine", cls=FileCommand, epilog="\b\nExamples:\n"
                                        "  mindpet-lite combine style/=0.7 subject/=0.5 --out both/\n"
                                        "  mindpet-lite combine a/=1 b/=-0.5 --how ties --density 0.5 --out both/")
 @click.argument("parts", nargs=-1, required=True, metavar="ADAPTER=WEIGHT ...")
-@click.option("--out", required=True, type=_PATH, help="New directory for the result, as PEFT has it.")
+@click.option("--out", required=True, type=_NEW, help="New directory for the result, as PEFT has it.")
 @click.option("--how", type=click.Choice(WAYS), default="svd", show_default=True, help="The way of combining.")
 @click.option("--rank", type=click.IntRange(min=1), help="Of the result, for svd; the adapters' highest without it.")
-@click.option("--density", type=float, help="The share of numbers that pruning leaves.")
+@click.option("--density", type=click.FloatRange(0, 1, min_open=True), help="The share of numbers that pruning leaves.")
 @click.option("--sign", type=click.Choice(SIGNS), default="total", show_default=True,
               help="What makes a sign the stronger, for ties.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of dare's random numbers.")
+@JSON
 def _combine(parts: tuple[str, ...], out: Path, how: str, rank: int | None, density: float | None, sign: str,
-             seed: int) -> None:
+             seed: int, as_json: bool) -> None:
     """Write one LoRA adapter made of several, each with its weight."""
-    with _warnings_as_lines():
+    with warnings_as_lines():
         done = combine_files(parts, out, how, rank, density, sign, seed)
-    echo(f"combined {len(parts)} adapters into {out}: {len(done.layers)} layers\n")
+    adapters = [{"path": path, "weight": float(weight)} for path, _, weight in (text.rpartition("=") for text in parts)]
+    tell(f"combined {len(parts)} adapters into {out}: {len(done.layers)} layers\n",
+         {"out": out, "adapters": adapters, "how": how, "layers": list(done.layers)}, as_json)
 
 
-@mindpet_lite.command("convert", epilog="\b\nExamples:\n"
+@mindpet_lite.command("convert", cls=FileCommand, epilog="\b\nExamples:\n"
                                        "  mindpet-lite convert adapter/ adapter.safetensors --to kohya\n"
                                        "  mindpet-lite convert lora.safetensors adapter/ --to peft --base unet/\n"
                                        "  mindpet-lite convert delta.ckpt adapter/ --to mindformers --names names.yaml")
@@ -201,25 +189,30 @@ def _combine(parts: tuple[str, ...], out: Path, how: str, rank: int | None, dens
 @_NAMES
 @_COMPONENT
 @click.option("--base", type=_PATH, help="The base whose layers' names DST gets.")
+@JSON
 def _convert(source: Path, target: Path, to: str, kind: str | None, names: Path | None, component: str | None,
-             base: Path | None) -> None:
+             base: Path | None, as_json: bool) -> None:
     """Write the adapter at SRC to DST in another format, all of it or nothing."""
     from mindpet_lite.delta import METHODS  # as in inspect
     done = convert(source, target, to, kind, _table(names), base, METHODS, component)
-    echo(f"converted {done.layers} layers from {done.kind} to {to}: {', '.join(map(str, done.files))}\n")
+    tell(f"converted {done.layers} layers from {done.kind} to {to}: {', '.join(map(str, done.files))}\n",
+         {"from": done.kind, "to": to, "layers": done.layers, "files": done.files}, as_json)
 
 
-@mindpet_lite.command("extract", epilog="\b\nExample:\n  mindpet-lite extract --base llama/ --tuned tuned/ --rank 16 "
-                                        "--out adapter/")
+@mindpet_lite.command("extract", cls=FileCommand, epilog="\b\nExample:\n  mindpet-lite extract --base llama/ --tuned "
+                                                         "tuned/ --rank 16 --out adapter/")
 @click.option("--base", required=True, type=_PATH, help="Directory or file: safetensors, shards, or .ckpt.")
 @click.option("--tuned", required=True, type=_PATH, help="The same net after tuning, likewise.")
 @click.option("--rank", required=True, type=click.IntRange(min=1), help="The adapter's rank in each layer, at most.")
-@click.option("--out", type=_PATH, help="New directory for the adapter, as PEFT has it; written only with this.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the decomposition of large matrices.")
+@click.option("--out", type=_NEW, help="New directory for the adapter, as PEFT has it; written only with this.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Of the decomposition of large matrices.")
 @_QUIET
-def _extract(base: Path, tuned: Path, rank: int, out: Path | None, seed: int, quiet: bool) -> None:
+@JSON
+def _extract(base: Path, tuned: Path, rank: int, out: Path | None, seed: int, quiet: bool, as_json: bool) -> None:
     """Print the error that a LoRA adapter leaves of what tuning changed, and write the adapter."""
-    echo(extraction.table(extraction.extract(base, tuned, rank, out, seed, quiet)))
+    found = extraction.extract(base, tuned, rank, out, seed, quiet)
+    tell(extraction.table(found), {"out": out, **extraction.as_dict(found)}, as_json)
 
 
 _EXPRESSION = set("*|\\[](){}^$+?")
@@ -230,16 +223,17 @@ def _targets(text: str | None) -> str | list[str] | None:
     return text if text is None or text == "all-linear" or _EXPRESSION & set(text) else text.split(",")
 
 
-@mindpet_lite.command("quantize", epilog="\b\nExamples:\n"
+@mindpet_lite.command("quantize", cls=FileCommand, epilog="\b\nExamples:\n"
                                         "  mindpet-lite quantize --base llama/ --kind nf4 --out llama-nf4/\n"
                                         "  mindpet-lite quantize --base model.gguf --kind q8_0 --out model-q8/")
 @click.option("--base", required=True, type=_PATH, help="Directory or file: safetensors, shards, .ckpt, or .gguf.")
 @click.option("--kind", required=True, type=click.Choice(KINDS), help="int8 for each output, int8 for each 32 inputs "
                                                                       "as GGUF has it, or NormalFloat-4.")
-@click.option("--out", required=True, type=_PATH, help="New directory for the quantised model.")
+@click.option("--out", required=True, type=_NEW, help="New directory for the quantised model.")
 @click.option("--targets", default="all-linear", show_default=True, help="Layers: names and commas, or an expression.")
 @_QUIET
-def _quantize(base: Path, kind: str, out: Path, targets: str, quiet: bool) -> None:
+@JSON
+def _quantize(base: Path, kind: str, out: Path, targets: str, quiet: bool, as_json: bool) -> None:
     """Write a base with its linear layers in 8 or 4 bits, file to file, for a net of quantize_base()."""
     done = quantise_files(base, kind, out, _targets(targets) or targets, quiet)
     for path in done.left_behind:
@@ -251,8 +245,8 @@ def _quantize(base: Path, kind: str, out: Path, targets: str, quiet: bool) -> No
     worst = max(done.errors, key=lambda item: done.errors[item])
     lost = f"rounding changed {done.errors[worst]:.2%} of a weight at most, {worst}" if done.errors[worst] else \
         "nothing was lost"
-    echo(f"quantised {len(done.errors)} of {done.tensors} tensors into {out}: {done.after / 1e6:,.1f} MB after "
-         f"{done.before / 1e6:,.1f} MB of numbers; {lost}\n")
+    tell(f"quantised {len(done.errors)} of {done.tensors} tensors into {out}: {done.after / 1e6:,.1f} MB after "
+         f"{done.before / 1e6:,.1f} MB of numbers; {lost}\n", {"kind": kind, **dataclasses.asdict(done)}, as_json)
 
 
 def _model_config(path: Path) -> dict[str, Any]:
@@ -266,7 +260,7 @@ def _model_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} {error}") from error
 
 
-@mindpet_lite.command("estimate", epilog="\b\nExamples:\n"
+@mindpet_lite.command("estimate", cls=FileCommand, epilog="\b\nExamples:\n"
                                         "  mindpet-lite estimate --config llama/config.json --batch 4 --seq 1024\n"
                                         "  mindpet-lite estimate --config qwen2/config.json --batch 4 --seq 1024 "
                                         "--dtype float16 --quantize nf4\n"
@@ -278,14 +272,15 @@ def _model_config(path: Path) -> dict[str, Any]:
 @click.option("--lora-rank", type=click.IntRange(min=1), help="LoRA's rank; the config's or 8 without it.")
 @click.option("--target-modules", help="Layers with LoRA: names and commas, an expression, or all-linear; the "
                                        "config's or the attention's without it.")
-@click.option("--lora-dropout", type=float, help="LoRA's dropout; the config's or 0 without it.")
+@click.option("--lora-dropout", type=click.FloatRange(0, 1, max_open=True),
+              help="LoRA's dropout; the config's or 0 without it.")
 @click.option("--dtype", type=click.Choice(list(ITEMS)), default="float32", show_default=True,
               help="Of weights and activations; what trains is float32.")
 @click.option("--optimizer", type=click.Choice(list(OPTIMIZERS)), default="adamw", show_default=True,
               help="Its state is kept for what trains.")
 @click.option("--quantize", type=click.Choice(KINDS), help="How LoRA's base holds its linear layers' weights but the "
                                                            "head's; as they are without it.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, in bytes, instead of a table.")
+@JSON
 def _estimate(config: Path, batch: int, seq: int | None, lora_rank: int | None, target_modules: str | None,
               lora_dropout: float | None, dtype: str, optimizer: str, quantize: str | None, as_json: bool) -> None:
     """Print the memory that training a model takes, with LoRA and in full, with and without recomputation."""
@@ -298,4 +293,4 @@ def _estimate(config: Path, batch: int, seq: int | None, lora_rank: int | None, 
                           quantize)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config}: {error}") from error
-    echo(json.dumps(as_dict(report), indent=2) + "\n" if as_json else plan_table(report))
+    tell(plan_table(report), as_dict(report), as_json)

@@ -165,6 +165,40 @@ def test_without_click_one_sentence_says_how_to_get_it():
                            "pip install 'click>=8'\n")
 
 
+def test_json_says_how_a_task_ended_and_the_script_prints_beside_it(capfd):
+    Path("boot.py").write_text(WRITE + "print('live')\n")
+    for task in ("finetune", "evaluate"):
+        assert main(["run", task, *GIVEN[task], "-q", "--json"]) == 0
+        output, errors = capfd.readouterr()
+        report = json.loads(output)
+        assert report.keys() == {"exit_code", "output_path", "result"} and errors == "live\n"
+        folder = Path(report["output_path"])
+        assert report["exit_code"] == 0 and folder.parent == Path("out").absolute() and folder.is_dir()
+        written = json.loads((folder / "eval_result.json").read_text())
+        assert report["result"] == (written if task == "evaluate" else None)
+    Path("boot.py").write_text("raise SystemExit(7)")
+    assert main(["run", "evaluate", *GIVEN["evaluate"], "-q", "--json"]) == 7
+    report = json.loads(capfd.readouterr().out)
+    assert report["exit_code"] == 7 and report["result"] is None
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete(shell):
+    """As docs/tools.md says."""
+    def asked(kind: str, words: str, number: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", "import sys; sys.argv[0] = 'mindpet-lite'; from mindpet_lite.cli import main; main()"],
+            env={**ENVIRONMENT, "_MINDPET_LITE_COMPLETE": f"{shell}_{kind}", "COMP_WORDS": words, "COMP_CWORD": number},
+            capture_output=True, text=True, timeout=60).stdout
+
+    assert "_MINDPET_LITE_COMPLETE" in asked("source", "", "")
+    # What is being completed is a number of a word, but for fish the word itself.
+    found = asked("complete", "mindpet-lite me", "me" if shell == "fish" else "1")
+    assert "merge" in found and "convert" not in found
+    last = "mindpet-lite convert --to ko", "ko" if shell == "fish" else "3"
+    assert "kohya" in asked("complete", *last) and "peft" not in asked("complete", *last)
+
+
 def test_tasks_do_not_load_click():
     code = "import sys, mindpet_lite.tasks, mindpet_lite.cli; sys.exit('click' in sys.modules)"
     assert run(code=code).returncode == 0

@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mindspore as ms
@@ -13,6 +16,7 @@ from offline_bases import linear, lora, weights, write_adapter, write_shards
 
 import mindpet_lite as mp
 from mindpet_lite.cli import main
+from mindpet_lite.endings import ended_by_signals
 from mindpet_lite.formats.files import read_tensors, to_bytes
 from mindpet_lite.offline import progress
 from mindpet_lite.offline.merge import merge
@@ -129,6 +133,107 @@ def test_a_pipeline_of_diffusers():
     after = read_tensors(Path("out/unet/diffusion_pytorch_model.safetensors"))["down.to_q.weight"]
     a, b = state.layers["unet.down.to_q"].tensors.values()
     assert np.abs(after - tensors["unet"]["down.to_q.weight"] - 5 / 3 * b @ a).max() < 1e-5
+
+
+def report_of(capfd: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capfd.readouterr().out)
+
+
+def test_every_command_says_as_json_what_it_did(folders, capfd):
+    report = report_of(capfd, *MERGE, "-q")
+    names = sorted(name for name in weights() if "self_attn" in name or "mlp" in name)
+    assert report["out"] == "out" and report["tensors"] == 12 and set(report["changed"]) <= set(names)
+    assert len(report["changed"]) == 6 and report["left_behind"] == [] and report["size"] > 0
+    report = report_of(capfd, "extract", "--base", "base", "--tuned", "out", "--rank", "2", "--out", "found", "-q")
+    assert report["out"] == "found" and len(report["layers"]) == 6 and 0 <= report["error"] < 1
+    assert {layer["path"] for layer in report["layers"]} == set(linear(weights()))
+    assert all(layer["rank"] == 2 and 0 <= layer["error"] < 1 for layer in report["layers"])
+    assert report_of(capfd, "convert", "adapter", "a.safetensors", "--to", "kohya") == {
+        "from": "peft", "to": "kohya", "layers": 6, "files": ["a.safetensors"]}
+    report = report_of(capfd, "combine", "adapter=1", "found=-0.5", "--out", "both")
+    assert report == {"out": "both", "how": "svd", "layers": report["layers"],
+                      "adapters": [{"path": "adapter", "weight": 1.0}, {"path": "found", "weight": -0.5}]}
+    assert set(report["layers"]) == set(linear(weights()))
+    report = report_of(capfd, "quantize", "--base", "base", "--kind", "int8", "--out", "few", "-q")
+    assert report["kind"] == "int8" and 0 < report["after"] < report["before"] and report["tensors"] == 12
+    assert all(0 < error < 0.05 for error in report["errors"].values()) and len(report["errors"]) >= 6
+    assert report_of(capfd, "inspect", "adapter")["format"] == "peft"
+
+
+def test_messages_name_their_option(folders, capfd):
+    Path("file").write_text("mine")
+    of_base = ["--base", "base", "--tuned", "base", "--rank", "2"]
+    for arguments, sentence in (
+            (["extract", *of_base, "--seed", "-1"], "'--seed': -1 is not in the range x>=0"),
+            (["extract", *of_base, "--out", "file"], "'--out': file is a file: give a directory that is empty or not"),
+            ([*MERGE[:-1], "file"], "'--out': file is a file"), ([*MERGE[:-1], "base"], "'--out': base holds something"),
+            ([*MERGE[:-1], ""], "'--out': an empty path names nothing"),
+            (["combine", "adapter=1", "--out", "file"], "'--out': file is a file"),
+            (["combine", "adapter=1", "--out", "x", "--density", "2"], "'--density': 2.0 is not in the range 0<x<=1"),
+            (["quantize", "--base", "base", "--kind", "nf4", "--out", "file"], "'--out': file is a file"),
+            (["estimate", "--config", "base/config.json", "--batch", "1", "--lora-dropout", "1"],
+             "'--lora-dropout': 1.0 is not in the range 0<=x<1")):
+        assert main(arguments) == 2
+        output, errors = capfd.readouterr()
+        assert output == "" and f"mindpet-lite: Invalid value for {sentence}" in errors and errors.count("\n") == 1
+    assert Path("file").read_text() == "mine"
+
+
+# A merge that waits where it has begun to write.
+WAITING = """
+import signal, sys, time
+import mindpet_lite.offline.merge
+def wait(*_):
+    print("begun", flush=True)
+    time.sleep(60)
+mindpet_lite.offline.merge.rewrite = wait
+if sys.argv.pop(1) == "ignored":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from mindpet_lite.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_with_a_sentence_and_nothing_is_left(folders, number):
+    before = sorted(os.listdir("."))
+    root = Path(mp.__file__).parents[1]
+    running = subprocess.Popen([sys.executable, "-c", WAITING, "", *MERGE, "-q"], stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(root)})
+    assert running.stdout.readline() == "begun\n" and len(os.listdir(".")) == len(before) + 1
+    running.send_signal(number)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 128 + number
+    assert errors == (f"mindpet-lite: merge was ended by {number.name} before it was done; what it had begun is "
+                      f"removed.\n")
+    assert sorted(os.listdir(".")) == before
+
+
+def test_a_signal_that_the_caller_ignores_ends_nothing(folders):
+    """As below nohup."""
+    root = Path(mp.__file__).parents[1]
+    running = subprocess.Popen([sys.executable, "-c", WAITING, "ignored", *MERGE, "-q"], stdout=subprocess.PIPE,
+                               text=True, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(root)})
+    assert running.stdout.readline() == "begun\n"
+    running.send_signal(signal.SIGHUP)
+    running.send_signal(signal.SIGTERM)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGTERM and "SIGTERM" in errors
+
+
+def test_signals_of_a_program_around_it_stay_its_own():
+    handler = signal.getsignal(signal.SIGTERM)
+    mine = lambda number, frame: None  # noqa: E731
+    signal.signal(signal.SIGTERM, mine)
+    try:
+        with ended_by_signals("merge"):
+            assert signal.getsignal(signal.SIGTERM) is mine and signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(lambda: ended_by_signals("merge").__enter__()).result() is None
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.mark.parametrize("text, message", [

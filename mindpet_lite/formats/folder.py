@@ -36,6 +36,8 @@ def refuse_filled(path: Path) -> None:
     Raises:
         FileExistsError: `path` holds something, or is the working directory.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir()) or path.samefile(".")):
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file: give a directory that is empty or not there yet.")
+    if path.exists() and (any(path.iterdir()) or path.samefile(".")):
         raise FileExistsError(f"{path} holds something already, or is where you are: give a directory that is empty "
                               f"or not there yet.")

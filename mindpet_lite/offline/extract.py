@@ -5,6 +5,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -126,6 +127,13 @@ def table(found: Extracted) -> str:
     lines += [f"changed, and in the adapter as it is: {name}" for name in found.trained]
     lines += [f"changed, and not in the adapter: {name}" for name in found.left_out]
     return "\n".join(lines) + "\n"
+
+
+def as_dict(found: Extracted) -> dict[str, Any]:
+    """Return what was extracted as plain data that JSON can hold."""
+    layers = [{"path": path, "rank": layer.settings["lora_rank"], "error": found.errors[path]}
+              for path, layer in found.state.layers.items() if layer.settings]
+    return {"error": found.error, "layers": layers, "trained": list(found.trained), "left_out": list(found.left_out)}
 
 
 def _check_same_net(base: Base, tuned: Base, first: Path, second: Path) -> None:

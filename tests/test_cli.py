@@ -186,10 +186,9 @@ def test_json_says_how_a_task_ended_and_the_script_prints_beside_it(capfd):
 def test_shells_complete(shell):
     """As docs/tools.md says."""
     def asked(kind: str, words: str, number: str) -> str:
-        return subprocess.run(
-            [sys.executable, "-c", "import sys; sys.argv[0] = 'mindpet-lite'; from mindpet_lite.cli import main; main()"],
-            env={**ENVIRONMENT, "_MINDPET_LITE_COMPLETE": f"{shell}_{kind}", "COMP_WORDS": words, "COMP_CWORD": number},
-            capture_output=True, text=True, timeout=60).stdout
+        given = {"_MINDPET_LITE_COMPLETE": f"{shell}_{kind}", "COMP_WORDS": words, "COMP_CWORD": number}
+        return subprocess.run([sys.executable, "-m", "mindpet_lite"], env={**ENVIRONMENT, **given},
+                              capture_output=True, text=True, timeout=60).stdout
 
     assert "_MINDPET_LITE_COMPLETE" in asked("source", "", "")
     # What is being completed is a number of a word, but for fish the word itself.

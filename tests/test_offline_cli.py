@@ -167,7 +167,8 @@ def test_messages_name_their_option(folders, capfd):
     for arguments, sentence in (
             (["extract", *of_base, "--seed", "-1"], "'--seed': -1 is not in the range x>=0"),
             (["extract", *of_base, "--out", "file"], "'--out': file is a file: give a directory that is empty or not"),
-            ([*MERGE[:-1], "file"], "'--out': file is a file"), ([*MERGE[:-1], "base"], "'--out': base holds something"),
+            ([*MERGE[:-1], "file"], "'--out': file is a file"),
+            ([*MERGE[:-1], "base"], "'--out': base holds something"),
             ([*MERGE[:-1], ""], "'--out': an empty path names nothing"),
             (["combine", "adapter=1", "--out", "file"], "'--out': file is a file"),
             (["combine", "adapter=1", "--out", "x", "--density", "2"], "'--density': 2.0 is not in the range 0<x<=1"),

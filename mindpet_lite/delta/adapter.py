@@ -26,11 +26,7 @@ from mindpet_lite.delta.parts import as_type, initial, set_strategies
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterSettings(BottleneckSettings):
-    """The settings of an adapter, checked when made; see `AdapterLayer`.
-
-    Args:
-        bottleneck_size: size of the bottleneck; positive. Default: 64.
-    """
+    """The settings of an adapter, checked when made; see `AdapterLayer`."""
 
     bottleneck_size: int = 64
 
@@ -269,6 +265,14 @@ class AdapterDense(BottleneckDense):
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig(DeltaConfig, AdapterSettings):
     """Settings of the adapter, checked when made; the fields are those of `AdapterDense` and `DeltaConfig`.
+
+    Args:
+        bottleneck_size: size of the bottleneck; positive. Default: 64.
+        non_linearity: name of the activation in the bottleneck, one of `mindpet_lite.delta.activation.get_activation`;
+            "softmax2d" works across the axes of the input, which must then have 3 or 4. Default: "gelu".
+        param_init_type: type of what trains: float16, bfloat16 or float32. Default: float32.
+        compute_dtype: type that the adapter computes in: float16, bfloat16 or float32. None: the type of `to_float()`,
+            else that of its parameters or the weight. Default: None.
 
     Raises:
         TypeError, ValueError: as `AdapterDense`.

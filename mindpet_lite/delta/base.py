@@ -210,8 +210,8 @@ class DeltaConfig(metaclass=Spelled):
             too, and an entry that is no name for own names, as MindFormers' `exclude_layers`. Default: None.
         modules_to_save: names of modules, spelt as a list in `target_modules`, that train whole and are written to
             adapter files with the deltas, such as a new head. Default: None.
-        layers_to_transform: numbers of the blocks whose layers are adapted, where `target_modules` is a list; all
-            without it. An entry that equals a layer's whole path is adapted whatever its number. Default: None.
+        layers_to_transform: numbers of the blocks, from 0, whose layers are adapted, where `target_modules` is a list;
+            all without it. An entry that equals a layer's whole path is adapted whatever its number. Default: None.
         layers_pattern: the names of the lists of blocks, such as ``"layers"``, whose numbers are meant; without it the
             first number after a name in a path (as PEFT). Default: None.
         freeze_include: patterns (`*` matches anything) of parameters to freeze. Everything but the deltas is frozen

@@ -124,14 +124,15 @@ class BOFTConfig(MethodConfig):
     times places.
 
     Args:
-        boft_block_size: size of a block; it must divide a layer's inputs. 0: boft_block_num says it. Default: 4.
-        boft_block_num: number of blocks of a factor, likewise. 0: boft_block_size says it. Default: 0.
+        boft_block_size: size of a block, positive; it must divide a layer's inputs. 0: boft_block_num says it. Default:
+            4.
+        boft_block_num: number of blocks of a factor, positive, likewise. 0: boft_block_size says it. Default: 0.
         boft_n_butterfly_factor: number of factors. From 2 on blocks have an even size, and their number is a multiple
             of 2 ** (factors - 1). (PEFT trains one factor where its CUDA kernel is missing; such files are read as what
             they hold.) Default: 1.
-        boft_dropout: probability with which a block of one factor is I in a call in training; of several factors each
-            block is with the probability divided by their number. (PEFT chooses a factor at random, and of its blocks
-            this share, rounded down.) Default: 0.0.
+        boft_dropout: probability in [0, 1) with which a block of one factor is I in a call in training; of several
+            factors each block is with the probability divided by their number. (PEFT chooses a factor at random, and of
+            its blocks this share, rounded down.) Default: 0.0.
         bias: which biases of the base train too: "none", "all", or "boft_only", those of the adapted layers.
             Default: "none".
         init_weights: True starts at the base; False at random. Default: True.

@@ -26,15 +26,7 @@ Strategy = tuple[str, Any, "tuple | None"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BottleneckSettings:
-    """The settings that both adapters have, checked when made.
-
-    Args:
-        non_linearity: name of the activation in the bottleneck, one of `mindpet_lite.delta.activation.get_activation`;
-            "softmax2d" works across the axes of the input, which must then have 3 or 4. Default: "gelu".
-        param_init_type: type of what trains: float16, bfloat16 or float32. Default: float32.
-        compute_dtype: type that the adapter computes in: float16, bfloat16 or float32. None: the type of `to_float()`,
-            else that of its parameters or the weight. Default: None.
-    """
+    """The settings that both adapters have, checked when made."""
 
     non_linearity: str = "gelu"
     param_init_type: mindspore.dtype = mindspore.float32

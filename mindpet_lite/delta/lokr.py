@@ -170,8 +170,9 @@ class LoKrConfig(DecomposedConfig):
         use_effective_conv2d: kernels of more than one place get a tensor of their own (`t2`) where `w2` is a product;
             nothing changes for dense layers and kernels of one place. Default: False.
         decompose_both: the smaller factor `w1` may be a product too. Default: False.
-        decompose_factor: into which sizes outputs and inputs are cut: this number and the rest where it divides them,
-            else the largest divisor up to it and to the root. -1: as near to the root as goes. Default: -1.
+        decompose_factor: into which sizes outputs and inputs are cut: this positive number and the rest where it
+            divides them, else the largest divisor up to it and to the root. -1: as near to the root as goes. Default:
+            -1.
         init_weights: True starts at the base, with `w1` zero; "lycoris" likewise with `w2` zero, as LyCORIS does;
             False at random. Default: True.
         rank_pattern: another rank for layers whose path ends as a regular expression says. Default: none.

@@ -163,15 +163,7 @@ class LowRankLinear(TypedCell, Delta):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowRankAdapterSettings(BottleneckSettings):
-    """The settings of a low-rank adapter, checked when made; see `LowRankAdapterLayer`.
-
-    Args:
-        reduction_factor: a layer's outputs by the size of the bottleneck, which is rounded down; from 1 to the outputs.
-            Default: 1.
-        low_rank_size: rank of the two weights; positive. Default: 1.
-        low_rank_w_init: start of the factors but the last, which starts at zero: an Initializer or its name.
-            Default: "xavier_uniform".
-    """
+    """The settings of a low-rank adapter, checked when made; see `LowRankAdapterLayer`."""
 
     reduction_factor: int = 1
     low_rank_size: int = 1
@@ -425,6 +417,18 @@ class LowRankAdapterDense(BottleneckDense):
 @dataclasses.dataclass(frozen=True)
 class LowRankAdapterConfig(DeltaConfig, LowRankAdapterSettings):
     """Settings of the low-rank adapter; the fields are those of `LowRankAdapterDense` and `DeltaConfig`.
+
+    Args:
+        reduction_factor: a layer's outputs by the size of the bottleneck, which is rounded down; from 1 to the outputs.
+            Default: 1.
+        low_rank_size: rank of the two weights; positive. Default: 1.
+        low_rank_w_init: start of the factors but the last, which starts at zero: an Initializer or its name.
+            Default: "xavier_uniform".
+        non_linearity: name of the activation in the bottleneck, one of `mindpet_lite.delta.activation.get_activation`;
+            "softmax2d" works across the axes of the input, which must then have 3 or 4. Default: "gelu".
+        param_init_type: type of what trains: float16, bfloat16 or float32. Default: float32.
+        compute_dtype: type that the adapter computes in: float16, bfloat16 or float32. None: the type of `to_float()`,
+            else that of its parameters or the weight. Default: None.
 
     Raises:
         TypeError, ValueError: as `LowRankAdapterDense`.

@@ -183,8 +183,8 @@ class OFTConfig(MethodConfig):
     does is taken, as PEFT does; a convolution's inputs are those of a kernel, channels times places.
 
     Args:
-        r: number of blocks; 0: oft_block_size says it. Default: 0.
-        oft_block_size: size of a block; 0: r says it. Default: 32.
+        r: number of blocks, positive; 0: oft_block_size says it. Default: 0.
+        oft_block_size: size of a block, positive; 0: r says it. Default: 32.
         module_dropout: probability in [0, 1) with which a block is I in a call in training. (PEFT 0.21 has the field
             and does not use it.) Default: 0.0.
         bias: which biases of the base train too: "none", "all", or "oft_only", those of the adapted layers.

@@ -42,16 +42,7 @@ TABLE = f"{WTE}.embedding_table"
 
 @dataclasses.dataclass(frozen=True)
 class PrefixSettings:
-    """The settings of Prefix-Tuning, checked when made; see `PrefixDense`.
-
-    Args:
-        prefix_token_num: rows of the prefix; positive. Default: 128.
-        embed_dim: width of the embedding; positive. Without prefix_projection it means nothing. Default: 512.
-        mid_dim: width of the MLP; positive. Without prefix_projection it means nothing. Default: 512.
-        dropout_rate: probability in [0, 1) of dropping an element of the prefix in training. Default: 0.1.
-        prefix_projection: True: an MLP gives the prefix. False: it is a Parameter. Default: True.
-        param_init_type: type of what trains: float16, bfloat16 or float32. Default: float32.
-    """
+    """The settings of Prefix-Tuning, checked when made; see `PrefixDense`."""
 
     prefix_token_num: int = 128
     embed_dim: int = 512
@@ -175,7 +166,7 @@ class PrefixLayer(Prefixes, nn.Cell):
 
     Args:
         prefix_token_num (int): rows of the prefix; a multiple of `batch_size`.
-        batch_size (int): sequences in a batch. Kept for attentions that share the rows out among the batch,
+        batch_size (int): sequences in a batch; positive. Kept for attentions that share the rows out among the batch,
             prefix_token_num / batch_size each, as MindPet's documentation does for its mask.
         num_heads (int): heads of the attention; positive. Kept for the caller's mask, as `batch_size`.
         hidden_dim (int): width of keys and values, all heads together; positive.
@@ -354,6 +345,14 @@ class PrefixTuningConfig(DeltaConfig, PrefixSettings):
     """Settings of Prefix-Tuning, checked when made; the fields are those of `PrefixDense` and `DeltaConfig`.
 
     `target_modules` names the key and the value layers of attentions, such as ``["to_k", "to_v"]``.
+
+    Args:
+        prefix_token_num: rows of the prefix; positive. Default: 128.
+        embed_dim: width of the embedding; positive. Without prefix_projection it means nothing. Default: 512.
+        mid_dim: width of the MLP; positive. Without prefix_projection it means nothing. Default: 512.
+        dropout_rate: probability in [0, 1) of dropping an element of the prefix in training. Default: 0.1.
+        prefix_projection: True: an MLP gives the prefix. False: it is a Parameter. Default: True.
+        param_init_type: type of what trains: float16, bfloat16 or float32. Default: float32.
 
     Raises:
         TypeError, ValueError: as `PrefixDense`.

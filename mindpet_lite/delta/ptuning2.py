@@ -37,15 +37,7 @@ _DENSE_IN, _DENSE_OUT = "mindpet_delta_ptuning2_dense_in", "mindpet_delta_ptunin
 
 @dataclasses.dataclass(frozen=True)
 class Ptuning2Settings:
-    """The settings of P-Tuning v2, checked when made; see `Ptuning2Dense`.
-
-    Args:
-        pre_seq_len: rows of the prefix; positive. Default: 128.
-        prefix_projection: True: an MLP gives the prefix. False: it is a Parameter. Default: False.
-        projection_dim: width of the MLP; positive. Without prefix_projection it means nothing. Default: 128.
-        dropout_prob: probability in [0, 1) of dropping an element of the prefix in training. Default: 0.01.
-        param_init_type: type of what trains: float16, bfloat16 or float32. Default: float32.
-    """
+    """The settings of P-Tuning v2, checked when made; see `Ptuning2Dense`."""
 
     pre_seq_len: int = 128
     prefix_projection: bool = False
@@ -392,6 +384,13 @@ class Ptuning2Config(DeltaConfig, Ptuning2Settings):
     """Settings of P-Tuning v2, checked when made; the fields are those of `Ptuning2Dense` and `DeltaConfig`.
 
     `target_modules` names the key and the value layers of attentions, such as ``["to_k", "to_v"]``.
+
+    Args:
+        pre_seq_len: rows of the prefix; positive. Default: 128.
+        prefix_projection: True: an MLP gives the prefix. False: it is a Parameter. Default: False.
+        projection_dim: width of the MLP; positive. Without prefix_projection it means nothing. Default: 128.
+        dropout_prob: probability in [0, 1) of dropping an element of the prefix in training. Default: 0.01.
+        param_init_type: type of what trains: float16, bfloat16 or float32. Default: float32.
 
     Raises:
         TypeError, ValueError: as `Ptuning2Dense`.

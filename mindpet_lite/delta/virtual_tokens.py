@@ -157,11 +157,11 @@ class VirtualTokensConfig(MethodConfig):
 
     Args:
         num_virtual_tokens: the rows before each sequence; positive. Default: 20.
-        token_dim: their size, which is that of the table's rows; None takes it from there. Default: None.
+        token_dim: their size, positive, which is that of the table's rows; None takes it from there. Default: None.
         num_transformer_submodules: 1; for PEFT's 2 (an encoder and a decoder with prompts of their own) there is no
             form here. Default: 1.
-        num_attention_heads: of the base, for PEFT, which reads it from the file. None leaves it to PEFT to find out.
-            Default: None.
+        num_attention_heads: of the base, positive, for PEFT, which reads it from the file. None leaves it to PEFT to
+            find out. Default: None.
         num_layers: of the base, likewise. Default: None.
 
     Raises:
@@ -221,7 +221,8 @@ class StartedTokensConfig(VirtualTokensConfig):
     Args:
         prompt_tuning_init: "RANDOM" (a normal distribution), "SAMPLE_VOCAB" (rows of random tokens) or "TEXT" (rows of
             the tokens in `init_token_ids`). Default: "RANDOM".
-        init_token_ids: ids of a text's tokens, repeated or cut to num_virtual_tokens; for "TEXT" alone. Default: None.
+        init_token_ids: ids of a text's tokens, each 0 or more, repeated or cut to num_virtual_tokens; for "TEXT" alone.
+            Default: None.
     """
 
     inits: ClassVar[tuple[str, ...]] = ("RANDOM", "SAMPLE_VOCAB", "TEXT")

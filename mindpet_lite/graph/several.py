@@ -283,7 +283,8 @@ def reserve_adapters(net: nn.Cell, rank: int, samples: int = 0, target_modules: 
     Args:
         net: a net with or without adapters.
         rank: how many ranks the adapters in a layer's room may have together; positive.
-        samples: how many samples a batch has, where they are to have different adapters without a compile. Default: 0.
+        samples: how many samples a batch has, 0 or more, where they are to have different adapters without a compile.
+            Default: 0.
         target_modules: layers that get room besides those that are adapted, as a config spells them. Default: None.
 
     Returns:
@@ -344,7 +345,7 @@ def combine_adapters(net: nn.Cell, name: str, names: Sequence[str], weights: Seq
         net: a net with adapters of LoRA.
         name: of the new one, which is frozen and counts from `set_adapter` on.
         names: of those to combine.
-        weights: a number for each.
+        weights: a finite number for each.
         how: "cat", "svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", or one of the last four with
             "_svd" behind it: see `mindpet_lite.formats.combine.combine`. Default: "svd".
         rank: of the result, for svd; positive; the highest of the adapters' without it. Default: None.

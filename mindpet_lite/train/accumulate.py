@@ -41,7 +41,7 @@ class GradientAccumulation(nn.Cell):
         network: a cell that gives a scalar loss.
         optimizer: of `mindspore.nn`, or a `mindpet_lite.RankAllocation` around one; its parameters train.
         steps: n, positive. Learning rates and weight decays count updates, not calls.
-        max_norm: largest norm of all gradients together; None for no clipping. Default: None.
+        max_norm: largest norm of all gradients together, positive; None for no clipping. Default: None.
         loss_scaler: a `mindspore.amp.StaticLossScaler` or `DynamicLossScaler`; it is adjusted once a window.
             Default: None.
         ema: averages to update after each update of the weights. Default: None.

@@ -53,6 +53,21 @@ class LoraConfig(DeltaConfig, LoraSettings):
     dropped. Without `lora_a_init` and `lora_b_init` each kind starts as its class does where it is built by hand.
 
     Args:
+        lora_rank: rank r of the update B A; positive. Above the smaller side of a layer's weight a warning says that it
+            is wasted. Default: 8.
+        lora_alpha: the update is scaled by lora_alpha / lora_rank; finite and positive. Default: 16.
+        lora_dropout: probability in [0, 1) of dropping an input of A in training; not on embeddings, whose ids cannot
+            be dropped. Default: 0.0.
+        lora_a_init: start of A: a Tensor, an Initializer, its name or a number. Default: He-uniform with negative slope
+            √5; on an embedding zeros.
+        lora_b_init: start of B, likewise. Default: zeros, so that training starts at the base; on an embedding normal
+            with deviation 1.
+        param_init_type: type of A and B: float16, bfloat16 or float32. Default: float32.
+        compute_dtype: type that the layers compute in: float16, bfloat16 or float32. None: the type of `to_float()`,
+            else that of the weight; see the dtype rule of `LoRADense`. Default: None.
+        use_rslora: scale by lora_alpha / √lora_rank instead (rsLoRA). Default: False.
+        use_dora: train a magnitude for each output besides (DoRA); not together with lora_bias. Default: False.
+        lora_bias: B has a bias of its own. Default: False.
         init_lora_weights: how A and B start, by PEFT's names: True as above, False B at random too, "gaussian",
             "orthogonal", "pissa", "pissa_niter_4" (with any number of iterations), "olora", "loftq", "eva" or "corda"
             (linear layers only). PiSSA, OLoRA and CorDA take what the factors start with out of the base's weight, and

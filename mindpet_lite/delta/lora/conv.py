@@ -41,7 +41,7 @@ class LoRAConv(LowRank):
     Args:
         in_channels (int): channels of the input; positive.
         out_channels (int): channels of the output; positive.
-        kernel_size (int | tuple[int]): as the plain layer takes it.
+        kernel_size (int | tuple[int]): positive, as the plain layer takes it.
         lora_rank (int): channels between A and B; positive, divisible by the number of groups.
         lora_alpha (int | float): finite and positive; the update is scaled by lora_alpha / lora_rank.
         lora_dropout (int | float): probability in [0, 1) of dropping an input of A in training. Default: 0.0.

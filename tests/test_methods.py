@@ -10,7 +10,16 @@ import copy
 import mindspore as ms
 import numpy as np
 import pytest
-from host_layers import IN_GRAPHS_ALONE, LAYERS, SETTINGS, STARTS, WITHOUT_KERNELS, full_net, off_bound, plain_net
+from host_layers import (
+    IN_GRAPHS_ALONE,
+    LAYERS,
+    SETTINGS,
+    STARTS,
+    WITHOUT_KERNELS,
+    full_net,
+    off_bound,
+    plain_net,
+)
 from mindspore import Tensor, nn
 from nets import compile_count, gradient_function, numbers, pynative, unchanged
 
@@ -78,7 +87,8 @@ def expected(delta, host, x, weights):
         layer = plain.box[0]
         host = host_of(layer)
         new = new_base(delta, values)
-        parameters = {"weight": getattr(layer, host.base_names[0]), **({"bias": layer.bias} if "bias" in new else {})}
+        parameters = {"weight": getattr(layer, host.base_names[0]),
+                      **({"bias": getattr(layer, host.base_names[1])} if "bias" in new else {})}
         as_host = host.on(host, layer)
         for key, item in parameters.items():
             value = new[key].astype(np.float32)

@@ -8,6 +8,7 @@ from mindpet_lite.delta.base import Delta, DeltaConfig
 from mindpet_lite.delta.bitfit import BitFitConfig
 from mindpet_lite.delta.boft import BOFTConfig
 from mindpet_lite.delta.hira import HiraConfig
+from mindpet_lite.delta.hosts import Host, linear_host, register_host, unregister_host
 from mindpet_lite.delta.hra import HRAConfig
 from mindpet_lite.delta.ia3 import IA3Config
 from mindpet_lite.delta.ln_tuning import LNTuningConfig
@@ -67,11 +68,11 @@ METHODS: dict[str, type[DeltaConfig]] = {kind.pet_type: kind for kind in (
 )}
 
 # The layers that are built by hand, MindPet's functions, and the config of each method.
-__all__ = ["METHODS", "AdapterDense", "AdapterLayer", "Delta", "DeltaConfig", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d",
-           "LoRADense", "LoRAEmbedding", "LoRALinear", "LoRAMintConv1d", "LoRAMintConv2d", "LoRAMintConv3d",
-           "LoRAMintEmbedding", "LowRankAdapterDense", "LowRankAdapterLayer", "LowRankLinear", "PrefixDense",
-           "PrefixEncoder", "PrefixEmbedding", "PrefixLayer", "Ptuning2Dense", "prefix_mask",
-           "prepend_prefix", "prompt_mask"]
+__all__ = ["METHODS", "AdapterDense", "AdapterLayer", "Delta", "DeltaConfig", "Host", "LoRAConv1d", "LoRAConv2d",
+           "LoRAConv3d", "LoRADense", "LoRAEmbedding", "LoRALinear", "LoRAMintConv1d", "LoRAMintConv2d",
+           "LoRAMintConv3d", "LoRAMintEmbedding", "LowRankAdapterDense", "LowRankAdapterLayer", "LowRankLinear",
+           "PrefixDense", "PrefixEncoder", "PrefixEmbedding", "PrefixLayer", "Ptuning2Dense", "linear_host",
+           "prefix_mask", "prepend_prefix", "prompt_mask", "register_host", "unregister_host"]
 __all__ += [kind.__name__ for kind in METHODS.values()]
 
 

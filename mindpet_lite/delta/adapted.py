@@ -275,6 +275,9 @@ def adapted_class(method: type[Adapted], host: type[Host] | None) -> Any:
         raise TypeError(f"{method.__name__} does not adapt a layer of a kind that is no host.")
     if (method, host) not in _CLASSES:
         name = method.__name__ + host.__name__.removesuffix("Host")
+        # A layer that is called, or gives back, more than a Tensor.
+        around = {} if host.entrance is None else {"inside": method.construct, "construct": host.entrance}
         _CLASSES[method, host] = type(name, (method, host), {
-            "__doc__": f"{method.__name__} on `{host.plain_name}`: {method.__doc__}", "__module__": method.__module__})
+            "__doc__": f"{method.__name__} on `{host.plain_name}`: {method.__doc__}", "__module__": method.__module__,
+            **around})
     return _CLASSES[method, host]

@@ -76,7 +76,7 @@ class BOFT(Rotated):
         self.add_rotation(factors * blocks, size, factors, config.boft_dropout / factors)
         self.shape = (factors * blocks, size, size)
         self.factor_shape = self.across(self.mindpet_delta_boft_s.size)
-        self.bias_is_there = getattr(self, "bias", None) is not None
+        self.bias_is_there = self.adds_bias()
 
     def differences(self) -> Tensor:
         """Return the blocks of all factors less I."""

@@ -36,10 +36,14 @@ def from_rows(y: Tensor, shape: tuple[int, ...], channels: int) -> Tensor:
     return y if len(shape) == 2 else ops.reshape(y, shape[:-1] + (channels,))
 
 
+# What Parameters that hold a layer's weight are called.
+WEIGHT_NAMES = {"weight", "embedding_table", "embedding_weight"}
+
+
 def prefix_of(weight_name: str) -> str:
     """Return what stands before the weight's own name in a Parameter name: the delta's names go beside it."""
     head, _, last = weight_name.rpartition(".")
-    return f"{head}." if head and last in ("weight", "embedding_table") else ""
+    return f"{head}." if head and last in WEIGHT_NAMES else ""
 
 
 def put(parameter: Parameter, value: Tensor) -> None:

@@ -21,7 +21,7 @@ from mindpet_lite.arguments import check_bool, check_int, check_number, check_pr
 from mindpet_lite.delta.adapted import Additive, Method, Numbers
 from mindpet_lite.delta.base import Delta
 from mindpet_lite.delta.dropout import delta_dropout
-from mindpet_lite.delta.hosts import QUANTISED, DenseHost, Host, LinearHost, host_of
+from mindpet_lite.delta.hosts import HOSTS, Host, fits_kind, host_of
 from mindpet_lite.delta.method_config import MethodConfig
 from mindpet_lite.delta.parts import as_type, prefix_of
 from mindpet_lite.delta.values import frozen_parameter
@@ -173,7 +173,7 @@ class VeraConfig(MethodConfig):
     pet_type: ClassVar[str] = "vera"
     layer: ClassVar[type[Method]] = VeRA
     title: ClassVar[str] = "VeRA"
-    fits: ClassVar[tuple[type[Host], ...]] = (DenseHost, LinearHost, *QUANTISED.values())
+    fits: ClassVar[tuple[type[Host], ...]] = tuple(host for host in HOSTS if host.is_linear)
     peft: ClassVar[PeftMethod] = _File(
         "VERA", {_B: "vera_lambda_b", _D: "vera_lambda_d"},
         {"r": 256, "vera_dropout": 0.0, "d_initial": 0.1, "projection_prng_key": 0, "save_projection": True},
@@ -209,7 +209,7 @@ class VeraConfig(MethodConfig):
             ValueError: the layers differ in rank or key, or what is given is too small for them.
         """
         hosts = [(host_of(cell), cell, config) for cell, config in layers.values()]
-        fitting = [(host, cell, config) for host, cell, config in hosts if host in cls.fits]
+        fitting = [(host, cell, config) for host, cell, config in hosts if host and fits_kind(host, cls.fits)]
         if not fitting:
             return {}
         inputs = max(host.inputs(cell) for host, cell, _ in fitting)
@@ -217,14 +217,14 @@ class VeraConfig(MethodConfig):
         if len({(config.r, config.projection_prng_key) for *_, config in fitting}) > 1:
             raise ValueError("VeRA's layers share two matrices, so r and projection_prng_key must be the same for all "
                              "of them.")
-        _, first, config = fitting[0]
+        host, first, config = fitting[0]
         values = {name: np.asarray(given[name], np.float32) for name in (_SHARED_A, _SHARED_B) if name in given}
         if values:
             _check_given(values, config.r, inputs, outputs)
         else:
             values = _projections(config.projection_prng_key, config.r, inputs, outputs)
         # Beside the first layer's weight, whose name no other net around it has.
-        prefix = prefix_of(first.weight.name)
+        prefix = prefix_of(getattr(first, host.base_names[0]).name)
         return {name: frozen_parameter(Tensor(value), prefix + name) for name, value in values.items()}
 
     def beside(self, present: Iterable[Delta]) -> list[str]:

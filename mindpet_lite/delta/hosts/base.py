@@ -108,6 +108,8 @@ class Host(TypedCell):
         widen_axis: likewise of `widen`.
         is_split: each process of a job has a part of the layer.
         is_quantised: the weight is held in few bits, so that nothing can be taken out of it.
+        entrance: what stands for `construct` where X is called with more than x, or gives back more than y: a function
+            that calls `self.inside(x)`; None where X has neither.
     """
 
     plain_type: ClassVar[type[nn.Cell]]
@@ -122,6 +124,7 @@ class Host(TypedCell):
     widen_axis: ClassVar[int | None] = None
     is_split: ClassVar[bool] = False
     is_quantised: ClassVar[bool] = False
+    entrance: ClassVar[Any] = None
     weight: Parameter
     bias: Any
 
@@ -283,9 +286,12 @@ class Host(TypedCell):
 
     def base_numbers(self) -> dict[str, np.ndarray]:
         """Return the weight as `weight_numbers` does and, where there is one, the bias."""
-        bias = getattr(self, "bias", None)
-        return {"weight": self.weight_numbers(),
-                **({} if bias is None else {"bias": bias.astype(mindspore.float32).asnumpy()})}
+        found = {"weight": self.weight_numbers()}
+        return {**found, "bias": self.bias.astype(mindspore.float32).asnumpy()} if self.adds_bias() else found
+
+    def adds_bias(self) -> bool:
+        """Tell whether `affine` adds a bias."""
+        return getattr(self, "bias", None) is not None
 
 
 def require_float(weight: Parameter, layer: type[nn.Cell]) -> None:

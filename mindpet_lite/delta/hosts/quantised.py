@@ -15,7 +15,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindpet_lite.delta.hosts.base import Host, as_running, take_types
-from mindpet_lite.delta.hosts.dense import DenseHost, RowsHost
+from mindpet_lite.delta.hosts.dense import ActiveRowsHost, DenseHost
 from mindpet_lite.delta.hosts.linear import LinearHost
 from mindpet_lite.delta.parts import as_type, prefix_of
 from mindpet_lite.delta.values import frozen_parameter, to_numpy
@@ -48,7 +48,7 @@ def _product(kind: Any, shape: tuple[int, int]) -> Product:
     return product
 
 
-class Quantised(RowsHost):
+class Quantised(ActiveRowsHost):
     """A frozen linear layer, of nn.Dense or mint.nn.Linear, whose weight is held in few bits.
 
     It stands where the plain layer stood, with its bias, activation and `to_float`. `weight` keeps its name and holds

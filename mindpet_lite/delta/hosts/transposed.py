@@ -5,13 +5,13 @@ a layer is known by its name and its Parameters, and adapted as one of the class
 """
 from __future__ import annotations
 
-import mindspore
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindpet_lite.delta.base import type_refusal
-from mindpet_lite.delta.hosts.base import Host, override_refusal
-from mindpet_lite.delta.parts import as_type, from_rows, to_rows
+from mindpet_lite.delta.hosts.base import override_refusal
+from mindpet_lite.delta.hosts.rows import TurnedHost
+from mindpet_lite.delta.parts import from_rows, to_rows
 
 
 class Conv1D(nn.Cell):
@@ -43,12 +43,11 @@ class Conv1D(nn.Cell):
         return from_rows(self.matmul(to_rows(x, x.shape), self.weight) + self.bias, x.shape, self.nf)
 
 
-class TransposedHost(Host, Conv1D):
+class TransposedHost(TurnedHost, Conv1D):
     """`Conv1D` with the dtype rule."""
 
     plain_type, plain_name = Conv1D, "GPT-2's Conv1D"
-    parts = ()
-    is_linear = True
+    lies_turned = True
 
     @classmethod
     def matches(cls, cell: nn.Cell) -> bool:
@@ -68,61 +67,7 @@ class TransposedHost(Host, Conv1D):
     @classmethod
     def _take_parts(cls, layer: nn.Cell, source: nn.Cell) -> None:
         super()._take_parts(layer, source)
-        layer.nf, layer.matmul = source.weight.shape[1], ops.MatMul()
-
-    # The weight, which methods see as (outputs, inputs).
-
-    @classmethod
-    def logical_shape(cls, layer: nn.Cell) -> tuple[int, ...]:
-        """Return (outputs, inputs)."""
-        return tuple(layer.weight.shape[::-1])
-
-    def logical_weight(self) -> Tensor:
-        """Return Wᵀ."""
-        return ops.transpose(self.weight, (1, 0))
-
-    def laid_out(self, weight: Tensor) -> Tensor:
-        """Return a weight (outputs, inputs) as (inputs, outputs)."""
-        return ops.transpose(weight, (1, 0))
-
-    def weight_numbers(self) -> np.ndarray:
-        """Return the weight in float32 as (outputs, inputs)."""
-        return self.weight.astype(mindspore.float32).asnumpy().T
-
-    def as_weight(self, value: np.ndarray) -> Tensor:
-        """Return a weight (outputs, inputs) in the layout and type of the layer's own."""
-        return super().as_weight(value.T)
-
-    # The steps of a call.
-
-    def arranged(self, x: Tensor) -> Tensor:
-        """Return the input as rows."""
-        return to_rows(x, x.shape)
-
-    def linear(self, h: Tensor, weight: Tensor, dtype: mindspore.dtype) -> Tensor:
-        """Return h W."""
-        return self.matmul(h, weight)
-
-    def affine(self, h: Tensor, weight: Tensor, dtype: mindspore.dtype) -> Tensor:
-        """Return h W + b."""
-        return self.matmul(h, weight) + as_type(self.bias, dtype)
-
-    def finish(self, y: Tensor, shape: tuple[int, ...], output_type: mindspore.dtype,
-               dtype: mindspore.dtype) -> Tensor:
-        """Return the output with the leading axes of the input."""
-        return as_type(from_rows(y, shape, self.nf), output_type, dtype)
-
-    def add_low_rank_operators(self, rank: int) -> None:
-        """Make two matrix products."""
-        self.lora_a_matmul, self.lora_b_matmul = ops.MatMul(transpose_b=True), ops.MatMul(transpose_b=True)
-
-    def narrow(self, h: Tensor, a: Tensor, dtype: mindspore.dtype) -> Tensor:
-        """Return h Aᵀ."""
-        return self.lora_a_matmul(h, as_type(a, dtype))
-
-    def widen(self, low: Tensor, b: Tensor, dtype: mindspore.dtype) -> Tensor:
-        """Return low Bᵀ."""
-        return self.lora_b_matmul(low, as_type(b, dtype))
+        layer.nf = layer.out_channels
 
 
 def _is_librarys(cell: nn.Cell) -> bool:

@@ -11,8 +11,7 @@ from mindpet_lite.arguments import check_alpha, check_bool, check_int, did_you_m
 from mindpet_lite.delta.adapted import adapted_class
 from mindpet_lite.delta.base import Delta, DeltaConfig, end_expression, names_of
 from mindpet_lite.delta.hosts import HOSTS, SPLIT_HOSTS, Host, host_of, host_refusal, is_linear
-from mindpet_lite.delta.hosts.dense import DenseHost
-from mindpet_lite.delta.hosts.linear import LinearHost
+from mindpet_lite.delta.hosts.rows import TurnedHost
 from mindpet_lite.delta.lora.bank import LoRABank
 from mindpet_lite.delta.lora.conv import (
     LoRAConv1d,
@@ -326,7 +325,11 @@ def _own_names(path: str, cell: nn.Cell) -> list[str]:
 
 def _is_linear_weight(cell: nn.Cell, name: str) -> bool:
     """Tell whether a Parameter is the weight of a linear layer."""
-    return name == "weight" and host_of(cell) in (DenseHost, LinearHost)
+    host = host_of(cell)
+    if host is None or not host.is_linear or host.is_quantised or name != host.base_names[0]:
+        return False
+    # One that lies as (inputs, outputs) is no such matrix.
+    return not (issubclass(host, TurnedHost) and host.turned(cell))
 
 
 def _mapping(name: str, value: object) -> Mapping[str, Any]:

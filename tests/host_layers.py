@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import formers_layers
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, mint, nn
@@ -29,6 +30,13 @@ from mindpet_lite.delta.hosts.dense import DenseHost
 from mindpet_lite.delta.hosts.embedding import EmbeddingHost, MintEmbeddingHost
 from mindpet_lite.delta.hosts.int8 import Int8Dense
 from mindpet_lite.delta.hosts.linear import LinearHost
+from mindpet_lite.delta.hosts.mindformers import (
+    FormersEmbedding,
+    FormersLinear,
+    FormersParallelLinear,
+    FormersPynativeLinear,
+    FormersVocabEmbedding,
+)
 from mindpet_lite.delta.hosts.nf4 import NF4Dense
 from mindpet_lite.delta.hosts.q8_0 import Q8Dense
 from mindpet_lite.delta.hosts.transposed import Conv1D, TransposedHost
@@ -43,6 +51,8 @@ LAYERS: dict[type[Host], tuple[Callable[[], nn.Cell], Tensor]] = {
     Conv3dHost: (lambda: nn.Conv3d(8, 4, 2, has_bias=True), inputs(1, 8, 3, 3, 2)),
     EmbeddingHost: (lambda: nn.Embedding(8, 4), IDS),
     TransposedHost: (lambda: Conv1D(4, 8), inputs(2, 3, 8)),
+    FormersLinear: (lambda: formers_layers.Linear(8, 4, activation="sigmoid", transpose_b=False), inputs(2, 3, 8)),
+    FormersEmbedding: (lambda: formers_layers.LlamaEmbedding(8, 4), IDS),
     # Of quantised layers what they are made of: `plain_net` quantises it.
     Int8Dense: (lambda: nn.Dense(8, 4, activation="tanh"), inputs(2, 3, 8)),
     Q8Dense: (lambda: mint.nn.Linear(32, 4), inputs(2, 3, 32)),
@@ -50,6 +60,8 @@ LAYERS: dict[type[Host], tuple[Callable[[], nn.Cell], Tensor]] = {
 }
 # CPU has no kernels for them; `test_lora_mint.py` runs them on stand-ins.
 WITHOUT_KERNELS = (MintConv1dHost, MintConv2dHost, MintConv3dHost)
+# As kinds that are there, but for what `test_mindformers_layers.py` tests.
+ELSEWHERE = (FormersParallelLinear, FormersPynativeLinear, FormersVocabEmbedding)
 # CPU has a kernel in graph mode alone.
 IN_GRAPHS_ALONE: dict[type[Host], tuple[Callable[[], nn.Cell], Tensor]] = {
     MintEmbeddingHost: (lambda: mint.nn.Embedding(8, 4), IDS),

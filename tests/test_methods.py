@@ -11,6 +11,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from host_layers import (
+    ELSEWHERE,
     IN_GRAPHS_ALONE,
     LAYERS,
     SETTINGS,
@@ -49,7 +50,7 @@ IDS = [f"{name}{index or ''}-{host.plain_name}" for name, host, index in CASES]
 
 
 def test_every_method_and_every_host_has_its_line():
-    assert set(SETTINGS) == set(HOSTED) and {*LAYERS, *IN_GRAPHS_ALONE, *WITHOUT_KERNELS} == set(HOSTS)
+    assert set(SETTINGS) == set(HOSTED) and {*LAYERS, *IN_GRAPHS_ALONE, *WITHOUT_KERNELS, *ELSEWHERE} == set(HOSTS)
 
 
 def adapted(name, host, index):

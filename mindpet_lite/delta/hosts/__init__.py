@@ -26,6 +26,8 @@ from mindpet_lite.delta.hosts.dense import DenseHost
 from mindpet_lite.delta.hosts.embedding import EmbeddingHost, MintEmbeddingHost
 from mindpet_lite.delta.hosts.int8 import Int8Dense
 from mindpet_lite.delta.hosts.linear import LinearHost
+from mindpet_lite.delta.hosts.mindformers import KINDS as FORMERS
+from mindpet_lite.delta.hosts.mindformers import experts_refusal
 from mindpet_lite.delta.hosts.nf4 import NF4Dense
 from mindpet_lite.delta.hosts.q8_0 import Q8Dense
 from mindpet_lite.delta.hosts.quantised import Quantised
@@ -45,6 +47,7 @@ HOSTS: tuple[type[Host], ...] = (
     MintConv3dHost,
     MintEmbeddingHost,
     TransposedHost,
+    *FORMERS,
     Int8Dense,
     Q8Dense,
     NF4Dense,
@@ -144,5 +147,5 @@ def host_refusal(cell: nn.Cell, method: str, fits: tuple[type[Host], ...] = HOST
         first, *more = (item.plain_name for item in fits)
         besides = f" besides {first.rpartition('.')[2]} it knows {', '.join(more)}." if more else ""
         reason = f"{method} adapts {first}, not {kind}{';' if more else '.'}{besides}"
-        return rewritten_refusal(cell) or reason
+        return rewritten_refusal(cell) or experts_refusal(cell) or reason
     return host.refusal(cell, method)

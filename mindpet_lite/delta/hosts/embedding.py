@@ -8,7 +8,7 @@ from mindpet_lite.delta.hosts.base import Host
 from mindpet_lite.delta.parts import as_type
 
 
-class _Table(Host):
+class TableHost(Host):
     """A table of vectors, (ids, size): ids have no float type, so the output has the type of the table by default."""
 
     base_names = ("weight",)
@@ -79,7 +79,7 @@ class _Table(Host):
         return self.lora_b_matmul(low, as_type(b, dtype))
 
 
-class EmbeddingHost(_Table, nn.Embedding):
+class EmbeddingHost(TableHost, nn.Embedding):
     """`nn.Embedding` with the dtype rule."""
 
     plain_type, plain_name = nn.Embedding, "nn.Embedding"
@@ -114,7 +114,7 @@ class EmbeddingHost(_Table, nn.Embedding):
         return self.lora_a_gather(a, ids, 1)
 
 
-class MintEmbeddingHost(_Table, mint.nn.Embedding):
+class MintEmbeddingHost(TableHost, mint.nn.Embedding):
     """`mint.nn.Embedding` with the dtype rule."""
 
     plain_type, plain_name = mint.nn.Embedding, "mint.nn.Embedding"

@@ -27,6 +27,7 @@ from mindpet_lite.delta.lora.linear import LoRALinear
 from mindpet_lite.delta.lora.low_rank import LowRank
 from mindpet_lite.delta.lora.parameter import LoRAParameter
 from mindpet_lite.delta.lora.settings import LoraSettings
+from mindpet_lite.delta.lora.sharded import LoRAFormersLinear, LoRAFormersParallelLinear
 from mindpet_lite.delta.lora.start import DATA_STARTS
 from mindpet_lite.delta.tokens import RowsOf, TokenTable, are_tokens, rows_shape, table_for, token_table
 from mindpet_lite.formats.replication import range_problem
@@ -37,7 +38,7 @@ from mindpet_lite.names.default_targets import Family
 LAYERS: dict[type[Host] | None, type[LowRank]] = {
     layer.__bases__[-1]: layer
     for layer in (LoRADense, LoRALinear, LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRAMintConv1d,
-                  LoRAMintConv2d, LoRAMintConv3d, LoRAMintEmbedding)}
+                  LoRAMintConv2d, LoRAMintConv3d, LoRAMintEmbedding, LoRAFormersLinear, LoRAFormersParallelLinear)}
 
 BIASES = ("none", "all", "lora_only")
 _ROWS = RowsOf("lora", "mindpet_delta_lora_tokens", "trainable_token_indices")

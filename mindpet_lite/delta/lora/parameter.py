@@ -28,7 +28,8 @@ class LoRAParameter(Delta):
     $$
 
     `construct` is the cell's own; what it reads as that Parameter is W'. W is a matrix (out, in), or a stack of
-    matrices (experts, out, in), or (experts, in, out) where the cell has a true attribute `is_transposed`. As PEFT has
+    matrices (experts, out, in), or (experts, in, out) where the cell has a true attribute `is_transposed`, or a false
+    `transpose_b` as MindFormers' layers have it. As PEFT has
     them, `mindpet_delta_lora_a` is (experts · lora_rank, in), its rows by experts, and `mindpet_delta_lora_b` (out,
     lora_rank · experts), its columns by ranks. `scaling` () holds strength · alpha / r. W' is computed at every use,
     as large as W.
@@ -91,7 +92,7 @@ class LoRAParameter(Delta):
     def shapes(cell: nn.Cell, config: LoraSettings, name: str) -> dict[str, tuple[int, ...]]:
         """Return the shapes of A and B."""
         *experts, outputs, inputs = dict(cell.parameters_and_names(expand=False))[name].shape
-        if getattr(cell, "is_transposed", False) and experts:
+        if is_turned(cell) and experts:
             outputs, inputs = inputs, outputs
         rows = config.lora_rank * math.prod(experts)
         return {"mindpet_delta_lora_a": (rows, inputs), "mindpet_delta_lora_b": (outputs, rows)}
@@ -100,8 +101,8 @@ class LoRAParameter(Delta):
     def on(cls, plain: nn.Cell, config: LoraSettings, name: str) -> LoRAParameter:
         """Return the adapted cell on all that `plain` is made of; `plain` stays as it is."""
         parameter = dict(plain.parameters_and_names(expand=False))[name]
-        is_turned = parameter.ndim == 3 and bool(getattr(plain, "is_transposed", False))
-        value = cls._of_turned_stack if is_turned else cls._of_stack if parameter.ndim == 3 else cls._of_matrix
+        turned = parameter.ndim == 3 and is_turned(plain)
+        value = cls._of_turned_stack if turned else cls._of_stack if parameter.ndim == 3 else cls._of_matrix
         owner: Any = type(plain)
         layer: Any = nn.Cell.__new__(_kind(owner, name, value))
         nn.Cell.__init__(layer)
@@ -139,7 +140,7 @@ class LoRAParameter(Delta):
             return b @ a
         experts = self.mindpet_base.shape[0]
         product = b.reshape(-1, self.lora_rank, experts).transpose(2, 0, 1) @ a.reshape(experts, self.lora_rank, -1)
-        return product.transpose(0, 2, 1) if getattr(self, "is_transposed", False) else product
+        return product.transpose(0, 2, 1) if is_turned(self) else product
 
     def delta_norm(self) -> float:
         """Return ||s B A||."""
@@ -170,6 +171,11 @@ class LoRAParameter(Delta):
         """Take over lora_alpha and use_rslora."""
         self.lora_alpha, self.use_rslora = settings["lora_alpha"], settings.get("use_rslora", False)
         self.refresh()
+
+
+def is_turned(cell: nn.Cell) -> bool:
+    """Tell whether a cell's stacks of matrices lie as (experts, in, out)."""
+    return bool(getattr(cell, "is_transposed", not getattr(cell, "transpose_b", True)))
 
 
 @functools.cache

@@ -164,22 +164,10 @@ class MeanOverRanks(nn.Cell):
         return self.sum(value) / self.size
 
 
-class Log:
-    """log.jsonl, a JSON object for each step."""
-
-    def __init__(self, path: Path) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.file = path.open("w", encoding="utf-8")
-
-    def add(self, **row: Any) -> None:
-        """Adds a row."""
-        self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-
-    def values(self, name: str) -> list[Any]:
-        """One value of every row."""
-        return [row[name] for row in self.rows]
+def add_line(path: Path, row: dict[str, Any]) -> None:
+    """Adds an object to a JSONL file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def train(net: Classifier, parts: Parts, settings: RunSettings, ranks: Ranks) -> float | None:
@@ -195,7 +183,8 @@ def train(net: Classifier, parts: Parts, settings: RunSettings, ranks: Ranks) ->
         say(ranks, f"each of {ranks.size} processes sends {gradient_bytes(step.optimizer.parameters):,} bytes of "
                    "gradients for a step")
     mean = MeanOverRanks(ranks.size) if ranks.size > 1 else nn.Identity()
-    log = Log(settings.out / LOG) if ranks.is_first else None
+    if ranks.is_first:
+        (settings.out / LOG).write_text("", encoding="utf-8")
     seconds, net = [], net.set_train(True)
     for number, (length, rows) in enumerate(tqdm(batches, "training", unit="step", mininterval=1,
                                                  disable=not ranks.is_first), 1):
@@ -206,9 +195,9 @@ def train(net: Classifier, parts: Parts, settings: RunSettings, ranks: Ranks) ->
         seconds.append(time.perf_counter() - started)
         if not math.isfinite(loss):
             raise UserError(f"the loss became {loss} at step {number}: lower --lr")
-        if log is not None:
-            log.add(step=number, loss=loss, rate=rates[number - 1], norm=step.norm, length=length,
-                    seconds=round(seconds[-1], 4))
+        if ranks.is_first:
+            add_line(settings.out / LOG, {"step": number, "loss": loss, "rate": rates[number - 1], "norm": step.norm,
+                                          "length": length, "seconds": round(seconds[-1], 4)})
     net.set_train(False)
     return step_seconds(seconds, [length for length, _ in batches])
 

@@ -103,8 +103,19 @@ def register_host(host: Kind) -> Kind:
 def unregister_host(host: type[Host]) -> None:
     """Take back what `register_host` added; layers that are adapted already stay so.
 
+    Args:
+        host: the kind.
+
     Raises:
         ValueError: it is not registered.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> class Plain(nn.Dense):
+        ...     pass
+        >>> host = mp.register_host(mp.linear_host(Plain))
+        >>> mp.unregister_host(host)
     """
     if host not in _USERS:
         raise ValueError(f"{getattr(host, '__name__', repr(host))} is not registered"

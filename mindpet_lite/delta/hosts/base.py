@@ -110,6 +110,16 @@ class Host(TypedCell):
         is_quantised: the weight is held in few bits, so that nothing can be taken out of it.
         entrance: what stands for `construct` where X is called with more than x, or gives back more than y: a function
             that calls `self.inside(x)`; None where X has neither.
+
+    Examples:
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> class Plain(nn.Cell):
+        ...     pass
+        >>> class PlainHost(mp.Host, Plain):
+        ...     plain_type, plain_name = Plain, "Plain"
+        >>> PlainHost.matches(Plain()), PlainHost.matches(nn.ReLU())
+        (True, False)
     """
 
     plain_type: ClassVar[type[nn.Cell]]

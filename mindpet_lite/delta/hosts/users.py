@@ -133,10 +133,11 @@ def linear_host(layer: type[nn.Cell], weight: str = "weight", bias: str | None =
 
     Args:
         layer: its class.
-        weight: the attribute that holds W, (outputs, inputs).
-        bias: the attribute that holds b (outputs,), which may hold None; None where the class has none.
-        is_turned: W lies as (inputs, outputs), for y = x W + b.
-        name: what messages call it; the name of the class by default.
+        weight: the attribute that holds W, (outputs, inputs). Default: "weight".
+        bias: the attribute that holds b (outputs,), which may hold None; None where the class has none. Default:
+            "bias".
+        is_turned: W lies as (inputs, outputs), for y = x W + b. Default: False.
+        name: what messages call it; the name of the class where it is empty. Default: "".
 
     Raises:
         TypeError: `layer` is no subclass of nn.Cell; a name is no text.

@@ -37,7 +37,8 @@ class RMSNormRows(nn.Cell):
         return ops.rsqrt(self.matmul(x * x, column(x.shape[1], 1.0 / x.shape[1])) + self.eps)
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
-        return x * TILE(self.scale(x), (1, x.shape[1])) * ops.broadcast_to(weight, x.shape)
+        # A product of a column and a row: one operator instead of two that spread them and one that multiplies.
+        return x * self.matmul(self.scale(x), weight.reshape(1, -1))
 
     def bprop(self, x: Tensor, weight: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
         """With r the scale and g = dout weight: dx = r g - x r^3 mean(g x); dweight = sum of dout x r over the rows."""

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-text test interop docs lint bench bench-full clean
+.PHONY: demo demo-text test interop integrations docs lint bench bench-full clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/wukong/demo.py --overwrite
@@ -23,6 +23,12 @@ interop: $(VENV)/interop
 # The documentation as a site, in site/. It reads docstrings without importing the package, so MindSpore is not needed.
 docs: $(VENV)/docs/installed
 	$(VENV)/docs/bin/python -m mkdocs build --quiet
+
+# The libraries of models for MindSpore, each in an environment of its own: none is a dependency.
+integrations: $(VENV)/mindformers/installed $(VENV)/mindone/installed
+	OMP_NUM_THREADS=1 $(VENV)/mindformers/bin/python -m pytest -m integrations tests/integrations/test_mindformers.py
+	OMP_NUM_THREADS=1 $(VENV)/mindone/bin/python -m pytest -m integrations tests/integrations/test_mindone.py \
+		tests/integrations/test_mindcv.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -61,6 +67,23 @@ $(VENV)/peers/installed: $(VENV)/installed
 $(VENV)/docs/installed: setup.py
 	test -x $(VENV)/docs/bin/python || $(PYTHON) -m venv $(VENV)/docs
 	$(VENV)/docs/bin/python -m pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=0.27'
+# mindformers 2.1.0 asks for MindSpore 2.11, NumPy 2 by way of pyarrow, and a package that no registry has: see
+# tests/integrations/stand_ins.py.
+$(VENV)/mindformers/installed: setup.py
+	test -x $(VENV)/mindformers/bin/python || $(PYTHON) -m venv $(VENV)/mindformers
+	$(VENV)/mindformers/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' \
+		transformers==5.3.0 sentencepiece ftfy jieba tiktoken tensorboardX deprecated rouge_chinese nltk setproctitle \
+		datasets==4.4.0 pyarrow==21.0.0 'opencv-python-headless<4.12'
+	$(VENV)/mindformers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps mindformers==2.1.0 \
+		mindpet==1.0.4
+	touch $@
+
+$(VENV)/mindone/installed: setup.py
+	test -x $(VENV)/mindone/bin/python || $(PYTHON) -m venv $(VENV)/mindone
+	$(VENV)/mindone/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' \
+		transformers==4.57.1 huggingface-hub omegaconf sentencepiece trampoline regex requests \
+		'opencv-python-headless<4.12' mindcv==0.3.0
+	$(VENV)/mindone/bin/python -m pip install --quiet --disable-pip-version-check --no-deps mindone==0.5.0
 	touch $@
 
 clean:

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import mindpet_lite as mp
+from mindpet_lite import estimate, tasks
 from mindpet_lite.delta.base import DeltaConfig
 from mindpet_lite.delta.inherited_docs import entries_of, inherit_args
 
-PUBLIC = {name: getattr(mp, name) for name in mp.__all__}
+PUBLIC = {name: getattr(room, name) for room in (mp, tasks, estimate) for name in room.__all__}
 # Examples that no single process can run, and why. Their lines are marked with `doctest: +SKIP`.
 SKIPPED = {
     "init_data_parallel": "msrun starts the processes of the job that it joins",
@@ -53,8 +54,8 @@ def test_every_argument_is_documented_with_its_default(name):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_signatures_show_no_addresses_and_nothing_private(name):
     item = PUBLIC[name]
-    functions = [item, *(value for key, value in inspect.getmembers(item, callable) if key[0] != "_" and getattr(
-        value, "__module__", "").startswith("mindpet_lite"))] if isinstance(item, type) else [item]
+    functions = [item, *(value for key, value in inspect.getmembers(item, callable) if key[0] != "_" and (getattr(
+        value, "__module__", None) or "").startswith("mindpet_lite"))] if isinstance(item, type) else [item]
     for function in functions:
         text = str(inspect.signature(function))
         assert " at 0x" not in text, text

@@ -28,7 +28,7 @@ COLUMNS = {"LoRA": (True, False), "LoRA, recompute": (True, True), "full": (Fals
 class Report:
     """The plans of a model, by the names in `COLUMNS`.
 
-    Attributes:
+    Args:
         kind: of model.
         parameters: of the model without LoRA.
         lora_parameters: of LoRA.
@@ -37,6 +37,16 @@ class Report:
         dtype: of weights that are frozen, and of activations.
         quantize: how LoRA's base holds the weights of linear layers; None: in `dtype`.
         plans: of a training step.
+
+    Examples:
+        >>> from mindpet_lite.estimate import estimate
+        >>> config = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        ...           "vocab_size": 100}
+        >>> report = estimate(config, batch=2, seq=16, lora_rank=4)
+        >>> report.kind, report.lora_rank, len(report.lora_layers)
+        ('Llama', 4, 8)
+        >>> list(report.plans)
+        ['LoRA', 'LoRA, recompute', 'full', 'full, recompute']
     """
 
     kind: str
@@ -57,19 +67,31 @@ def estimate(config: Mapping[str, Any], batch: int, seq: int | None = None, lora
     Args:
         config: a Llama's `config.json`, the YAML of a U-Net of `examples/wukong`, or MindFormers' YAML of a Llama,
             with its names of layers and the settings of its `pet_config`.
-        batch: samples of a step.
-        seq: tokens of a sample; of a U-Net the words of its text, by default what the config says.
-        lora_rank: rank of LoRA; by default the config's, or that of `LoraConfig`.
-        target_modules: layers with LoRA, as in `LoraConfig`; by default the config's, or the four of each attention.
-        lora_dropout: as in `LoraConfig`; by default the `pet_config`'s, or 0.
-        dtype: of weights and activations, a key of `ITEMS`; what trains is float32.
-        optimizer: a key of `OPTIMIZERS`.
+        batch: samples of a step; positive.
+        seq: tokens of a sample, of a U-Net the words of its text; positive. Default: None, what the config says.
+        lora_rank: rank of LoRA; positive. Default: None, the config's, or that of `LoraConfig`.
+        target_modules: layers with LoRA, as in `LoraConfig`. Default: None, the config's, or the four of each
+            attention.
+        lora_dropout: as in `LoraConfig`, in [0, 1). Default: None, the `pet_config`'s, or 0.
+        dtype: of weights and activations, "float32", "float16" or "bfloat16"; what trains is float32. Default:
+            "float32".
+        optimizer: "adamw", "adam", "momentum" or "sgd". Default: "adamw".
         quantize: how LoRA's base holds the weights of its linear layers but the head, a kind of `quantize_base`.
-            Full fine-tuning has no such base: its plans are of the weights as they are.
+            Full fine-tuning has no such base: its plans are of the weights as they are. Default: None.
 
     Raises:
         ValueError: the config is of no model that is known, or lacks a size; a target names no linear layer; a number
             is not positive, or a name is unknown.
+
+    Examples:
+        >>> from mindpet_lite.estimate import estimate
+        >>> config = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        ...           "vocab_size": 100}
+        >>> report = estimate(config, batch=2, seq=16)
+        >>> report.parameters, report.lora_parameters
+        (95040, 8192)
+        >>> report.plans["LoRA"].device < report.plans["full"].device
+        True
     """
     net = net_of(config)
     block = pet_block(config)
@@ -171,7 +193,19 @@ def _matched(field: str, expression: str, paths: Sequence[str]) -> list[str]:
 
 
 def as_dict(report: Report) -> dict[str, Any]:
-    """Return a report as plain data; all plans in bytes."""
+    """Return a report as plain data; all plans in bytes.
+
+    Args:
+        report: what `estimate` returned.
+
+    Examples:
+        >>> from mindpet_lite.estimate import as_dict, estimate
+        >>> config = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        ...           "vocab_size": 100}
+        >>> plain = as_dict(estimate(config, batch=2, seq=16))
+        >>> plain["plans"]["LoRA"]["weights"]           # bytes
+        380160
+    """
     plans = {name: {**dataclasses.asdict(plan), "device": plan.device, "process": plan.process}
              for name, plan in report.plans.items()}
     return {**dataclasses.asdict(report), "plans": plans}
@@ -183,7 +217,18 @@ ROWS = (("model's weights", "weights"), ("LoRA's weights", "deltas"), ("gradient
 
 
 def table(report: Report) -> str:
-    """Return a report as text for people."""
+    """Return a report as text for people.
+
+    Args:
+        report: what `estimate` returned.
+
+    Examples:
+        >>> from mindpet_lite.estimate import estimate, table
+        >>> config = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        ...           "vocab_size": 100}
+        >>> print(table(estimate(config, batch=2, seq=16)).splitlines()[0])
+        Llama of 95,040 parameters; LoRA of rank 8 on 8 layers, 8,192 parameters
+    """
     most = max(plan.process for plan in report.plans.values())
     unit, size, digits = ("GB", 1e9, 2) if most >= 1e10 else ("MB", 1e6, 0)
     lines = [f"{report.kind} of {report.parameters:,} parameters; LoRA of rank {report.lora_rank} on "

@@ -28,6 +28,14 @@ class TaskResult(int):
         exit_code: the script's; 128 + n if signal n ended it, as a shell says it.
         output_path: the folder that the script was given to write to.
         result: what the script wrote to `eval_result.json` or `infer_result.json`; None for finetune and failures.
+            Default: None.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from mindpet_lite.tasks import TaskResult
+        >>> result = TaskResult(0, Path("out"), {"accuracy": 0.5})
+        >>> result == 0, result.result
+        (True, {'accuracy': 0.5})
     """
 
     output_path: Path
@@ -62,16 +70,29 @@ def finetune(data_path: _PathLike, output_path: _PathLike, boot_file_path: _Path
         data_path: folder or file of the data.
         output_path: folder that exists; every run makes a new folder `MINDPET_<ID>` in it.
         boot_file_path: your script (.py).
-        pretrained_model_path: folder or file of the pretrained model.
+        pretrained_model_path: folder or file of the pretrained model. Default: None.
         model_config_path: YAML file with `params`, `freeze` and `pet_config`, or MindFormers' own configuration.
-        timeout: end the script and its children after this time: `1d2h`, `30m`, `45s`.
+            Default: None.
+        timeout: end the script and its children after this time: `1d2h`, `30m`, `45s`. Default: None.
         quiet: no notes of our own; with `strict`, warn of owners and modes instead of refusing, but for the script.
+            Default: False.
         strict: MindPet's rules: absolute paths, yours, mode 750 at most, no link, output not inside an input.
-        no_follow: refuse symlinks anywhere in a path.
+            Default: False.
+        no_follow: refuse symlinks anywhere in a path. Default: False.
 
     Raises:
         OSError, ValueError, TypeError: a path, the config or the timeout is not as above; nothing was started.
         TimeoutError: the script was ended at its timeout; what it wrote stays, marked UNFINISHED.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from mindpet_lite import tasks
+        >>> _ = Path("data").mkdir(), Path("out").mkdir()
+        >>> _ = Path("train.py").write_text("print('trained')")
+        >>> result = tasks.finetune("data", "out", "train.py", quiet=True)
+        trained
+        >>> result.exit_code
+        0
     """
     paths = {"data_path": data_path, "output_path": output_path, "boot_file_path": boot_file_path,
              "pretrained_model_path": pretrained_model_path, "model_config_path": model_config_path}
@@ -83,12 +104,31 @@ def evaluate(data_path: _PathLike, ckpt_path: _PathLike, output_path: _PathLike,
              strict: bool = False, no_follow: bool = False) -> TaskResult:
     """Run your evaluation script and return what it wrote to `eval_result.json` in its output folder.
 
-    The arguments are those of `finetune`, with `ckpt_path` (folder or file of the checkpoint), which the script gets
-    as `--ckpt_path`. The config has `params` and `pet_config` only.
+    Args:
+        data_path: folder or file of the data.
+        ckpt_path: folder or file of the checkpoint, which the script gets as `--ckpt_path`.
+        output_path: folder that exists; every run makes a new folder `MINDPET_<ID>` in it.
+        boot_file_path: your script (.py).
+        model_config_path: YAML file with `params` and `pet_config`. Default: None.
+        timeout: end the script and its children after this time: `1d2h`, `30m`, `45s`. Default: None.
+        quiet: no notes of our own; with `strict`, warn of owners and modes instead of refusing, but for the script.
+            Default: False.
+        strict: MindPet's rules: absolute paths, yours, mode 750 at most, no link, output not inside an input.
+            Default: False.
+        no_follow: refuse symlinks anywhere in a path. Default: False.
 
     Raises:
         OSError, ValueError, TypeError: as `finetune`; or the script succeeded but its result is missing or no JSON.
         TimeoutError: the script was ended at its timeout; a result it began is renamed to `eval_result.json.partial`.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from mindpet_lite import tasks
+        >>> _ = Path("data").mkdir(), Path("out").mkdir(), Path("net.ckpt").touch()
+        >>> write = "import sys; open(sys.argv[2] + '/eval_result.json', 'w').write('[0.5]')"
+        >>> _ = Path("evaluate.py").write_text(write)
+        >>> tasks.evaluate("data", "net.ckpt", "out", "evaluate.py", quiet=True).result
+        [0.5]
     """
     paths = {"data_path": data_path, "ckpt_path": ckpt_path, "output_path": output_path,
              "boot_file_path": boot_file_path, "model_config_path": model_config_path}
@@ -98,7 +138,30 @@ def evaluate(data_path: _PathLike, ckpt_path: _PathLike, output_path: _PathLike,
 def infer(data_path: _PathLike, ckpt_path: _PathLike, output_path: _PathLike, boot_file_path: _PathLike,
           model_config_path: _PathLike | None = None, timeout: str | None = None, *, quiet: bool = False,
           strict: bool = False, no_follow: bool = False) -> TaskResult:
-    """Run your inference script and return what it wrote to `infer_result.json`; all else is as in `evaluate`."""
+    """Run your inference script and return what it wrote to `infer_result.json`; all else is as in `evaluate`.
+
+    Args:
+        data_path: folder or file of the data.
+        ckpt_path: folder or file of the checkpoint, which the script gets as `--ckpt_path`.
+        output_path: folder that exists; every run makes a new folder `MINDPET_<ID>` in it.
+        boot_file_path: your script (.py).
+        model_config_path: YAML file with `params` and `pet_config`. Default: None.
+        timeout: end the script and its children after this time: `1d2h`, `30m`, `45s`. Default: None.
+        quiet: no notes of our own; with `strict`, warn of owners and modes instead of refusing, but for the script.
+            Default: False.
+        strict: MindPet's rules: absolute paths, yours, mode 750 at most, no link, output not inside an input.
+            Default: False.
+        no_follow: refuse symlinks anywhere in a path. Default: False.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from mindpet_lite import tasks
+        >>> _ = Path("data").mkdir(), Path("out").mkdir(), Path("net.ckpt").touch()
+        >>> write = "import sys; open(sys.argv[2] + '/infer_result.json', 'w').write('[7]')"
+        >>> _ = Path("infer.py").write_text(write)
+        >>> tasks.infer("data", "net.ckpt", "out", "infer.py", quiet=True).result
+        [7]
+    """
     paths = {"data_path": data_path, "ckpt_path": ckpt_path, "output_path": output_path,
              "boot_file_path": boot_file_path, "model_config_path": model_config_path}
     return _run("infer", paths, ("params",), timeout, quiet, strict, no_follow)

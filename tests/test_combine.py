@@ -87,7 +87,7 @@ def test_dare_keeps_the_mean_and_the_seed_is_the_result():
     ({"weights": [1.0, float("nan")]}, "finite number"), ({"how": "ties"}, "density must be above 0"),
     ({"how": "ties", "density": 1.5}, "at most 1"), ({"how": "cat", "density": 0.5}, "prunes nothing"),
     ({"how": "cat", "rank": 2}, "rank is for svd"), ({"how": "linear"}, "q: 'linear' needs adapters of one rank"),
-    ({"majority_sign": "most"}, "majority_sign must be one of")])
+    ({"majority_sign": "most"}, "majority_sign must be one of"), ({"seed": -1}, "seed must be an int of at least 0")])
 def test_wrong_arguments(arguments, words):
     states = {"a": state(1, 2, 4), "b": state(2, 3, 5)}
     with pytest.raises(ValueError, match=words):

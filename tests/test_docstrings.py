@@ -16,8 +16,16 @@ import mindpet_lite as mp
 from mindpet_lite import estimate, tasks
 from mindpet_lite.delta.base import DeltaConfig
 from mindpet_lite.delta.inherited_docs import entries_of, inherit_args
+from mindpet_lite.offline.combine import combine_files
+from mindpet_lite.offline.convert import convert
+from mindpet_lite.offline.extract import extract
+from mindpet_lite.offline.inspect import inspect as inspect_file
+from mindpet_lite.offline.merge import merge
+from mindpet_lite.offline.quantise import quantise_files
 
 PUBLIC = {name: getattr(room, name) for room in (mp, tasks, estimate) for name in room.__all__}
+PUBLIC |= {f"offline.{item.__name__}": item for item in (inspect_file, merge, convert, extract, combine_files,
+                                                         quantise_files)}
 # Examples that no single process can run, and why. Their lines are marked with `doctest: +SKIP`.
 SKIPPED = {
     "init_data_parallel": "msrun starts the processes of the job that it joins",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mindpet_lite.arguments import did_you_mean
+from mindpet_lite.arguments import check_int, did_you_mean
 from mindpet_lite.formats.files import as_float
 from mindpet_lite.formats.lora import EMBEDDING_A, EMBEDDING_B, A, B
 from mindpet_lite.formats.state import AdapterState, LayerState
@@ -40,12 +40,13 @@ def combine(states: Mapping[str, AdapterState], weights: Sequence[float], how: s
         rank: of the result, for svd; the highest of the adapters' without it.
         density: in (0, 1], for what is pruned.
         majority_sign: what makes a sign the stronger: the "total" of the numbers, or their "frequency".
-        seed: of dare's random numbers.
+        seed: of dare's random numbers; 0 or more.
 
     Raises:
         ValueError: an argument is none of these; an adapter is not plain LoRA; ranks or shapes differ.
     """
     _check(states, weights, how, rank, density, majority_sign)
+    check_int("seed", seed, 0)
     rng = np.random.default_rng(seed)
     by_path: dict[str, list[tuple[LayerState, float]]] = {}
     for state, weight in zip(states.values(), weights):

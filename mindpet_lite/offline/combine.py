@@ -26,6 +26,18 @@ def combine_files(parts: Sequence[str], out: Path, how: str, rank: int | None, d
     Raises:
         OSError: a file is missing or cannot be read, or `out` holds something.
         ValueError: a weight is no number; the adapters cannot be combined so.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> from mindpet_lite.offline.combine import combine_files
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> _ = mp.save_adapter(net, "adapter")
+        >>> state = combine_files(["adapter=0.5", "adapter=0.5"], Path("both"), "linear", None, None, "total", 0)
+        >>> list(state.layers)
+        ['0']
     """
     refuse_filled(out)
     pairs = [_pair(text) for text in parts]

@@ -44,16 +44,30 @@ def convert(source: Path, target: Path, to: str, kind: str | None = None, table:
         source: the adapter; it is never written to.
         target: a directory or a file, as the format has it; what was there by the names of the new files is replaced.
         to: "peft", "diffusers", "kohya", "mindpet" or "mindformers".
-        kind: the format of `source`; None to detect it.
+        kind: the format of `source`; None to detect it. Default: None.
         table: new names of layers: by the old ones, or pairs of a regular expression and its replacement.
-        base: the base whose names the layers get; a name that `table` gives is one of the base then.
-        methods: by name, see `adapters.read_adapter`.
+            Default: None.
+        base: the base whose names the layers get; a name that `table` gives is one of the base then. Default: None.
+        methods: by name, see `adapters.read_adapter`. Default: LoRA alone.
         component: of a diffusion pipeline: its part of an adapter of several; else that which the adapter is of.
+            Default: None.
 
     Raises:
         OSError: there is no adapter, or the target cannot be written.
         ValueError: the adapter is damaged or holds values that are not finite, or the format cannot hold all of it:
             the message says what; a name has no place in the base; or the target is the source.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> from mindpet_lite.offline.convert import convert
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> _ = mp.save_adapter(net, "adapter")
+        >>> done = convert(Path("adapter"), Path("adapter.ckpt"), "mindpet")
+        >>> done.kind, done.layers, [path.name for path in done.files]
+        ('peft', 1, ['adapter.ckpt'])
     """
     check_table(table)
     found, state = _read(source, kind, table, base, methods, component, to)

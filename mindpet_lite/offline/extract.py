@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mindpet_lite.arguments import check_int
 from mindpet_lite.formats import peft
 from mindpet_lite.formats.adapters import to_files, write_files
 from mindpet_lite.formats.base_hash import FIELD
@@ -60,18 +61,33 @@ def extract(base: Path, tuned: Path, rank: int, out: Path | None = None, seed: i
     Args:
         base: a file or directory, as `merge` takes it.
         tuned: the same net after tuning.
-        rank: at most so many singular values for each layer.
-        out: directory for the adapter, empty or not there yet; None to write nothing.
-        seed: of the random projections.
-        quiet: show no progress.
+        rank: at most so many singular values for each layer; positive.
+        out: directory for the adapter, empty or not there yet; None to write nothing. Default: None.
+        seed: of the random projections; 0 or more. Default: 0.
+        quiet: show no progress. Default: False.
 
     Raises:
         OSError: a model cannot be read, or `out` cannot be written.
         ValueError: the models are not of one net, are quantised, hold values that are not finite, or are the same; or
             the rank is not positive.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> import mindpet_lite as mp
+        >>> import mindspore as ms
+        >>> from mindspore import nn
+        >>> from mindpet_lite.offline.extract import extract
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> _ = ms.save_checkpoint(net, "base.ckpt")
+        >>> _ = net[0].weight.set_data(net[0].weight + 1)         # as if it had been tuned
+        >>> _ = ms.save_checkpoint(net, "tuned.ckpt")
+        >>> found = extract(Path("base.ckpt"), Path("tuned.ckpt"), rank=1, out=Path("adapter"), quiet=True)
+        >>> list(found.errors), found.error < 1e-5
+        (['0'], True)
     """
     if rank < 1:
         raise ValueError(f"the rank must be a positive number, but got {rank}.")
+    check_int("seed", seed, 0)
     if out is not None:
         refuse_filled(out)
     with open_base(base) as one, open_base(tuned) as other:

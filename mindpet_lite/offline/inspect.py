@@ -34,12 +34,24 @@ def inspect(path: Path, kind: str | None = None, methods: Methods = LORA) -> dic
 
     Args:
         path: a file or a directory.
-        kind: its format; None to detect it.
-        methods: by name, see `adapters.read_adapter`.
+        kind: its format; None to detect it. Default: None.
+        methods: by name, see `adapters.read_adapter`. Default: LoRA alone.
 
     Raises:
         OSError: there is nothing to read.
         ValueError: it is no adapter, or damaged.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> import mindpet_lite as mp
+        >>> from mindspore import nn
+        >>> from mindpet_lite.offline.inspect import inspect
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> _ = mp.save_adapter(net, "adapter")
+        >>> report = inspect(Path("adapter"))
+        >>> report["format"], report["method"], [layer["rank"] for layer in report["layers"]]
+        ('peft', 'lora', [2])
     """
     found = _read(path, kind, methods)
     state = found.state

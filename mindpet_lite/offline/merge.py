@@ -64,16 +64,31 @@ def merge(base: Path, adapter: Path, out: Path, kind: str | None = None, table: 
         base: a file (safetensors or MindSpore's ``.ckpt``), or a directory with one or more and what belongs to them.
         adapter: of any format.
         out: a directory that is empty or not there yet.
-        kind: the adapter's format; None to detect it.
-        table: names of layers, see `names.placing.map_names`.
-        strict_base: refuse an adapter that was trained on another base, instead of a warning.
-        quiet: show no progress.
+        kind: the adapter's format; None to detect it. Default: None.
+        table: names of layers, see `names.placing.map_names`. Default: None.
+        strict_base: refuse an adapter that was trained on another base, instead of a warning. Default: False.
+        quiet: show no progress. Default: False.
         component: of a diffusion pipeline: its part of the adapter, for a base that is that component or has it.
-        methods: by name, those that the adapter may be of.
+            Default: None.
+        methods: by name, those that the adapter may be of. Default: LoRA alone.
 
     Raises:
         OSError: a file is missing or cannot be read; `out` holds something, or the disk has too little space.
         ValueError: the adapter does not fit the base, cannot be merged, or a file is damaged.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> import mindpet_lite as mp
+        >>> import mindspore as ms
+        >>> from mindspore import nn
+        >>> from mindpet_lite.offline.merge import merge
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> _ = ms.save_checkpoint(net, "base.ckpt")
+        >>> net = mp.get_pet_model(net, mp.LoraConfig(2, 4, target_modules=["0"]))
+        >>> _ = mp.save_adapter(net, "adapter")
+        >>> done = merge(Path("base.ckpt"), Path("adapter"), Path("merged"), quiet=True)
+        >>> done.changed, done.tensors
+        (('0.weight',), 4)
     """
     refuse_filled(out)
     with open_base(base) as tensors:

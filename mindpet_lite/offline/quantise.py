@@ -95,12 +95,25 @@ def quantise_files(base: Path, kind: str, out: Path, targets: str | Sequence[str
         out: a directory that is empty or not there yet.
         targets: names of layers (each equal to a path or its last parts), or one regular expression of whole paths, or
             ``"all-linear"``: all with a matrix called `weight` but tables and output heads, by their names.
-        quiet: show no progress.
+            Default: "all-linear".
+        quiet: show no progress. Default: False.
 
     Raises:
         OSError: a file is missing or cannot be read; `out` holds something, or the disk is full.
         ValueError: the kind is unknown; a name means no layer; a weight has no two axes, is no float, has NaN or
             infinite numbers, or a shape that the kind does not take.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> import mindpet_lite as mp
+        >>> import mindspore as ms
+        >>> from mindspore import nn
+        >>> from mindpet_lite.offline.quantise import quantise_files
+        >>> net = nn.SequentialCell(nn.Dense(4, 8), nn.ReLU(), nn.Dense(8, 2))
+        >>> _ = ms.save_checkpoint(net, "base.ckpt")
+        >>> done = quantise_files(Path("base.ckpt"), "int8", Path("few"), targets=["0"], quiet=True)
+        >>> list(done.errors), done.tensors
+        (['0.weight'], 4)
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, but got {kind!r:.100}.{did_you_mean(kind, KINDS)}")

@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 
 import mindspore as ms
 import pytest
+from mindspore import nn
 
 import mindpet_lite as mp
 from mindpet_lite.config import as_config
@@ -125,3 +127,18 @@ def test_the_given_mapping_is_not_changed():
     block = dict(GOOD)
     as_config(block)
     assert block == GOOD
+
+
+@pytest.mark.parametrize("kind, name, value", [
+    (mp.LoraConfig, "token_indices", [1]), (mp.LoraConfig, "target_parameter", "weight"),
+    (mp.IA3Config, "is_feedforward", True), (mp.AdaLoraConfig, "kept", "101")])
+def test_fields_of_one_layer_are_not_the_users(kind, name, value):
+    """Files of adapters hold them, for the layer that they are about."""
+    more = {"total_step": 9, "init_r": 3, "target_r": 2} if kind is mp.AdaLoraConfig else {}
+    config = kind.of_layer({name: value}, **more)
+    assert getattr(config, f"_{name}") == value and f" _{name}=" not in repr(config)
+    assert f"_{name}" not in inspect.signature(kind).parameters
+    with pytest.raises(TypeError, match=f"has no field '{name}'"):
+        kind(**{name: value}, **more)
+    with pytest.raises(ValueError, match=f"Unknown key '{name}'"):
+        mp.get_pet_model(nn.SequentialCell(nn.Dense(4, 4)), {"pet_type": kind.pet_type, name: value, **more})

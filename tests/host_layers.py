@@ -81,7 +81,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
              {"r": 1, "alpha": 2, "decompose_factor": 1, "use_effective_conv2d": True},
              {"r": 1, "alpha": 2, "decompose_factor": 4, "decompose_both": True, "init_weights": "lycoris"}),
     "adalora": ({"total_step": 100, "init_r": 4, "target_r": 2},
-                {"total_step": 100, "init_r": 3, "target_r": 3, "lora_alpha": 5, "kept": "101"}),
+                {"total_step": 100, "init_r": 3, "target_r": 3, "lora_alpha": 5, "_kept": "101"}),
     "vera": ({"r": 3}, {"r": 6, "d_initial": -0.4, "projection_prng_key": 7, "save_projection": False}),
 }
 # By the method and the entry: how far of its largest output a layer starts from its base, where the method has no start

@@ -269,7 +269,7 @@ def test_unets_that_are_refused(changes, message):
     ("--config", "other.json", "neither the config.json of a Llama nor a YAML with a block 'unet': its keys are a."),
     ("--config", "broken.json", "is not valid JSON"), ("--batch", "0", "--batch"), ("--seq", "-1", "--seq"),
     ("--lora-rank", "0", "--lora-rank"), ("--dtype", "int8", "--dtype"), ("--optimizer", "lion", "--optimizer"),
-    ("--lora-dropout", "1", "lora_dropout must be in [0, 1)"),
+    ("--lora-dropout", "1", "'--lora-dropout': 1.0 is not in the range 0<=x<1"),
     ("--target-modules", "to_q,q_proj", "'to_q' hits no linear layer; the model's are self_attn.q_proj, "),
     ("--target-modules", ".*[", "is no regular expression")])
 def test_errors_are_one_sentence(config, option, value, message, capfd):

@@ -294,7 +294,7 @@ def test_a_filled_place_is_refused_and_an_empty_one_taken():
     merge(Path("base.safetensors"), adapter, Path("out"), quiet=True)
     kept = Path("out/base.safetensors").read_bytes()
     for place in ("out", "base.safetensors", "."):
-        with pytest.raises(FileExistsError, match="holds something already"):
+        with pytest.raises(FileExistsError, match="holds something already|is a file: give a directory"):
             merge(Path("base.safetensors"), adapter, Path(place), quiet=True)
     assert Path("out/base.safetensors").read_bytes() == kept
 

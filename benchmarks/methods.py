@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"lora_rank": 8, "lora_alpha": 16}, "adalora": {"total_step": 1000}, "vera": {"r": 256},
     "loha": {"r": 8, "alpha": 16}, "lokr": {"r": 8, "alpha": 16}, "hira": {"r": 8}, "oft": {"oft_block_size": 32},
     "boft": {"boft_block_size": 8, "boft_n_butterfly_factor": 2}, "hra": {"r": 8}, "ia3": {},
-    "adapter": {"bottleneck_size": 16}, "low_rank_adapter": {"bottleneck_size": 16},
+    "adapter": {"bottleneck_size": 16}, "low_rank_adapter": {"reduction_factor": 32, "low_rank_size": 4},
 }
 
 

@@ -187,3 +187,12 @@ def test_pefts_pickles_are_named():
     with pytest.raises(FileNotFoundError, match="adapter_model.bin is a pickle.*safe_serialization=True"):
         mp.load_adapter(Net(), "adapter")
     assert not Path("executed").exists()
+
+
+def test_a_model_of_mindnlp_is_told_what_to_do():
+    module = type("Module", (), {"__module__": "mindtorch.nn.modules.module"})
+    model = type("LlamaForCausalLM", (module,), {"__module__": "transformers.models.llama.modeling_llama"})()
+    with pytest.raises(TypeError, match="LlamaForCausalLM is a model of mindnlp.*with mindnlp.peft.*mindone"):
+        mp.get_pet_model(model, mp.LoraConfig(2, 4, target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match="must be a mindspore.nn.Cell, but got int"):
+        mp.get_pet_model(3, mp.LoraConfig(2, 4, target_modules=["q_proj"]))

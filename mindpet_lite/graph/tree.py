@@ -26,6 +26,11 @@ _CHANGES = [0]
 def require_cell(net: object) -> nn.Cell:
     """Return `net` if it is a Cell; raise TypeError otherwise."""
     if not isinstance(net, nn.Cell):
+        # mindnlp is not imported: its models, and transformers' by way of it, are modules of mindtorch.
+        if any(kind.__module__.split(".")[0] == "mindtorch" for kind in type(net).__mro__):
+            raise TypeError(f"net must be a mindspore.nn.Cell, but {type(net).__name__} is a model of mindnlp, whose "
+                            f"layers are mindtorch modules and no Cells: tune it with mindnlp.peft, or build "
+                            f"the model with mindone or MindFormers; the adapter's files are the same.")
         raise TypeError(f"net must be a mindspore.nn.Cell, but got {type(net).__name__}.")
     return net
 

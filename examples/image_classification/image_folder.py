@@ -40,8 +40,8 @@ def read_folder(folder: Path, least: int, classes: Sequence[str] = ()) -> tuple[
              for one in sorted(folder.iterdir()) if one.is_dir() and not one.name.startswith(".")}
     found = {name: paths for name, paths in found.items() if paths or name in classes}
     if not found:
-        raise UserError(f"{folder} has no folder with pictures ({', '.join(sorted(KINDS))}): give a folder with one for "
-                        "each class")
+        raise UserError(f"{folder} has no folder with pictures ({', '.join(sorted(KINDS))}): give a folder with one "
+                        "for each class")
     if classes and set(found) != set(classes):
         name = min(set(found) ^ set(classes))
         raise UserError(f"{folder} must have the classes of the training pictures, and {name} is in one of the two "

@@ -119,8 +119,9 @@ def adapted_net(settings: ImageSettings) -> nn.Cell:
         targets, patterns = f"{targets}|{BRANCH}", {BRANCH: settings.branch}
     with explained("the adapter cannot be put into the net", ValueError, TypeError):
         get_pet_model(net, LoraConfig(
-            lora_rank=settings.rank, lora_alpha=settings.alpha, target_modules=targets, modules_to_save=[inner.head_path],
-            rank_pattern=patterns, alpha_pattern=dict.fromkeys(patterns, settings.branch)))
+            lora_rank=settings.rank, lora_alpha=settings.alpha, target_modules=targets,
+            modules_to_save=[inner.head_path], rank_pattern=patterns,
+            alpha_pattern=dict.fromkeys(patterns, settings.branch)))
     return net
 
 
@@ -192,9 +193,8 @@ def open_folder(out: Path, overwrite: bool) -> None:
     found = sorted(path.name for path in out.iterdir()) if out.exists() else []
     others = [name for name in found if name not in WRITTEN]
     if found and (others or not overwrite):
-        what = " which is no file of a run" if others else ""
-        raise UserError(f"{out} holds {(others or found)[0]}{what or ' already'}: give another --out"
-                        + ("" if others else ", or --overwrite"))
+        raise UserError(f"{out} holds {others[0]}, which is no file of a run: give another --out" if others else
+                        f"{out} holds {found[0]} already: give another --out, or --overwrite")
     for name in found:
         shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
     out.mkdir(parents=True, exist_ok=True)

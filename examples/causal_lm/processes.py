@@ -52,3 +52,4 @@ def split(net: Decoder) -> None:
     heads, groups = sizes.num_attention_heads // count, sizes.num_key_value_heads // count
     for part in (net.model, *(layer.self_attn for layer in net.model.layers)):
         part.heads, part.groups, part.attend = heads, groups, operators.attend(heads, groups)
+        part.query_heads, part.key_heads = operators.by_head(heads, part.d), operators.by_head(groups, part.d)

@@ -91,8 +91,8 @@ class MethodConfig(DeltaConfig):
 
     @classmethod
     def default_fields(cls, family: Family) -> dict[str, tuple[str, ...]]:
-        """Return the layers that PEFT adapts in a family of models."""
-        return {"target_modules": family.targets}
+        """Return the layers that PEFT adapts in a family of models, for a method that adapts linear layers."""
+        return {"target_modules": family.targets} if any(host.is_linear for host in cls.fits) else {}
 
     @classmethod
     def refusal(cls, cell: nn.Cell) -> str | None:

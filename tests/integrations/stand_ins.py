@@ -3,8 +3,12 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import os
 import sys
 import types
+
+# MindFormers writes its logs below the home folder, or here.
+os.environ.setdefault("LOG_MF_PATH", "mindformers_logs")
 
 
 class _Absent(types.ModuleType):

@@ -11,7 +11,8 @@ import mindspore
 
 from mindpet_lite.arguments import did_you_mean, some_of
 from mindpet_lite.delta import METHODS
-from mindpet_lite.delta.base import FLOAT_TYPES, DeltaConfig
+from mindpet_lite.delta.base import FLOAT_TYPES
+from mindpet_lite.delta.delta_config import DeltaConfig
 from mindpet_lite.delta.spelling import SPELLINGS
 from mindpet_lite.formats.base_hash import FIELD
 from mindpet_lite.formats.directory import CONFIG_FILE

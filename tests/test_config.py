@@ -12,7 +12,7 @@ from mindspore import nn
 import mindpet_lite as mp
 from mindpet_lite.config import as_config
 from mindpet_lite.delta import METHODS
-from mindpet_lite.delta.base import DeltaConfig
+from mindpet_lite.delta.delta_config import DeltaConfig
 
 GOOD = {"pet_type": "lora", "lora_rank": 4, "lora_alpha": 8, "target_modules": ["to_q"]}
 

@@ -14,7 +14,7 @@ import pytest
 
 import mindpet_lite as mp
 from mindpet_lite import estimate, tasks
-from mindpet_lite.delta.base import DeltaConfig
+from mindpet_lite.delta.delta_config import DeltaConfig
 from mindpet_lite.delta.inherited_docs import entries_of, inherit_args
 from mindpet_lite.offline.combine import combine_files
 from mindpet_lite.offline.convert import convert

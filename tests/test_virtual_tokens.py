@@ -27,7 +27,11 @@ COUNT = 3
 
 def adapted(name, index=0, host=EmbeddingHost, **more):
     config = METHODS[name](**{"num_virtual_tokens": COUNT, **SETTINGS[name][index], **more})
-    return mp.get_pet_model(plain_net(host), config)
+    net = mp.get_pet_model(plain_net(host), config)
+    # inference_mode leaves the rows alone, and frozen: they train here, to test their gradients too
+    for item in delta_of(net).delta_parameters().values():
+        item.requires_grad = True
+    return net
 
 
 def delta_of(net):

@@ -9,7 +9,7 @@ from mindspore import nn
 from options import SIZES
 
 from mindpet_lite.config import as_config
-from mindpet_lite.delta.base import DeltaConfig
+from mindpet_lite.delta.delta_config import DeltaConfig
 from mindpet_lite.names.placing import map_names
 
 # What MindFormers calls the layers of a block.

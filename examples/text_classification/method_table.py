@@ -11,7 +11,7 @@ from classifier import HEAD
 from user_errors import UserError, sentence
 
 from mindpet_lite.delta import METHODS
-from mindpet_lite.delta.base import DeltaConfig
+from mindpet_lite.delta.delta_config import DeltaConfig
 
 QUERY_VALUE = "query|value"
 # The last layer of both parts of a BERT layer: behind them the adapters of Houlsby et al. stand.

@@ -4,9 +4,10 @@ from typing import Any
 
 from mindpet_lite.delta.adalora import AdaLoraConfig
 from mindpet_lite.delta.adapter import AdapterConfig, AdapterDense, AdapterLayer
-from mindpet_lite.delta.base import Delta, DeltaConfig
+from mindpet_lite.delta.base import Delta
 from mindpet_lite.delta.bitfit import BitFitConfig
 from mindpet_lite.delta.boft import BOFTConfig
+from mindpet_lite.delta.delta_config import DeltaConfig
 from mindpet_lite.delta.hira import HiraConfig
 from mindpet_lite.delta.hosts import Host, linear_host, register_host, unregister_host
 from mindpet_lite.delta.hra import HRAConfig

@@ -12,7 +12,6 @@ import mindspore
 from mindspore import Tensor, nn
 
 from mindpet_lite.arguments import check_int
-from mindpet_lite.delta.base import DeltaConfig
 from mindpet_lite.delta.bottleneck import (
     HE_UNIFORM,
     BottleneckDense,
@@ -20,6 +19,7 @@ from mindpet_lite.delta.bottleneck import (
     BottleneckSettings,
     Strategy,
 )
+from mindpet_lite.delta.delta_config import DeltaConfig
 from mindpet_lite.delta.dense import dense_refusal
 from mindpet_lite.delta.parts import as_type, initial, set_strategies
 

@@ -14,7 +14,8 @@ from typing import ClassVar
 
 from mindspore import Parameter, nn
 
-from mindpet_lite.delta.base import Delta, DeltaConfig, type_refusal
+from mindpet_lite.delta.base import Delta, type_refusal
+from mindpet_lite.delta.delta_config import DeltaConfig
 from mindpet_lite.delta.selection import Selection
 from mindpet_lite.delta.values import FrozenParameter
 

@@ -17,7 +17,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindpet_lite.delta.adapted import Method, Numbers
-from mindpet_lite.delta.base import names_of
+from mindpet_lite.delta.delta_config import names_of
 from mindpet_lite.delta.hosts import HOSTS, Host
 from mindpet_lite.delta.method_config import MethodConfig
 from mindpet_lite.delta.parts import as_type

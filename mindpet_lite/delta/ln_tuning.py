@@ -14,7 +14,8 @@ from typing import ClassVar
 
 from mindspore import Parameter, mint, nn
 
-from mindpet_lite.delta.base import Delta, DeltaConfig, type_refusal
+from mindpet_lite.delta.base import Delta, type_refusal
+from mindpet_lite.delta.delta_config import DeltaConfig
 from mindpet_lite.delta.selection import Selection
 from mindpet_lite.formats.peft_method import PeftMethod
 from mindpet_lite.names.parameter_names import pytorch_name

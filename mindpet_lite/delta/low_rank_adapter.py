@@ -14,8 +14,9 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Initializer
 
 from mindpet_lite.arguments import check_bool, check_int
-from mindpet_lite.delta.base import Delta, DeltaConfig, check_float_type
+from mindpet_lite.delta.base import Delta, check_float_type
 from mindpet_lite.delta.bottleneck import BottleneckDense, BottleneckLayer, BottleneckSettings, Strategy
+from mindpet_lite.delta.delta_config import DeltaConfig
 from mindpet_lite.delta.dense import dense_refusal
 from mindpet_lite.delta.hosts import TypedCell
 from mindpet_lite.delta.parts import as_type, check_init, check_strategies, from_rows, initial, set_strategies, to_rows

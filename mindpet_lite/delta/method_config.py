@@ -10,7 +10,8 @@ from mindspore import Parameter, nn
 
 from mindpet_lite.arguments import did_you_mean
 from mindpet_lite.delta.adapted import Method, adapted_class
-from mindpet_lite.delta.base import Delta, DeltaConfig, check_float_type, end_expression
+from mindpet_lite.delta.base import Delta, check_float_type
+from mindpet_lite.delta.delta_config import DeltaConfig, end_expression
 from mindpet_lite.delta.hosts import HOSTS, Host, host_of, host_refusal, is_linear
 from mindpet_lite.formats.peft_method import PeftMethod
 from mindpet_lite.names.default_targets import Family

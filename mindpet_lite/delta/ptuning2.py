@@ -17,7 +17,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindpet_lite.arguments import check_bool, check_int, check_probability
-from mindpet_lite.delta.base import DeltaConfig, check_float_type
+from mindpet_lite.delta.base import check_float_type
+from mindpet_lite.delta.delta_config import DeltaConfig
 from mindpet_lite.delta.dense import dense_refusal
 from mindpet_lite.delta.dropout import delta_dropout
 from mindpet_lite.delta.parts import check_init, initial, prefix_of

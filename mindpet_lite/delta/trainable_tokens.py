@@ -12,7 +12,7 @@ from typing import ClassVar
 from mindspore import nn
 
 from mindpet_lite.arguments import check_bool
-from mindpet_lite.delta.base import DeltaConfig
+from mindpet_lite.delta.delta_config import DeltaConfig
 from mindpet_lite.delta.hosts import host_refusal
 from mindpet_lite.delta.hosts.embedding import EmbeddingHost, MintEmbeddingHost
 from mindpet_lite.delta.tokens import RowsOf, TokenTable, are_tokens, rows_shape, table_for

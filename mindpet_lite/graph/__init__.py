@@ -2,6 +2,7 @@
 import importlib
 from typing import Any
 
+from mindpet_lite.graph.batches import adapters_for_samples, reserve_adapters
 from mindpet_lite.graph.cast import cast_to_float32
 from mindpet_lite.graph.check import check_adapters
 from mindpet_lite.graph.fold import fold_prefixes
@@ -23,11 +24,9 @@ from mindpet_lite.graph.refresh import refresh_base
 from mindpet_lite.graph.save import save_adapter
 from mindpet_lite.graph.several import (
     active_adapters,
-    adapters_for_samples,
     add_adapter,
     combine_adapters,
     delete_adapter,
-    reserve_adapters,
     set_adapter,
 )
 from mindpet_lite.graph.split import split_linear

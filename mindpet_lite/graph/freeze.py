@@ -10,7 +10,8 @@ from mindspore import Parameter, nn
 
 from mindpet_lite.arguments import WrongArgumentError, did_you_mean
 from mindpet_lite.delta import METHODS
-from mindpet_lite.delta.base import FLOATS, Delta, DeltaConfig
+from mindpet_lite.delta.base import FLOATS, Delta
+from mindpet_lite.delta.delta_config import DeltaConfig
 from mindpet_lite.graph.match import check_patterns, selector, wildcard
 from mindpet_lite.graph.parameters import apply_trains, net_parameters
 from mindpet_lite.graph.put_in import put_in

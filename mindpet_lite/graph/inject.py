@@ -11,7 +11,8 @@ from typing import Any
 from mindspore import nn
 
 from mindpet_lite.config import as_config
-from mindpet_lite.delta.base import Delta, DeltaConfig
+from mindpet_lite.delta.base import Delta
+from mindpet_lite.delta.delta_config import DeltaConfig
 from mindpet_lite.delta.values import to_numpy
 from mindpet_lite.formats.problems import listed
 from mindpet_lite.graph.adapters import deltas_in, shared_by

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 
 from mindspore import nn
 
-from mindpet_lite.delta.base import Delta, DeltaConfig
+from mindpet_lite.delta.base import Delta
+from mindpet_lite.delta.delta_config import DeltaConfig
 
 
 def linear_layers(cells: Mapping[str, nn.Cell], config: DeltaConfig) -> list[str]:

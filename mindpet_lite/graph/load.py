@@ -12,7 +12,8 @@ from mindspore import dtype as mstype
 
 from mindpet_lite.arguments import did_you_mean, warn_user
 from mindpet_lite.delta import METHODS
-from mindpet_lite.delta.base import Delta, DeltaConfig
+from mindpet_lite.delta.base import Delta
+from mindpet_lite.delta.delta_config import DeltaConfig
 from mindpet_lite.delta.parts import put
 from mindpet_lite.formats.adapters import Adapter as Source
 from mindpet_lite.formats.adapters import read_adapter

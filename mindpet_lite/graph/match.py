@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from mindspore import nn
 
 from mindpet_lite.arguments import did_you_mean, some_of, warn_user
-from mindpet_lite.delta.base import Delta, DeltaConfig
+from mindpet_lite.delta.base import Delta
+from mindpet_lite.delta.delta_config import DeltaConfig
 from mindpet_lite.graph.linear import linear_layers
 from mindpet_lite.graph.parents import refusal_at
 from mindpet_lite.graph.tree import without_inner

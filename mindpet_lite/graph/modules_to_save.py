@@ -8,7 +8,8 @@ from mindspore import Parameter, mint, nn
 from mindspore import dtype as mstype
 
 from mindpet_lite.arguments import did_you_mean
-from mindpet_lite.delta.base import FLOATS, Delta, DeltaConfig
+from mindpet_lite.delta.base import FLOATS, Delta
+from mindpet_lite.delta.delta_config import DeltaConfig
 from mindpet_lite.formats.base_hash import FIELD
 from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.graph.parameters import STATISTICS, net_parameters

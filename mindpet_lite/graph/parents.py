@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from mindspore import nn
 
-from mindpet_lite.delta.base import DeltaConfig
+from mindpet_lite.delta.delta_config import DeltaConfig
 
 # By the class of the cell around them, the names of such layers. nn.TransformerEncoderLayer and its kin hold one.
 _READ_BY_PARENT: dict[type[nn.Cell], tuple[str, ...]] = {nn.MultiheadAttention: ("out_proj",)}

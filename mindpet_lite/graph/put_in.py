@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 
 from mindspore import Parameter, nn
 
-from mindpet_lite.delta.base import Delta, DeltaConfig
+from mindpet_lite.delta.base import Delta
+from mindpet_lite.delta.delta_config import DeltaConfig
 from mindpet_lite.delta.values import set_value
 from mindpet_lite.graph.adapters import Adapter, deltas_in, record_of, select
 from mindpet_lite.graph.modules_to_save import Ties, untie

@@ -11,7 +11,8 @@ import numpy as np
 from mindspore import Parameter, nn
 
 from mindpet_lite.arguments import did_you_mean, warn_user
-from mindpet_lite.delta.base import FLOATS, Delta, DeltaConfig, names_of
+from mindpet_lite.delta.base import FLOATS, Delta
+from mindpet_lite.delta.delta_config import DeltaConfig, names_of
 from mindpet_lite.delta.hosts import QUANTISED, DenseHost, Host, LinearHost, Quantised, host_of, host_refusal
 from mindpet_lite.delta.values import FrozenParameter, to_numpy
 from mindpet_lite.formats.problems import listed

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 from mindspore import Parameter, nn
 
-from mindpet_lite.delta.base import Delta, DeltaConfig
+from mindpet_lite.delta.base import Delta
+from mindpet_lite.delta.delta_config import DeltaConfig
 from mindpet_lite.delta.values import to_numpy
 from mindpet_lite.formats.state import AdapterState
 from mindpet_lite.graph.adapters import shared_by

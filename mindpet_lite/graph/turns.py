@@ -6,7 +6,8 @@ from collections.abc import Callable
 from mindspore import Tensor, nn
 
 from mindpet_lite.delta import METHODS
-from mindpet_lite.delta.base import Delta, DeltaConfig
+from mindpet_lite.delta.base import Delta
+from mindpet_lite.delta.delta_config import DeltaConfig
 from mindpet_lite.delta.parts import put
 from mindpet_lite.formats.adapters import Adapter as Source
 from mindpet_lite.formats.problems import listed

@@ -9,7 +9,8 @@ from mindspore import nn
 
 from mindpet_lite.arguments import check_alpha, check_bool, check_int, did_you_mean
 from mindpet_lite.delta.adapted import adapted_class
-from mindpet_lite.delta.base import Delta, DeltaConfig, end_expression, names_of
+from mindpet_lite.delta.base import Delta
+from mindpet_lite.delta.delta_config import DeltaConfig, end_expression, names_of
 from mindpet_lite.delta.hosts import HOSTS, SPLIT_HOSTS, Host, host_of, host_refusal, is_linear
 from mindpet_lite.delta.hosts.rows import TurnedHost
 from mindpet_lite.delta.lora.bank import LoRABank

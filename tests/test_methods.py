@@ -6,10 +6,12 @@ that they are those of the paper and of PEFT is for `test_peft_numbers.py` and e
 from __future__ import annotations
 
 import copy
+import functools
 
 import mindspore as ms
 import numpy as np
 import pytest
+from conftest import MODES
 from host_layers import (
     ELSEWHERE,
     IN_GRAPHS_ALONE,
@@ -27,6 +29,9 @@ from nets import compile_count, gradient_function, numbers, pynative, unchanged
 import mindpet_lite as mp
 from mindpet_lite.delta import METHODS, Delta
 from mindpet_lite.delta.hosts import HOSTS, QUANTISED, host_of
+from mindpet_lite.delta.hosts.conv import Conv2dHost
+from mindpet_lite.delta.hosts.dense import DenseHost
+from mindpet_lite.delta.hosts.embedding import EmbeddingHost
 from mindpet_lite.delta.method_config import MethodConfig
 from mindpet_lite.delta.parts import put
 from mindpet_lite.graph.adapters import deltas
@@ -36,12 +41,15 @@ HOSTED = {name: kind for name, kind in METHODS.items() if issubclass(kind, Metho
 
 
 def is_run(name, host, index):
-    """Tell whether the laws run: on quantised layers one entry, for all methods on one kind of them.
+    """Tell whether the laws run: on every kind of layer for one entry, on one of each nature for all.
 
-    They differ in how they make the weight, not in what a method does with it: on the others run one method that takes
-    the layer's own product, and one that takes the weight.
+    What an entry changes is a method's own, whatever the layer: kinds of one nature differ in their operators alone.
+    Quantised ones differ in how they make the weight, not in what a method does with it: all methods run on one of
+    them, on the others one that takes the layer's own product, and one that takes the weight.
     """
-    return host not in QUANTISED.values() or index == 0 and (host is QUANTISED["nf4"] or name in ("ia3", "hira"))
+    if host in QUANTISED.values():
+        return index == 0 and (host is QUANTISED["nf4"] or name in ("ia3", "hira"))
+    return index == 0 or host in (DenseHost, Conv2dHost, EmbeddingHost)
 
 
 CASES = [(name, host, index) for name, kind in HOSTED.items() for host in kind.fits if host in LAYERS
@@ -51,6 +59,13 @@ IDS = [f"{name}{index or ''}-{host.plain_name}" for name, host, index in CASES]
 
 def test_every_method_and_every_host_has_its_line():
     assert set(SETTINGS) == set(HOSTED) and {*LAYERS, *IN_GRAPHS_ALONE, *WITHOUT_KERNELS, *ELSEWHERE} == set(HOSTS)
+
+
+@functools.cache
+def plain_output(host, mode):
+    """Return what the plain layer makes of its input, computed once for each mode."""
+    assert ms.get_context("mode") == MODES[mode]
+    return plain_net(host)(LAYERS[host][1]).asnumpy()
 
 
 def adapted(name, host, index):
@@ -116,7 +131,7 @@ def expected(delta, host, x, weights):
 def test_the_laws(name, host, index, mode, tmp_path):
     x = LAYERS[host][1]
     plain, net = plain_net(host), adapted(name, host, index)
-    delta, before = delta_of(net), plain(x).asnumpy()
+    delta, before = delta_of(net), plain_output(host, mode)
     assert isinstance(net.box[0], host.plain_type) and isinstance(net.box[0], Delta)
     own = list(delta.delta_parameters().values())
     assert {id(item) for item in net.trainable_params()} == {id(item) for item in own}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 # At the end, so that a module of this folder comes before one of the same name there.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "wukong"))
+import extras  # noqa: E402, F401
 from errors import Parser, Stopped, UserError, explained, run_script, sentence  # noqa: E402
 from report import STYLE, inline, table  # noqa: E402
 from run_folder import CHECKPOINTS, Log, check, clear, lasting, plain, save_settings  # noqa: E402

@@ -9,8 +9,8 @@ are strictly an entry of the log. Writes what finetune.py writes.
 
 import sys
 
+from common import Parser, run_script  # isort: skip  # first, to say which packages are missing
 from bases import load_base
-from common import Parser, run_script
 from finetune import finetune, use_device
 from manner import is_chinese, share
 from options import HERE, Settings, add_flags, read

@@ -19,11 +19,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+# First, to say which packages are missing.
+from common import CHECKPOINTS, Parser, UserError, check, clear, explained, lasting, run_script, save_settings  # isort: skip
 import mindspore as ms
 import processes
 from bases import Base, load_base
 from batches import Batches, Bucket, encode
-from common import CHECKPOINTS, Parser, UserError, check, clear, explained, lasting, run_script, save_settings
 from generation import Generator
 from instructions import Sample, read_samples
 from loop import Evaluation, Run, make_step, say, train

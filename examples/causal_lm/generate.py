@@ -9,8 +9,8 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+from common import Parser, UserError, explained, run_script  # isort: skip  # first, to say which packages are missing
 from bases import load_base
-from common import Parser, UserError, explained, run_script
 from finetune import use_device
 from generation import Generator
 from options import Settings

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 
-from common import Parser, UserError, run_script
+from common import Parser, UserError, run_script  # isort: skip  # first, to say which packages are missing
 from instructions import Sample, read_samples
 from options import HERE
 

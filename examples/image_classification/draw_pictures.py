@@ -13,7 +13,8 @@ import re
 import sys
 from pathlib import Path
 
-from image_common import WUKONG, DataError, Parser, UserError, explained, run_script
+# First, to say which packages are missing.
+from image_common import WUKONG, DataError, Parser, UserError, explained, run_script  # isort: skip
 from prepare_data import NAMES, STYLES, Emoji, fetch, plain_hexcode, read_emoji, read_icons, read_json, render
 
 USED = ("noto", "flat")

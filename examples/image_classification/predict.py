@@ -10,9 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from image_common import Parser, UserError, run_script  # isort: skip  # first, to say which packages are missing
 import mindspore as ms
 import numpy as np
-from image_common import Parser, UserError, run_script
 from image_folder import load
 from image_run import load_run, outputs
 

@@ -18,8 +18,8 @@ import logging
 import sys
 from pathlib import Path
 
+from image_common import Parser, UserError, run_script  # isort: skip  # first, to say which packages are missing
 import mindspore as ms
-from image_common import Parser, UserError, run_script
 from image_nets import NETS
 from image_run import ImageSettings, whole_run
 

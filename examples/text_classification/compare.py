@@ -21,12 +21,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from user_errors import Parser, UserError, run_script  # isort: skip  # first, to say which packages are missing
 from comparison import write_plot, write_tables
 from method_table import CHOICES, choice_of
 from prepare import HERE
 from tqdm import tqdm
 from train import add_common_flags, positive
-from user_errors import Parser, UserError, run_script
 
 RUNS, HEADS, SAID = "runs.jsonl", "heads", 600
 PASSED = ("method", "seed", "lang", "batch", "epochs", "train_count", "test_count", "validation_count")

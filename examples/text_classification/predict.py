@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+# First, to say which packages are missing.
+from user_errors import Parser, UserError, run_script, sentence  # isort: skip
 import mindspore as ms
 import numpy as np
 from bert import load_bert
@@ -21,7 +23,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from token_batches import encode, load_tokenizer
 from training_run import ADAPTER, EVALUATED, LENGTHS, SETTINGS, WHOLE
-from user_errors import Parser, UserError, run_script, sentence
 
 from mindpet_lite import load_adapter
 from mindpet_lite.names.parameter_names import pytorch_name

@@ -21,8 +21,8 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from user_errors import Parser, UserError, run_script  # isort: skip  # first, to say which packages are missing
 from sentences import LABELS, Skipped
-from user_errors import Parser, UserError, run_script
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE / "cache"

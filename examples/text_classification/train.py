@@ -21,12 +21,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# First, to say which packages are missing.
+from user_errors import Parser, UserError, run_script, sentence  # isort: skip
 import mindspore as ms
 from method_table import CHOICES, choice_of
 from prepare import CACHE, HERE
 from sentences import LABELS
 from training_run import LENGTHS, RESULTS, WRITTEN, RunSettings, say, whole_run
-from user_errors import Parser, UserError, run_script, sentence
 
 from mindpet_lite import init_data_parallel
 from mindpet_lite.train import Ranks

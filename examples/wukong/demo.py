@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import extras  # noqa: F401  # isort: skip  # first, to say which packages are missing
 import numpy as np
 import pipeline
 from base import Base, BaseError

@@ -19,6 +19,7 @@ import json
 import sys
 from pathlib import Path
 
+import extras  # noqa: F401  # isort: skip  # first, to say which packages are missing
 import latents
 import numpy as np
 import pipeline

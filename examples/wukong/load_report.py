@@ -10,6 +10,7 @@ Ends with exit code 2 where an entry is missing, unexpected or of another size a
 import argparse
 import sys
 
+import extras  # noqa: F401  # isort: skip  # first, to say which packages are missing
 import pipeline
 from base import BaseError
 from errors import Parser, run_script

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import extras  # noqa: F401  # isort: skip  # first, to say which packages are missing
 from data import COLUMNS, DataError
 from PIL import Image, ImageChops, ImageFilter
 

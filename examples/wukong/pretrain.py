@@ -15,6 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import extras  # noqa: F401  # isort: skip  # first, to say which packages are missing
 import mindspore as ms
 import numpy as np
 from autoencoder import AutoencoderKL

@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+import extras  # noqa: F401  # isort: skip  # first, to say which packages are missing
 import mindspore as ms
 import numpy as np
 from base import Base, BaseError, load_base

@@ -17,6 +17,7 @@ import re
 import sys
 from pathlib import Path
 
+import extras  # noqa: F401  # isort: skip  # first, to say which packages are missing
 import pipeline
 from base import Base, BaseError
 from errors import Parser, UserError, explained, run_script

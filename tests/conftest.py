@@ -20,9 +20,9 @@ if not os.environ.get("MINDPET_LITE_TESTS_ASYNCHRONOUS"):
 
 # Files that take minutes, the longest first: of several workers, each of which runs whole files, none is left with
 # one of these at the end.
-LONG = ("test_wukong_finetune", "test_wukong_models", "test_methods", "test_several", "test_adalora", "test_laws",
-        "test_peft_numbers", "test_causal_lm_finetune", "test_causal_lm_parallel", "test_text_classification",
-        "test_quantised", "test_asynchronous", "test_split", "test_train_ranks", "test_wukong_base", "test_docs")
+LONG = ("test_wukong_finetune", "test_laws", "test_methods", "test_peft_numbers", "test_wukong_models", "test_docs",
+        "test_causal_lm_parallel", "test_prefix", "test_adapter", "test_asynchronous", "test_split", "test_causal_lm",
+        "test_recompute_dropout", "test_ptuning2", "test_wukong_base", "test_several", "test_train_ranks")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

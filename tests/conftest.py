@@ -18,19 +18,6 @@ if not os.environ.get("MINDPET_LITE_TESTS_ASYNCHRONOUS"):
     ms.runtime.launch_blocking()
 
 
-# Files that take minutes, the longest first: of several workers, each of which runs whole files, none is left with
-# one of these at the end.
-LONG = ("test_wukong_finetune", "test_laws", "test_methods", "test_peft_numbers", "test_wukong_models", "test_docs",
-        "test_causal_lm_parallel", "test_prefix", "test_adapter", "test_asynchronous", "test_split", "test_causal_lm",
-        "test_recompute_dropout", "test_ptuning2", "test_wukong_base", "test_several", "test_train_ranks")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest; the order within a file stays."""
-    places = {name: place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
-
-
 def pytest_collection_finish() -> None:
     """Let the garbage collector, which MindSpore calls at every compile, pass over all modules and collected tests."""
     gc.collect()

@@ -17,7 +17,7 @@ demo-images: $(VENV)/lite0
 	$(BIN)/python examples/image_classification/train.py --overwrite
 
 test: $(VENV)/installed
-	$(BIN)/python tests/run.py
+	$(BIN)/python tests/suite.py
 
 # PEFT and diffusers themselves read what we write. Where pip would take PyTorch's CUDA build, install its CPU build first.
 interop: $(VENV)/interop

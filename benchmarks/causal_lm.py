@@ -76,8 +76,6 @@ def ours(layers: int, what: str) -> Work:
 
 def theirs(layers: int, what: str) -> Work:
     """A round of transformers and PEFT."""
-    # transformers looks for a package "kernels": not the script beside this one.
-    sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM

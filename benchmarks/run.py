@@ -33,14 +33,14 @@ OWN: list[tuple[str, str]] = [
 PLAIN: list[tuple[str, str]] = [
     ("step", "step.py"),
     ("step", "step.py --mode pynative"),
-    ("kernels", "kernels.py --table"),
+    ("kernels", "kernel_counts.py --table"),
     *OWN,
 ]
 # `make bench-full`; {torch} is the Python that has torch and PEFT.
 FULL: list[tuple[str, str]] = [
     ("step", "step.py --peers all --torch {torch}"),
     ("step", "step.py --mode pynative --peers all"),
-    ("kernels", "kernels.py --table --peers all"),
+    ("kernels", "kernel_counts.py --table --peers all"),
     ("profile", "profile_step.py --table --torch {torch}"),
     *OWN,
 ]

@@ -15,13 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 COUNT = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-import kernels
+import kernel_counts
 from models import Stack
-kernels.set_mode("graph")
+kernel_counts.set_mode("graph")
 shape = Stack(blocks=2, width=32, batch=2, tokens=8, rank=4, heads=4)
 found = {name: {graph: [[*key, count] for key, count in counts.items()]
-                for graph, counts in kernels.graphs(name, shape).items()} for name in ("floor", "LoRA")}
-kernels.shutil.rmtree(kernels.FOLDER)
+                for graph, counts in kernel_counts.graphs(name, shape).items()} for name in ("floor", "LoRA")}
+kernel_counts.shutil.rmtree(kernel_counts.FOLDER)
 print(json.dumps(found))
 """
 LAYERS = 8

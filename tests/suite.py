@@ -1,8 +1,8 @@
 """Runs the whole test suite: several processes side by side, each with a few files.
 
-    python tests/run.py                     # two processes at a time
-    python tests/run.py --processes 8
-    python tests/run.py -- -k lora -q       # what follows -- goes to pytest
+    python tests/suite.py                     # two processes at a time
+    python tests/suite.py --processes 8
+    python tests/suite.py -- -k lora -q       # what follows -- goes to pytest
 
 MindSpore keeps the graphs of gradients until its process ends, and looks through all of them at every compile. One
 process for all files takes twice as long as one for each few. A file alone: pytest tests/test_laws.py.

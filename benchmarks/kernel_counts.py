@@ -1,9 +1,9 @@
 """Kernels of the compiled graphs, by type and shape, beside the floor's: on Ascend each is a launch.
 
-    python benchmarks/kernels.py --shape tiny                     # forward and training, ours beside the floor
-    python benchmarks/kernels.py --shape tiny --peers all         # MindPet and the others too, where installed
-    python benchmarks/kernels.py --shape tiny --detail            # what is added, by output shape
-    python benchmarks/kernels.py --table                          # rows of the runner's table, of three shapes
+    python benchmarks/kernel_counts.py --shape tiny                     # forward and training, ours beside the floor
+    python benchmarks/kernel_counts.py --shape tiny --peers all         # MindPet and the others too, where installed
+    python benchmarks/kernel_counts.py --shape tiny --detail            # what is added, by output shape
+    python benchmarks/kernel_counts.py --table                          # rows of the runner's table, of three shapes
 
 The kernels are read from the executors' list that MindSpore writes when told to save its graphs: what runs, in its
 order, after all fusion. Reshapes are left out: they launch nothing. Forward is the net with its loss in evaluation;

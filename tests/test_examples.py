@@ -16,4 +16,4 @@ def test_without_the_extra_a_script_ends_in_one_sentence(script):
     assert ended.returncode == 2
     assert ended.stderr == (f"{script.name}: error: the examples need packages that are not installed: PIL, gguf, "
                             f"jinja2, matplotlib, safetensors, tokenizers, tqdm; call: {sys.executable} -m pip "
-                            "install 'mindpet_lite[examples]'\n")
+                            f"install '{EXAMPLES.parent}[examples]'\n")

@@ -7,7 +7,9 @@ from pathlib import Path
 # By the names that Python imports them under.
 PACKAGES = ("PIL", "gguf", "jinja2", "matplotlib", "safetensors", "tokenizers", "tqdm")
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+
 if missing := [name for name in PACKAGES if find_spec(name) is None]:
     print(f"{Path(sys.argv[0]).name}: error: the examples need packages that are not installed: {', '.join(missing)}; "
-          f"call: {sys.executable} -m pip install 'mindpet_lite[examples]'", file=sys.stderr)
+          f"call: {sys.executable} -m pip install '{REPOSITORY}[examples]'", file=sys.stderr)
     sys.exit(2)

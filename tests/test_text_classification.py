@@ -318,7 +318,6 @@ def test_logistic_regression_is_at_its_minimum():
 # Runs
 
 FLAGS = ["--train-count", "40", "--test-count", "12", "--validation-count", "8", "--epochs", "3", "--lr", "0.02"]
-RANDOM = ["--head", "random"]
 
 
 def argv_of(cache: Path, out: str, *more: str) -> list[str]:
@@ -332,7 +331,7 @@ def place(tmp_path_factory):
     write_base(folder / "base", num_hidden_layers=1)
     write_data(folder / "en.tsv")
     before = ms.get_context("mode")
-    assert train.main(argv_of(folder, "one", "--batch", "8", *RANDOM)) == 0
+    assert train.main(argv_of(folder, "one", "--batch", "8")) == 0
     ms.set_context(mode=before)
     return folder
 
@@ -363,7 +362,7 @@ def test_a_run_learns_and_its_classifier_labels_sentences(place, capsys, graph_m
 
 
 def test_a_run_repeats_bit_for_bit(place, graph_mode):
-    assert train.main(argv_of(place, "again", "--batch", "8", "--no-before", *RANDOM)) == 0
+    assert train.main(argv_of(place, "again", "--batch", "8", "--no-before")) == 0
     weights = [(place / out / "adapter" / "adapter_model.safetensors").read_bytes() for out in ("one", "again")]
     assert weights[0] == weights[1]
     results = [json.loads((place / out / "results.json").read_text()) for out in ("one", "again")]
@@ -380,7 +379,7 @@ def test_a_run_without_an_adapter_labels_too(place, capsys, graph_mode):
 
 
 def test_two_processes_train_what_one_does(place, tmp_path):
-    argv = argv_of(place, "two", "--batch", "4", "--parallel", "data", "--no-before", *RANDOM)
+    argv = argv_of(place, "two", "--batch", "4", "--parallel", "data", "--no-before")
     script = f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport train\nsys.exit(train.main({argv!r}))\n"
     done = run_job(script, tmp_path, 2)
     assert done.returncode == 0, done.stdout

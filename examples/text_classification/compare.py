@@ -14,7 +14,6 @@ is there first is a whole table of one seed. Beside runs.jsonl are table.md, tab
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,10 +27,8 @@ from prepare import HERE
 from tqdm import tqdm
 from train import add_common_flags, positive
 
-RUNS, HEADS, SAID = "runs.jsonl", "heads", 600
+RUNS, SAID = "runs.jsonl", 600
 PASSED = ("method", "seed", "lang", "batch", "epochs", "train_count", "test_count", "validation_count")
-# The features of these are others than the base's before they train, so each fits a head of its own.
-START_ELSEWHERE = ("prefixtuning", "ptuning2", "prompt_tuning", "p_tuning")
 
 
 def run_settings(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
@@ -72,40 +69,14 @@ def add_run(path: Path, row: dict[str, Any]) -> None:
 
 
 def make_run(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
-    """Makes one run; the head of the base's features is fitted once for each seed, and kept.
+    """Makes one run in a process of its own; returns its settings and what was measured.
 
     Raises:
-        UserError: A run failed; the text has what it said last.
-    """
-    decisive = {name: value for name, value in settings.items() if name in PASSED or name == "on_validation"}
-    named = "-".join(f"{value}" for name, value in decisive.items() if name not in ("method", "batch", "epochs"))
-    head = arguments.out / HEADS / f"{named}.safetensors"
-    if settings["method"] == "frozen" or settings["method"] not in START_ELSEWHERE and not head.is_file():
-        frozen = one_run(arguments, {**settings, "method": "frozen"}, "fit", head)
-        if settings["method"] == "frozen":
-            return {**settings, **frozen}
-    start = "fit" if settings["method"] in START_ELSEWHERE else str(head.resolve())
-    return {**settings, **one_run(arguments, settings, start, None)}
-
-
-def one_run(arguments: argparse.Namespace, settings: dict[str, Any], start: str, head: Path | None) -> dict[str, Any]:
-    """Makes one run in a process of its own.
-
-    Args:
-        arguments: The command line.
-        settings: Of the run.
-        start: What its head starts as.
-        head: Where to put the head that it ends with; None to leave it.
-
-    Returns:
-        What was measured.
-
-    Raises:
-        UserError: It failed.
+        UserError: It failed; the text has what it said last.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        command = [sys.executable, str(HERE / "train.py"), "--out", str(out), "--no-before", "--head", start,
+        command = [sys.executable, str(HERE / "train.py"), "--out", str(out), "--no-before",
                    "--cache", str(arguments.cache.resolve()), *(["--on-validation"] if arguments.on_validation else [])]
         for name in PASSED:
             command += [f"--{name.replace('_', '-')}", str(settings[name])]
@@ -113,10 +84,7 @@ def one_run(arguments: argparse.Namespace, settings: dict[str, Any], start: str,
                               errors="replace")
         if done.returncode:
             raise UserError(f"{settings['method']}, seed {settings['seed']}: {done.stdout.strip()[-SAID:]}")
-        if head is not None:
-            head.parent.mkdir(exist_ok=True)
-            shutil.copy(out / "weights.safetensors", head)
-        return json.loads((out / "results.json").read_text(encoding="utf-8"))
+        return {**settings, **json.loads((out / "results.json").read_text(encoding="utf-8"))}
 
 
 def compare(arguments: argparse.Namespace) -> None:

@@ -107,9 +107,7 @@ def flags() -> Parser:
     add("--labels", type=names, default=LABELS, help=f"labels in the data (default: {','.join(LABELS)})")
     add("--out", type=Path, default=HERE / "out" / "train", help="folder of the run (default: out/train here)")
     add("--overwrite", action="store_true", help="delete what an earlier run left in --out")
-    add("--head", default="fit", help="what the head starts as: fit (logistic regression on the features as they are "
-                                      "before), random, or a run's weights.safetensors (default: fit)")
-    add("--no-before", action="store_true", help="do not measure the accuracy before")
+    add("--no-before", action="store_true", help="do not measure the accuracy before, of the frozen base")
     add("--parallel", choices=("none", "data"), default="none",
         help="data: each process of msrun takes a share of each batch")
     add("--mode", choices=("graph", "pynative"), default="graph", help="pynative is slow: for debugging")
@@ -132,7 +130,7 @@ def settings_of(arguments: argparse.Namespace) -> RunSettings:
         fields=dict(arguments.set), rate=arguments.lr, epochs=arguments.epochs, batch=arguments.batch,
         seed=arguments.seed, train_count=arguments.train_count, test_count=arguments.test_count,
         validation_count=arguments.validation_count, on_validation=arguments.on_validation,
-        before=not arguments.no_before, head=arguments.head, mode=arguments.mode)
+        before=not arguments.no_before, mode=arguments.mode)
 
 
 def open_folder(out: Path, overwrite: bool) -> None:

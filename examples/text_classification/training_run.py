@@ -16,8 +16,7 @@ from linear_probe import fit_head
 from measures import Peak, step_seconds
 from method_table import choice_of, config_of
 from mindspore import Tensor, nn, ops
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from sentences import LABELS, Sentences, read_sentences, split
 from token_batches import Encoded, encode, load_tokenizer, training_batches
 from tqdm import tqdm
@@ -38,10 +37,8 @@ WRITTEN = (ADAPTER, WHOLE, SETTINGS, LOG, RESULTS)
 # The lengths that sentences are padded to, by language: a graph for each. Longer sentences lose their end.
 LENGTHS = {"en": (24, 48), "zh": (32, 64)}
 EVALUATED = 64
-# Sentences of a batch whose features the head is fitted to.
+# Sentences of a batch whose features logistic regression is fitted to.
 FITTED = 32
-# What the head starts as, besides what a file has.
-HEADS = ("fit", "random")
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,6 @@ class RunSettings:
     validation_count: int = 1000
     on_validation: bool = False
     before: bool = True
-    head: str = "fit"
     mode: str = "graph"
 
     def plain(self) -> dict[str, Any]:
@@ -202,26 +198,24 @@ def train(net: Classifier, parts: Parts, settings: RunSettings, ranks: Ranks) ->
     return step_seconds(seconds, [length for length, _ in batches])
 
 
-def start_head(net: Classifier, parts: Parts, settings: RunSettings) -> None:
-    """Gives the head its first values: fitted to the features as they are now, or from a file, or random ones.
-
-    Raises:
-        UserError: The file is missing or has no head of this size.
-    """
-    if settings.head == "random":
-        return
-    head = {"weight": net.classifier.weight, "bias": net.classifier.bias}
-    if settings.head != "fit":
-        try:
-            tensors = load_file(settings.head)
-            for name, item in head.items():
-                item.set_data(Tensor(tensors[f"{HEAD}.{name}"]))
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise UserError(f"--head {settings.head} has no head of this classifier: {sentence(error)}") from error
-        return
+def fitted_head(net: Classifier, parts: Parts) -> tuple[np.ndarray, np.ndarray]:
+    """The head that logistic regression finds for the features as they are now: weight and bias."""
     features = outputs(Features(net), parts.train_ids, parts.lengths, FITTED)
-    for item, value in zip(head.values(), fit_head(features, parts.train.labels, len(settings.labels))):
-        item.set_data(Tensor(value))
+    return fit_head(features, parts.train.labels, net.classifier.out_channels)
+
+
+def accuracy_of_fitted_head(net: Classifier, parts: Parts) -> float:
+    """What that head's accuracy is; the net's own stays as it is."""
+    weight, bias = fitted_head(net, parts)
+    features = outputs(Features(net), parts.test_ids, parts.lengths, EVALUATED)
+    return float(np.mean((features @ weight.T + bias).argmax(1) == parts.test.labels))
+
+
+def train_head(net: Classifier, parts: Parts) -> None:
+    """Gives the net that head."""
+    weight, bias = fitted_head(net, parts)
+    net.classifier.weight.set_data(Tensor(weight))
+    net.classifier.bias.set_data(Tensor(bias))
 
 
 def save(net: Classifier, settings: RunSettings) -> int:
@@ -253,15 +247,14 @@ def whole_run(settings: RunSettings, ranks: Ranks | None = None) -> dict[str, An
     trained, total = (sum(item.size for item in items) for items in (net.trainable_params(), net.get_parameters()))
     say(ranks, f"{settings.method}: {trained:,} of {total:,} numbers train ({100 * trained / total:.4f}%)")
 
-    def measure() -> float:
-        return accuracy(net, parts.test_ids, parts.test.labels, parts.lengths, EVALUATED)
-
-    start_head(net, parts, settings)
-    before = measure() if settings.before and settings.method != "frozen" else None
+    is_frozen = settings.method == "frozen"
+    before = accuracy_of_fitted_head(net, parts) if settings.before and not is_frozen else None
     if before is not None:
-        say(ranks, f"accuracy before, of the {settings.head if settings.head in HEADS else 'given'} head: {before:.4f}")
-    seconds = None if settings.method == "frozen" else train(net, parts, settings, ranks)
-    after = measure()
+        say(ranks, f"accuracy before, of logistic regression on the frozen base: {before:.4f}")
+    if is_frozen:
+        train_head(net, parts)
+    seconds = None if is_frozen else train(net, parts, settings, ranks)
+    after = accuracy(net, parts.test_ids, parts.test.labels, parts.lengths, EVALUATED)
     say(ranks, f"accuracy after: {after:.4f}")
     results = {"accuracy_before": before, "accuracy": after, "trained": trained, "total": total,
                "step_seconds": seconds, "peak_bytes": peak.most()}

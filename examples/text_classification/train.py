@@ -82,7 +82,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--lang", choices=sorted(LENGTHS), default="en", help="language of the data in the cache (default: en)")
     add("--cache", type=Path, default=CACHE, help="folder that prepare.py filled (default: cache/ beside this file)")
-    add("--batch", type=positive, default=16, help="sentences of a batch, in each process (default: 16)")
+    add("--batch", type=positive, default=8, help="sentences of a batch, in each process (default: 8)")
     add("--epochs", type=positive, default=1, help="times that all sentences are trained on (default: 1)")
     add("--train-count", type=positive, default=3200, help="sentences to train on (default: 3200)")
     add("--test-count", type=positive, default=1000, help="sentences to test on (default: 1000)")

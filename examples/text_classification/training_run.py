@@ -56,7 +56,7 @@ class RunSettings:
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
     rate: float | None = None
     epochs: int = 1
-    batch: int = 16
+    batch: int = 8
     seed: int = 0
     train_count: int = 3200
     test_count: int = 1000

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 
+import cases_adapter
 import formers_layers as fl
 import mindspore as ms
 import numpy as np
@@ -189,6 +190,40 @@ def test_mcores_layers_give_output_and_bias(settings, config, mode):
     np.testing.assert_allclose(net(X).asnumpy(), y, rtol=1e-4, atol=1e-5)
     mp.unmerge(net)
     assert np.array_equal(net(X).asnumpy(), y)
+
+
+@pytest.mark.parametrize("make", [fl.ColumnParallelLinear, fl.RowParallelLinear, fl.PynativeLinear])
+def test_adapters_and_prefixes_stand_behind_the_whole_output(make, pynative_mode):
+    adapter = mp.AdapterConfig(bottleneck_size=2, non_linearity="tanh", target_modules=["0"])
+    prefix = mp.Ptuning2Config(pre_seq_len=2, target_modules=["0"])
+    net = nn.SequentialCell(make(8, 4))
+
+    def output(x):
+        y = net(x)
+        return (y[0] if isinstance(y, tuple) else y).asnumpy()
+
+    plain, before = net[0], output(X)
+    mp.get_pet_model(net, adapter)
+    assert np.array_equal(output(X), before) and net[0].plain_cell() is plain
+    moved(net)
+    wanted, _, _ = cases_adapter.of_layer(net[0].bottleneck, before.astype(np.float64), np.ones(before.shape))
+    np.testing.assert_allclose(output(X), wanted, rtol=1e-5, atol=1e-5)
+    net = mp.get_pet_model(nn.SequentialCell(plain), prefix)
+    rows = net[0].mindpet_delta_ptuning2_embedding.embedding_table.asnumpy()
+    assert np.array_equal(output(X), np.concatenate([np.stack([rows] * 2), before], 1))
+
+
+def test_a_bias_that_is_added_outside_would_miss_an_adapter():
+    mcore, pynatives = fl.ColumnParallelLinear(8, 4, skip_bias_add=True), fl.PynativeLinear(8, 4)
+    pynatives.skip_add_bias = True
+    for cell in (mcore, pynatives):
+        net = nn.SequentialCell(cell)
+        for config in (mp.AdapterConfig(target_modules=["0"]), mp.Ptuning2Config(target_modules=["0"])):
+            with unchanged(net), pytest.raises(ValueError, match="bias of this .* is added to its output from outside"):
+                mp.get_pet_model(net, config)
+    # Without a bias there is nothing to miss.
+    net = nn.SequentialCell(fl.ColumnParallelLinear(8, 4, bias=False, skip_bias_add=True))
+    mp.get_pet_model(net, mp.AdapterConfig(bottleneck_size=2, target_modules=["0"]))
 
 
 def test_a_layer_that_is_given_another_weight_says_so(mode):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import cases_adapter
 import host_layers
 import mindspore as ms
 import numpy as np
@@ -222,10 +223,25 @@ def test_every_method_fits_that_fits_all_of_the_nature():
                        if all(host in kind.fits for host in HOSTS if not host.takes_ids and not host.dims)}
     assert {"ia3", "vera", "oft", "loha"} <= fitting
     assert is_linear(Plain(2, 2)) and is_linear(Halved(2, 2))
-    # Methods that are a Dense of their own do not fit.
-    net = nn.SequentialCell(Plain(8, 8))
-    with unchanged(net), pytest.raises(ValueError, match="nn.Dense, not Plain"):
-        mp.get_pet_model(net, mp.AdapterConfig(bottleneck_size=2, target_modules=["0"]))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.plain_name)
+def test_what_changes_the_output_stands_behind_it(kind, mode):
+    net = nn.SequentialCell(KINDS[kind][0]())
+    names, before = [item.name for item in net.get_parameters()], net(X).asnumpy()
+    mp.get_pet_model(net, mp.AdapterConfig(bottleneck_size=2, non_linearity="tanh", target_modules=["0"]))
+    layer = net[0]
+    assert np.array_equal(net(X).asnumpy(), before)
+    assert [item.name for item in net.get_parameters() if "delta" not in item.name and item is not layer.scaling
+            ] == names
+    for item in net.trainable_params():
+        item.set_data(Tensor((0.1 * RNG.standard_normal(item.shape)).astype(np.float32)))
+    wanted, _, _ = cases_adapter.of_layer(layer.bottleneck, before.astype(np.float64), np.ones(before.shape))
+    np.testing.assert_allclose(net(X).asnumpy(), wanted, rtol=1e-5, atol=1e-5)
+    net = nn.SequentialCell(layer.plain_cell())
+    mp.get_pet_model(net, mp.Ptuning2Config(pre_seq_len=2, target_modules=["0"]))
+    rows = net[0].mindpet_delta_ptuning2_embedding.embedding_table.asnumpy()
+    assert np.array_equal(net(X).asnumpy(), np.concatenate([np.stack([rows] * 2), before], 1))
 
 
 def refused(error: type[Exception], text: str, call: Any, *args: Any) -> None:

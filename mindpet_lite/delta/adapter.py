@@ -6,21 +6,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import mindspore
 from mindspore import Tensor, nn
 
 from mindpet_lite.arguments import check_int
+from mindpet_lite.delta.adapted import Adapted
 from mindpet_lite.delta.bottleneck import (
     HE_UNIFORM,
-    BottleneckDense,
+    Bottleneck,
     BottleneckLayer,
     BottleneckSettings,
     Strategy,
 )
 from mindpet_lite.delta.delta_config import DeltaConfig
-from mindpet_lite.delta.dense import dense_refusal
+from mindpet_lite.delta.dense import AdaptedDense, OutputConfig, dense_refusal
+from mindpet_lite.delta.hosts import DenseHost, Host
 from mindpet_lite.delta.parts import as_type, initial, set_strategies
 
 
@@ -161,7 +164,18 @@ class AdapterLayer(BottleneckLayer):
                 *self.inner_strategies(non_linearity, bias_up, residual)]
 
 
-class AdapterDense(BottleneckDense):
+class Adapter(Bottleneck):
+    """A linear layer with an `AdapterLayer`, `mindpet_delta_adapter`, behind its activation; see `AdapterDense`."""
+
+    method: ClassVar[str] = "adapter"
+    delta_names = ("mindpet_delta_adapter",)
+
+    def _add_delta(self, config: AdapterSettings) -> None:
+        self._attach(AdapterLayer(self.outputs(self), config.bottleneck_size, config.non_linearity,
+                                  config.param_init_type, config.compute_dtype))
+
+
+class AdapterDense(Adapter, AdaptedDense):
     r"""A Dense layer with an adapter behind its activation.
 
     $$
@@ -207,9 +221,6 @@ class AdapterDense(BottleneckDense):
         (3, 8)
     """
 
-    method: ClassVar[str] = "adapter"
-    delta_names = ("mindpet_delta_adapter",)
-
     def __init__(self, in_channels: int, out_channels: int, weight_init: Any = "normal", bias_init: Any = "zeros",
                  has_bias: bool = True, activation: Any = None, bottleneck_size: int = 64,
                  non_linearity: str = "gelu", param_init_type: mindspore.dtype = mindspore.float32,
@@ -239,10 +250,6 @@ class AdapterDense(BottleneckDense):
         return cls._on(dense, AdapterSettings(bottleneck_size=bottleneck_size, non_linearity=non_linearity,
                                               param_init_type=param_init_type, compute_dtype=compute_dtype))
 
-    def _add_delta(self, config: AdapterSettings) -> None:
-        self._attach(AdapterLayer(self.out_channels, config.bottleneck_size, config.non_linearity,
-                                  config.param_init_type, config.compute_dtype))
-
     def shard(self, strategy_matmul_org: tuple | None = None, strategy_bias_org: tuple | None = None,
               strategy_activation_org: tuple | None = None, strategy_matmul_down_sampler: tuple | None = None,
               strategy_bias_down_sampler: tuple | None = None, strategy_non_linearity: tuple | None = None,
@@ -255,15 +262,15 @@ class AdapterDense(BottleneckDense):
         Raises:
             TypeError, ValueError: as `AdapterLayer.shard`.
         """
-        self._shard(strategy_matmul_org, strategy_bias_org, strategy_activation_org,
-                    self.mindpet_delta_adapter._strategies(
-                        strategy_matmul_down_sampler, strategy_bias_down_sampler, strategy_non_linearity,
-                        strategy_matmul_up_sampler, strategy_bias_up_sampler, strategy_residual_add))
+        set_strategies([*self.strategies(strategy_matmul_org, strategy_bias_org, strategy_activation_org),
+                        *self.mindpet_delta_adapter._strategies(
+                            strategy_matmul_down_sampler, strategy_bias_down_sampler, strategy_non_linearity,
+                            strategy_matmul_up_sampler, strategy_bias_up_sampler, strategy_residual_add)])
         return self
 
 
 @dataclasses.dataclass(frozen=True)
-class AdapterConfig(DeltaConfig, AdapterSettings):
+class AdapterConfig(OutputConfig, AdapterSettings):
     """Settings of the adapter, checked when made; the fields are those of `AdapterDense` and `DeltaConfig`.
 
     Args:
@@ -287,23 +294,17 @@ class AdapterConfig(DeltaConfig, AdapterSettings):
     """
 
     pet_type: ClassVar[str] = "adapter"
+    layer: ClassVar[type[Adapted]] = Adapter
+    by_hand: ClassVar[Mapping[type[Host] | None, type[Adapted]]] = {DenseHost: AdapterDense}
+    title: ClassVar[str] = "an adapter"
 
     def __post_init__(self) -> None:
         DeltaConfig.__post_init__(self)
         AdapterSettings.__post_init__(self)
 
-    @classmethod
-    def refusal(cls, cell: nn.Cell) -> str | None:
-        """Return why `cell` cannot carry an adapter, or None."""
-        return dense_refusal(cell, "an adapter")
-
-    def adapt(self, cell: nn.Cell) -> AdapterDense:
-        """Return the adapter cell on the Parameter objects of `cell`."""
-        return AdapterDense._on(cell, self)
-
     def shapes(self, cell: nn.Cell) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the two maps' weights and biases."""
-        size, width = self.bottleneck_size, cell.out_channels
+        size, width = self.bottleneck_size, self.class_for(cell).outputs(cell)
         block = "mindpet_delta_adapter.mindpet_delta_adapter_block"
         down, up = (f"{block}.mindpet_delta_adapter_{which}_sampler" for which in ("down", "up"))
         return {f"{down}.weight": (size, width), f"{down}.bias": (size,),

@@ -1,4 +1,4 @@
-"""What the adapter and the low-rank adapter share: a residual bottleneck, and a Dense with one after it."""
+"""What the adapter and the low-rank adapter share: a residual bottleneck, and a layer with one after it."""
 from __future__ import annotations
 
 import dataclasses
@@ -11,10 +11,10 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import HeUniform
 
 from mindpet_lite.delta.activation import ACTIVATIONS, check_non_linearity
+from mindpet_lite.delta.adapted import Adapted
 from mindpet_lite.delta.base import Delta, check_float_type, overflow
-from mindpet_lite.delta.dense import AdaptedDense
 from mindpet_lite.delta.hosts import TypedCell
-from mindpet_lite.delta.parts import as_type, check_strategies, from_rows, prefix_of, set_strategies, to_rows
+from mindpet_lite.delta.parts import as_type, check_strategies, from_rows, prefix_of, to_rows
 from mindpet_lite.delta.values import setting_parameter
 
 # As A of LoRA starts: by the width of the input, so that no non-linearity starts where it is flat.
@@ -133,8 +133,8 @@ class BottleneckLayer(Steered):
                 ("strategy_residual_add", self.residual_add, residual)]
 
 
-class BottleneckDense(Steered, AdaptedDense):
-    """act(x Wᵀ + b) and a `BottleneckLayer` after it: base class of the Dense of both adapters.
+class Bottleneck(Steered, Adapted):
+    """A linear layer and a `BottleneckLayer` after it: base class of both adapters on a host.
 
     A subclass makes that layer in `_add_delta`, under the one name in its `delta_names`.
     """
@@ -156,19 +156,12 @@ class BottleneckDense(Steered, AdaptedDense):
         return getattr(self, self.delta_names[0])
 
     def construct(self, x: Tensor) -> Tensor:
-        """Apply the layer to `x` (*, in_channels); return (*, out_channels)."""
-        shape, output_type, dtype = x.shape, self._output_type(x), self._compute_type()
-        y = self.affine(to_rows(self._entered(x, dtype), shape), self.own_weight(dtype), dtype)
-        if self.activation_flag:
-            y = self.activation(y)
-        y = self.bottleneck.adapted(y, shape[:-1], dtype)
-        return as_type(from_rows(y, shape, self.out_channels), output_type)
-
-    def _shard(self, matmul: tuple | None, bias: tuple | None, activation: tuple | None,
-               inner: list[Strategy]) -> None:
-        set_strategies([("strategy_matmul_org", self.matmul, matmul),
-                        ("strategy_bias_org", self.bias_add if self.has_bias else None, bias),
-                        ("strategy_activation_org", self.activation, activation), *inner])
+        """Apply the layer to `x` (*, inputs); return (*, outputs)."""
+        output_type, dtype = self._output_type(x), self._compute_type()
+        y = self.plain_as(x, dtype)
+        shape = y.shape
+        y = self.bottleneck.adapted(to_rows(y, shape), shape[:-1], dtype)
+        return as_type(from_rows(y, shape, shape[-1]), output_type, dtype)
 
     def delta_parameters(self) -> dict[str, Parameter]:
         """Return what the layer after this one trains, by path below this one."""
@@ -179,5 +172,6 @@ class BottleneckDense(Steered, AdaptedDense):
         return self.bottleneck.settings()
 
     def extend_repr(self) -> str:
-        """Show the adapter's settings beside those of nn.Dense."""
-        return super().extend_repr() + "".join(f", {name}={value}" for name, value in self.settings().items())
+        """Show the adapter's settings beside those of the plain layer."""
+        own = [f"{name}={value}" for name, value in self.settings().items()]
+        return ", ".join(filter(None, [super().extend_repr(), *own]))

@@ -12,6 +12,7 @@ from mindspore import Parameter, nn
 
 from mindpet_lite.arguments import check_bool, did_you_mean
 from mindpet_lite.delta.base import Delta
+from mindpet_lite.delta.hosts import is_linear
 from mindpet_lite.delta.inherited_docs import inherit_args
 from mindpet_lite.delta.spelling import TASK_TYPES, Spelled
 from mindpet_lite.formats.peft_method import PeftMethod
@@ -252,8 +253,8 @@ class DeltaConfig(metaclass=Spelled):
 
     @classmethod
     def is_linear(cls, cell: nn.Cell) -> bool:
-        """Tell whether ``"all-linear"`` means this cell."""
-        return isinstance(cell, nn.Dense) and not isinstance(cell, Delta)
+        """Tell whether ``"all-linear"`` means this cell: a linear layer that is not adapted."""
+        return is_linear(cell)
 
 
 def end_expression(field: str, pattern: str) -> re.Pattern[str]:

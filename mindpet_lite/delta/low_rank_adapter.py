@@ -7,6 +7,7 @@ Karimi Mahabadi et al., 2021, https://arxiv.org/abs/2106.04647.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import mindspore
@@ -14,11 +15,12 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Initializer
 
 from mindpet_lite.arguments import check_bool, check_int
+from mindpet_lite.delta.adapted import Adapted
 from mindpet_lite.delta.base import Delta, check_float_type
-from mindpet_lite.delta.bottleneck import BottleneckDense, BottleneckLayer, BottleneckSettings, Strategy
+from mindpet_lite.delta.bottleneck import Bottleneck, BottleneckLayer, BottleneckSettings, Strategy
 from mindpet_lite.delta.delta_config import DeltaConfig
-from mindpet_lite.delta.dense import dense_refusal
-from mindpet_lite.delta.hosts import TypedCell
+from mindpet_lite.delta.dense import AdaptedDense, OutputConfig, dense_refusal
+from mindpet_lite.delta.hosts import DenseHost, Host, TypedCell
 from mindpet_lite.delta.parts import as_type, check_init, check_strategies, from_rows, initial, set_strategies, to_rows
 
 LEFT, RIGHT = "mindpet_delta_low_rank_adapter_weight_left", "mindpet_delta_low_rank_adapter_weight_right"
@@ -302,7 +304,19 @@ class LowRankAdapterLayer(BottleneckLayer):
                 *self.inner_strategies(non_linearity, up[-1], residual)]
 
 
-class LowRankAdapterDense(BottleneckDense):
+class LowRankAdapter(Bottleneck):
+    """A linear layer with a `LowRankAdapterLayer` behind its activation; see `LowRankAdapterDense`."""
+
+    method: ClassVar[str] = "low_rank_adapter"
+    delta_names = ("mindpet_delta_low_rank_adapter",)
+
+    def _add_delta(self, config: LowRankAdapterSettings) -> None:
+        self._attach(LowRankAdapterLayer(self.outputs(self), config.reduction_factor, config.low_rank_size,
+                                         config.low_rank_w_init, config.non_linearity, config.param_init_type,
+                                         config.compute_dtype))
+
+
+class LowRankAdapterDense(LowRankAdapter, AdaptedDense):
     r"""A Dense layer with a low-rank adapter behind its activation.
 
     $$
@@ -350,9 +364,6 @@ class LowRankAdapterDense(BottleneckDense):
         (3, 8)
     """
 
-    method: ClassVar[str] = "low_rank_adapter"
-    delta_names = ("mindpet_delta_low_rank_adapter",)
-
     def __init__(self, in_channels: int, out_channels: int, weight_init: Any = "normal", bias_init: Any = "zeros",
                  has_bias: bool = True, activation: Any = None, reduction_factor: int = 1, low_rank_size: int = 1,
                  low_rank_w_init: Any = "xavier_uniform", non_linearity: str = "gelu",
@@ -386,11 +397,6 @@ class LowRankAdapterDense(BottleneckDense):
             reduction_factor=reduction_factor, low_rank_size=low_rank_size, low_rank_w_init=low_rank_w_init,
             non_linearity=non_linearity, param_init_type=param_init_type, compute_dtype=compute_dtype))
 
-    def _add_delta(self, config: LowRankAdapterSettings) -> None:
-        self._attach(LowRankAdapterLayer(self.out_channels, config.reduction_factor, config.low_rank_size,
-                                         config.low_rank_w_init, config.non_linearity, config.param_init_type,
-                                         config.compute_dtype))
-
     def shard(self, strategy_matmul_org: tuple | None = None, strategy_bias_org: tuple | None = None,
               strategy_activation_org: tuple | None = None,
               strategy_matmul_down_sampler_weight: tuple | None = None,
@@ -406,17 +412,17 @@ class LowRankAdapterDense(BottleneckDense):
         Raises:
             TypeError, ValueError: as `LowRankAdapterLayer.shard`.
         """
-        self._shard(strategy_matmul_org, strategy_bias_org, strategy_activation_org,
-                    self.mindpet_delta_low_rank_adapter._strategies(
-                        (strategy_matmul_down_sampler_weight, strategy_matmul_down_sampler_input,
-                         strategy_bias_down_sampler), strategy_non_linearity,
-                        (strategy_matmul_up_sampler_weight, strategy_matmul_up_sampler_input,
-                         strategy_bias_up_sampler), strategy_residual_add))
+        set_strategies([*self.strategies(strategy_matmul_org, strategy_bias_org, strategy_activation_org),
+                        *self.mindpet_delta_low_rank_adapter._strategies(
+                            (strategy_matmul_down_sampler_weight, strategy_matmul_down_sampler_input,
+                             strategy_bias_down_sampler), strategy_non_linearity,
+                            (strategy_matmul_up_sampler_weight, strategy_matmul_up_sampler_input,
+                             strategy_bias_up_sampler), strategy_residual_add)])
         return self
 
 
 @dataclasses.dataclass(frozen=True)
-class LowRankAdapterConfig(DeltaConfig, LowRankAdapterSettings):
+class LowRankAdapterConfig(OutputConfig, LowRankAdapterSettings):
     """Settings of the low-rank adapter; the fields are those of `LowRankAdapterDense` and `DeltaConfig`.
 
     Args:
@@ -444,23 +450,17 @@ class LowRankAdapterConfig(DeltaConfig, LowRankAdapterSettings):
     """
 
     pet_type: ClassVar[str] = "low_rank_adapter"
+    layer: ClassVar[type[Adapted]] = LowRankAdapter
+    by_hand: ClassVar[Mapping[type[Host] | None, type[Adapted]]] = {DenseHost: LowRankAdapterDense}
+    title: ClassVar[str] = "a low-rank adapter"
 
     def __post_init__(self) -> None:
         DeltaConfig.__post_init__(self)
         LowRankAdapterSettings.__post_init__(self)
 
-    @classmethod
-    def refusal(cls, cell: nn.Cell) -> str | None:
-        """Return why `cell` cannot carry a low-rank adapter, or None."""
-        return dense_refusal(cell, "a low-rank adapter")
-
-    def adapt(self, cell: nn.Cell) -> LowRankAdapterDense:
-        """Return the adapter cell on the Parameter objects of `cell`."""
-        return LowRankAdapterDense._on(cell, self)
-
     def shapes(self, cell: nn.Cell) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the two maps' factors and biases."""
-        width, rank = cell.out_channels, self.low_rank_size
+        width, rank = self.class_for(cell).outputs(cell), self.low_rank_size
         size = width // self.reduction_factor
         found: dict[str, tuple[int, ...]] = {}
         for which, inputs, outputs in (("down", width, size), ("up", size, width)):

@@ -9,16 +9,48 @@ import mindspore
 from mindspore import Parameter, nn
 
 from mindpet_lite.arguments import did_you_mean
-from mindpet_lite.delta.adapted import Method, adapted_class
+from mindpet_lite.delta.adapted import Adapted, Method, adapted_class
 from mindpet_lite.delta.base import Delta, check_float_type
 from mindpet_lite.delta.delta_config import DeltaConfig, end_expression
-from mindpet_lite.delta.hosts import HOSTS, Host, host_of, host_refusal, is_linear
+from mindpet_lite.delta.hosts import HOSTS, Host, host_of, host_refusal
 from mindpet_lite.formats.peft_method import PeftMethod
 from mindpet_lite.names.default_targets import Family
 
 
+class HostedConfig(DeltaConfig):
+    """Which layers a method that is written on hosts adapts.
+
+    Class attributes:
+        layer: the class of its layers, put before a host.
+        title: its name in sentences.
+        fits: the kinds of hosts that it goes with.
+        by_hand: its layers that can be built by hand too, by the kind of host; the others are made of `layer`.
+    """
+
+    layer: ClassVar[type[Adapted]]
+    title: ClassVar[str]
+    fits: ClassVar[tuple[type[Host], ...]] = HOSTS
+    by_hand: ClassVar[Mapping[type[Host] | None, type[Adapted]]] = {}
+
+    @classmethod
+    def refusal(cls, cell: nn.Cell) -> str | None:
+        """Return why `cell` cannot be adapted, or None if it can."""
+        return host_refusal(cell, cls.title, cls.fits)
+
+    @classmethod
+    def class_for(cls, cell: nn.Cell) -> Any:
+        """Return the class of the adapted layer for a plain one."""
+        host = host_of(cell)
+        return cls.by_hand.get(host) or adapted_class(cls.layer, host)
+
+    def adapt(self, cell: nn.Cell) -> Delta:
+        """Return the adapted layer on the Parameter objects of `cell`, which stays as it is."""
+        layer: Delta = self.class_for(cell)._on(cell, self)
+        return layer
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MethodConfig(DeltaConfig):
+class MethodConfig(HostedConfig):
     """Settings that every method on hosts has; its own have PEFT's names, and stand in `peft.fields`.
 
     Args:
@@ -30,10 +62,7 @@ class MethodConfig(DeltaConfig):
         TypeError: a type is not float16, bfloat16 or float32; a pattern is no mapping.
     """
 
-    # The class of its layers, its name in sentences, and the kinds of hosts that it goes with.
     layer: ClassVar[type[Method]]
-    title: ClassVar[str]
-    fits: ClassVar[tuple[type[Host], ...]] = HOSTS
     peft: ClassVar[PeftMethod]
 
     param_init_type: mindspore.dtype = mindspore.float32
@@ -95,31 +124,11 @@ class MethodConfig(DeltaConfig):
         """Return the layers that PEFT adapts in a family of models, for a method that adapts linear layers."""
         return {"target_modules": family.targets} if any(host.is_linear for host in cls.fits) else {}
 
-    @classmethod
-    def refusal(cls, cell: nn.Cell) -> str | None:
-        """Return why `cell` cannot be adapted, or None if it can."""
-        return host_refusal(cell, cls.title, cls.fits)
-
-    @classmethod
-    def class_for(cls, cell: nn.Cell) -> Any:
-        """Return the class of the adapted layer for a plain one."""
-        return adapted_class(cls.layer, host_of(cell))
-
     def holding(self, shared: Mapping[str, Parameter]) -> MethodConfig:
         """Return the settings with what the layers share, for `adapt`."""
         return dataclasses.replace(self, _shared=shared)
-
-    def adapt(self, cell: nn.Cell) -> Delta:
-        """Return the adapted layer on the Parameter objects of `cell`, which stays as it is."""
-        layer: Delta = self.class_for(cell)._on(cell, self)
-        return layer
 
     def shapes(self, cell: nn.Cell) -> dict[str, tuple[int, ...]]:
         """Return the shapes of what these settings train on `cell`."""
         found: dict[str, tuple[int, ...]] = self.class_for(cell).shapes(cell, self)
         return found
-
-    @classmethod
-    def is_linear(cls, cell: nn.Cell) -> bool:
-        """Tell whether ``"all-linear"`` means this cell: a linear layer that is not adapted."""
-        return is_linear(cell)

@@ -20,14 +20,16 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from mindpet_lite.arguments import check_bool, check_int, check_probability, warn_user
+from mindpet_lite.delta.adapted import Adapted
 from mindpet_lite.delta.base import check_float_type
 from mindpet_lite.delta.delta_config import DeltaConfig
-from mindpet_lite.delta.dense import dense_refusal
+from mindpet_lite.delta.dense import AdaptedDense, OutputConfig
 from mindpet_lite.delta.dropout import delta_dropout
+from mindpet_lite.delta.hosts import DenseHost, Host
 from mindpet_lite.delta.parts import initial, prefix_of
 from mindpet_lite.delta.prefix_dense import (
     PrefixDelta,
-    PrefixedDense,
+    Prefixed,
     attention_refusal,
     check_targets,
     folded_parameter,
@@ -64,7 +66,7 @@ class PrefixSettings:
 
 
 class Prefixes(PrefixDelta):
-    """The half that PrefixLayer and PrefixDense share: settings, embedding, MLP and dropout."""
+    """The half that PrefixLayer and Prefix share: settings, embedding, MLP and dropout."""
 
     method: ClassVar[str] = "prefixtuning"
 
@@ -258,7 +260,31 @@ class PrefixLayer(Prefixes, nn.Cell):
 _ROWS = "mindpet_delta_prefixtuning_prefix"
 
 
-class PrefixDense(Prefixes, PrefixedDense):
+class Prefix(Prefixes, Prefixed):
+    """A key or value layer with a prefix before the sequence from the start of training on; see `PrefixDense`."""
+
+    def _add_delta(self, config: PrefixSettings) -> None:
+        self._add_prefixes(config, self.outputs(self), (_ROWS,))
+        place_names(self, prefix_of(self.weight.name))
+
+    def prefix_rows(self) -> Tensor:
+        """Return P (prefix_token_num, outputs), with dropout in training."""
+        rows = self._evaluate()
+        if self.has_dropout:
+            rows = self.dropout(rows)
+        return rows
+
+    def _evaluate(self) -> Tensor:
+        if self.prefix_projection:
+            table = self.mindpet_delta_prefixtuning_wte.embedding_table
+            return self.mindpet_delta_prefixtuning_control_trans(table)
+        return self.mindpet_delta_prefixtuning_prefix
+
+    def _drop_projection(self) -> None:
+        self._replace_projection({_ROWS: self._evaluate()})
+
+
+class PrefixDense(Prefix, AdaptedDense):
     r"""The key or value layer of an attention, with a prefix before the rows of the sequence.
 
     $$
@@ -320,29 +346,9 @@ class PrefixDense(Prefixes, PrefixedDense):
         super().__init__(in_channels, out_channels, **dense_kwargs)
         self._add_delta(settings)
 
-    def _add_delta(self, config: PrefixSettings) -> None:
-        self._add_prefixes(config, self.out_channels, (_ROWS,))
-        place_names(self, prefix_of(self.weight.name))
-
-    def prefix_rows(self) -> Tensor:
-        """Return P (prefix_token_num, out_channels), with dropout in training."""
-        rows = self._evaluate()
-        if self.has_dropout:
-            rows = self.dropout(rows)
-        return rows
-
-    def _evaluate(self) -> Tensor:
-        if self.prefix_projection:
-            table = self.mindpet_delta_prefixtuning_wte.embedding_table
-            return self.mindpet_delta_prefixtuning_control_trans(table)
-        return self.mindpet_delta_prefixtuning_prefix
-
-    def _drop_projection(self) -> None:
-        self._replace_projection({_ROWS: self._evaluate()})
-
 
 @dataclasses.dataclass(frozen=True)
-class PrefixTuningConfig(DeltaConfig, PrefixSettings):
+class PrefixTuningConfig(OutputConfig, PrefixSettings):
     """Settings of Prefix-Tuning, checked when made; the fields are those of `PrefixDense` and `DeltaConfig`.
 
     `target_modules` names the key and the value layers of attentions, such as ``["to_k", "to_v"]``.
@@ -372,6 +378,9 @@ class PrefixTuningConfig(DeltaConfig, PrefixSettings):
     """
 
     pet_type: ClassVar[str] = "prefixtuning"
+    layer: ClassVar[type[Adapted]] = Prefix
+    by_hand: ClassVar[Mapping[type[Host] | None, type[Adapted]]] = {DenseHost: PrefixDense}
+    title: ClassVar[str] = "Prefix-Tuning"
     other_names: ClassVar[tuple[str, ...]] = ("prefix",)
     peft: ClassVar[PeftMethod | None] = PREFIX_FILE
 
@@ -381,22 +390,13 @@ class PrefixTuningConfig(DeltaConfig, PrefixSettings):
         check_targets(self.target_modules)
 
     @classmethod
-    def refusal(cls, cell: nn.Cell) -> str | None:
-        """Return why `cell` cannot carry a prefix, or None."""
-        return dense_refusal(cell, "Prefix-Tuning")
-
-    @classmethod
     def refusal_in(cls, path: str, cells: Mapping[str, nn.Cell]) -> str | None:
         """Return why the attention around the layer cannot take rows before its keys, or None."""
         return attention_refusal(path, cells)
 
-    def adapt(self, cell: nn.Cell) -> PrefixDense:
-        """Return the cell with a prefix on the Parameter objects of `cell`."""
-        return PrefixDense._on(cell, self)
-
     def shapes(self, cell: nn.Cell) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the embedding and the MLP, or of the rows alone."""
-        rows, width = self.prefix_token_num, cell.out_channels
+        rows, width = self.prefix_token_num, self.class_for(cell).outputs(cell)
         if not self.prefix_projection:
             return {_ROWS: (rows, width)}
         return {TABLE: (rows, self.embed_dim),

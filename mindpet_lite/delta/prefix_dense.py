@@ -1,4 +1,4 @@
-"""What Prefix-Tuning and P-Tuning v2 share: rows put before a sequence, the mask for them, a Dense that adds them."""
+"""What Prefix-Tuning and P-Tuning v2 share: rows put before a sequence, the mask for them, a layer that adds them."""
 from __future__ import annotations
 
 import ast
@@ -10,8 +10,8 @@ from typing import Any
 import mindspore
 from mindspore import Parameter, Tensor, nn, ops
 
+from mindpet_lite.delta.adapted import Adapted
 from mindpet_lite.delta.base import Delta
-from mindpet_lite.delta.dense import AdaptedDense
 from mindpet_lite.delta.parts import as_type
 from mindpet_lite.delta.source import names_in, tree_of
 
@@ -112,8 +112,8 @@ class PrefixDelta(Delta):
         raise NotImplementedError
 
 
-class PrefixedDense(PrefixDelta, AdaptedDense):
-    """A Dense whose output has prefix rows before the rows of the sequence: base of the Dense of both methods.
+class Prefixed(PrefixDelta, Adapted):
+    """A linear layer whose output has prefix rows before the rows of the sequence: base of both methods on a host.
 
     $$
     y = concat([P, act(x W^T + b)])
@@ -121,11 +121,11 @@ class PrefixedDense(PrefixDelta, AdaptedDense):
     """
 
     def prefix_rows(self) -> Tensor:
-        """Return P (n, out_channels), with dropout in training."""
+        """Return P (n, outputs), with dropout in training."""
         raise NotImplementedError
 
     def construct(self, x: Tensor) -> Tensor:
-        """Apply the layer to `x` (*, seq, in_channels); return (*, n + seq, out_channels)."""
+        """Apply the layer to `x` (*, seq, inputs); return (*, n + seq, outputs)."""
         return prepend_prefix(self.prefix_rows(), self.plain(x))
 
 

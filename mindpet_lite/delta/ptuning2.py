@@ -17,14 +17,16 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindpet_lite.arguments import check_bool, check_int, check_probability
+from mindpet_lite.delta.adapted import Adapted
 from mindpet_lite.delta.base import check_float_type
 from mindpet_lite.delta.delta_config import DeltaConfig
-from mindpet_lite.delta.dense import dense_refusal
+from mindpet_lite.delta.dense import AdaptedDense, OutputConfig
 from mindpet_lite.delta.dropout import delta_dropout
+from mindpet_lite.delta.hosts import DenseHost, Host
 from mindpet_lite.delta.parts import check_init, initial, prefix_of
 from mindpet_lite.delta.prefix_dense import (
     PrefixDelta,
-    PrefixedDense,
+    Prefixed,
     attention_refusal,
     check_targets,
     place_names,
@@ -114,7 +116,7 @@ class PrefixEmbedding(nn.Cell):
 
 
 class Prompts(PrefixDelta):
-    """The half that PrefixEncoder and Ptuning2Dense share: settings, embedding, MLP and dropout."""
+    """The half that PrefixEncoder and Ptuning2 share: settings, embedding, MLP and dropout."""
 
     method: ClassVar[str] = "ptuning2"
 
@@ -307,7 +309,24 @@ def _parallel(config: Any) -> tuple[int, int, bool]:
     return config.data_parallel, config.model_parallel, config.vocab_emb_dp
 
 
-class Ptuning2Dense(Prompts, PrefixedDense):
+class Ptuning2(Prompts, Prefixed):
+    """A key or value layer with a prefix before the sequence from the start of training on; see `Ptuning2Dense`."""
+
+    def _add_delta(self, config: Ptuning2Settings) -> None:
+        width = self.outputs(self)
+        self._add_prompts(config, width, PrefixEmbedding(config.pre_seq_len, width,
+                                                         param_init_type=config.param_init_type))
+        place_names(self, prefix_of(self.weight.name))
+
+    def prefix_rows(self) -> Tensor:
+        """Return P (pre_seq_len, outputs), with dropout in training."""
+        rows = self._project(self.mindpet_delta_ptuning2_embedding.embedding_table)
+        if self.has_dropout:
+            rows = self.dropout(rows)
+        return rows
+
+
+class Ptuning2Dense(Ptuning2, AdaptedDense):
     r"""The key or value layer of an attention, with a trained prefix before the rows of the sequence.
 
     $$
@@ -367,21 +386,9 @@ class Ptuning2Dense(Prompts, PrefixedDense):
         super().__init__(in_channels, out_channels, **dense_kwargs)
         self._add_delta(settings)
 
-    def _add_delta(self, config: Ptuning2Settings) -> None:
-        self._add_prompts(config, self.out_channels, PrefixEmbedding(
-            config.pre_seq_len, self.out_channels, param_init_type=config.param_init_type))
-        place_names(self, prefix_of(self.weight.name))
-
-    def prefix_rows(self) -> Tensor:
-        """Return P (pre_seq_len, out_channels), with dropout in training."""
-        rows = self._project(self.mindpet_delta_ptuning2_embedding.embedding_table)
-        if self.has_dropout:
-            rows = self.dropout(rows)
-        return rows
-
 
 @dataclasses.dataclass(frozen=True)
-class Ptuning2Config(DeltaConfig, Ptuning2Settings):
+class Ptuning2Config(OutputConfig, Ptuning2Settings):
     """Settings of P-Tuning v2, checked when made; the fields are those of `Ptuning2Dense` and `DeltaConfig`.
 
     `target_modules` names the key and the value layers of attentions, such as ``["to_k", "to_v"]``.
@@ -409,6 +416,9 @@ class Ptuning2Config(DeltaConfig, Ptuning2Settings):
     """
 
     pet_type: ClassVar[str] = "ptuning2"
+    layer: ClassVar[type[Adapted]] = Ptuning2
+    by_hand: ClassVar[Mapping[type[Host] | None, type[Adapted]]] = {DenseHost: Ptuning2Dense}
+    title: ClassVar[str] = "P-Tuning v2"
 
     def __post_init__(self) -> None:
         DeltaConfig.__post_init__(self)
@@ -416,22 +426,13 @@ class Ptuning2Config(DeltaConfig, Ptuning2Settings):
         check_targets(self.target_modules)
 
     @classmethod
-    def refusal(cls, cell: nn.Cell) -> str | None:
-        """Return why `cell` cannot carry a prefix, or None."""
-        return dense_refusal(cell, "P-Tuning v2")
-
-    @classmethod
     def refusal_in(cls, path: str, cells: Mapping[str, nn.Cell]) -> str | None:
         """Return why the attention around the layer cannot take rows before its keys, or None."""
         return attention_refusal(path, cells)
 
-    def adapt(self, cell: nn.Cell) -> Ptuning2Dense:
-        """Return the cell with a prefix on the Parameter objects of `cell`."""
-        return Ptuning2Dense._on(cell, self)
-
     def shapes(self, cell: nn.Cell) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the embedding and, with a projection, of the MLP."""
-        width, size = cell.out_channels, self.projection_dim
+        width, size = self.class_for(cell).outputs(cell), self.projection_dim
         return {f"{_EMBEDDING}.embedding_table": (self.pre_seq_len, width),
                 **({f"{_DENSE_IN}.weight": (size, width), f"{_DENSE_IN}.bias": (size,),
                     f"{_DENSE_OUT}.weight": (width, size), f"{_DENSE_OUT}.bias": (width,)}

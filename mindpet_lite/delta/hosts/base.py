@@ -200,6 +200,11 @@ class Host(TypedCell):
         return 1
 
     @classmethod
+    def leaves_bias(cls, layer: nn.Cell) -> bool:
+        """Tell whether a plain layer leaves its bias to be added to its output from outside."""
+        return False
+
+    @classmethod
     def across(cls, size: int) -> tuple[int, ...]:
         """Return the shape in which one number for each input or output multiplies `h` or `y`."""
         return (1, size, *[1] * cls.dims) if cls.dims else (size,)
@@ -212,7 +217,11 @@ class Host(TypedCell):
 
     def plain(self, x: Tensor) -> Tensor:
         """Return what the plain layer makes of `x`."""
-        output_type, dtype = self._output_type(x), self._compute_type()
+        return self.plain_as(x, self._output_type(x))
+
+    def plain_as(self, x: Tensor, output_type: mindspore.dtype) -> Tensor:
+        """Return the same in this type."""
+        dtype = self._compute_type()
         h = self.arranged(self._entered(x, dtype))
         return self.finish(self.affine(h, self.own_weight(dtype), dtype), x.shape, output_type, dtype)
 

@@ -172,6 +172,11 @@ class FormersParallelLinear(_Called, TurnedHost):
         elif context.get_auto_parallel_context("parallel_mode") == "semi_auto_parallel":
             layer.matmul.shard(split_of(source))
 
+    @classmethod
+    def leaves_bias(cls, layer: nn.Cell) -> bool:
+        """Tell whether `skip_bias_add` leaves a bias to the caller."""
+        return bool(layer.skip_bias_add) and layer.bias is not None
+
     def adds_bias(self) -> bool:
         """Tell whether the layer adds its bias itself."""
         return bool(self.has_bias)
@@ -196,6 +201,11 @@ class FormersPynativeLinear(_Called, TurnedHost):
         super()._take_parts(layer, source)
         layer.host_type = source.host_type if isinstance(source, FormersHost) else source.compute_dtype
         layer.has_bias = layer.has_bias and not source.skip_add_bias
+
+    @classmethod
+    def leaves_bias(cls, layer: nn.Cell) -> bool:
+        """Tell whether `skip_add_bias` leaves a bias to a hook."""
+        return bool(layer.skip_add_bias) and layer.bias is not None
 
     def entrance(self, input_: Tensor, weight: Tensor | None = None) -> Tensor:
         """Return the output."""

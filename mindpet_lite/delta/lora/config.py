@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from mindspore import nn
 
 from mindpet_lite.arguments import check_alpha, check_bool, check_int, did_you_mean
-from mindpet_lite.delta.adapted import adapted_class
+from mindpet_lite.delta.adapted import Adapted, adapted_class
 from mindpet_lite.delta.base import Delta
 from mindpet_lite.delta.delta_config import DeltaConfig, end_expression, names_of
-from mindpet_lite.delta.hosts import HOSTS, SPLIT_HOSTS, Host, host_of, host_refusal, is_linear
+from mindpet_lite.delta.hosts import HOSTS, SPLIT_HOSTS, Host, host_of
 from mindpet_lite.delta.hosts.rows import TurnedHost
 from mindpet_lite.delta.lora.bank import LoRABank
 from mindpet_lite.delta.lora.conv import (
@@ -30,13 +30,14 @@ from mindpet_lite.delta.lora.parameter import LoRAParameter
 from mindpet_lite.delta.lora.settings import LoraSettings
 from mindpet_lite.delta.lora.sharded import LoRAFormersLinear, LoRAFormersParallelLinear
 from mindpet_lite.delta.lora.start import DATA_STARTS
-from mindpet_lite.delta.tokens import RowsOf, TokenTable, are_tokens, rows_shape, table_for, token_table
+from mindpet_lite.delta.method_config import HostedConfig
+from mindpet_lite.delta.tokens import RowsOf, are_tokens, rows_shape, table_for, token_table
 from mindpet_lite.formats.replication import range_problem
 from mindpet_lite.formats.starts import takes_from_base
 from mindpet_lite.names.default_targets import Family
 
 # The layers that are built by hand too, by the kind of host.
-LAYERS: dict[type[Host] | None, type[LowRank]] = {
+_BY_HAND: dict[type[Host] | None, type[Adapted]] = {
     layer.__bases__[-1]: layer
     for layer in (LoRADense, LoRALinear, LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRAMintConv1d,
                   LoRAMintConv2d, LoRAMintConv3d, LoRAMintEmbedding, LoRAFormersLinear, LoRAFormersParallelLinear)}
@@ -46,7 +47,7 @@ _ROWS = RowsOf("lora", "mindpet_delta_lora_tokens", "trainable_token_indices")
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig(DeltaConfig, LoraSettings):
+class LoraConfig(HostedConfig, LoraSettings):
     """Settings of LoRA, checked when made; the fields are those of `LoRADense` and `DeltaConfig`.
 
     They hold for every kind of layer that the targets name: nn.Dense, nn.Conv1d to nn.Conv3d and nn.Embedding, and
@@ -116,6 +117,10 @@ class LoraConfig(DeltaConfig, LoraSettings):
     """
 
     pet_type: ClassVar[str] = "lora"
+    layer: ClassVar[type[Adapted]] = LowRank
+    title: ClassVar[str] = "LoRA"
+    fits: ClassVar[tuple[type[Host], ...]] = HOSTS + SPLIT_HOSTS
+    by_hand: ClassVar[Mapping[type[Host] | None, type[Adapted]]] = _BY_HAND
     holds_several: ClassVar[bool] = True
     of_one_layer: ClassVar[tuple[str, ...]] = ("token_indices", "target_parameter")
 
@@ -252,38 +257,27 @@ class LoraConfig(DeltaConfig, LoraSettings):
         return {"target_modules": family.targets}
 
     @classmethod
-    def refusal(cls, cell: nn.Cell) -> str | None:
-        """Return why `cell` cannot carry LoRA, or None."""
-        return host_refusal(cell, "LoRA", HOSTS + SPLIT_HOSTS)
-
-    @classmethod
     def split_axes(cls, cell: nn.Cell) -> Mapping[str, int]:
         """Return which axis of A or B is split, where each process has a part of `cell`."""
         host = host_of(cell)
-        return {} if host is None or not host.is_split else cls._kind_for(cell).axes_of_parts()
+        return {} if host is None or not host.is_split else cls.class_for(cell).axes_of_parts()
 
-    def adapt(self, cell: nn.Cell) -> LowRank | TokenTable | LoRAParameter:
+    def adapt(self, cell: nn.Cell) -> Delta:
         """Return the LoRA cell on the Parameter objects of `cell`."""
         if self._target_parameter is not None and host_of(cell) is None:
             return LoRAParameter.on(cell, self, self._target_parameter)
         if self._token_indices is not None:
             return table_for(cell).on_rows(cell, self._token_indices, _ROWS)
-        return self._kind_for(cell)._on(cell, self)
+        return super().adapt(cell)
 
     def shapes(self, cell: nn.Cell) -> dict[str, tuple[int, ...]]:
         """Return the shapes of what these settings train on `cell`."""
         if self._target_parameter is not None and host_of(cell) is None:
             return LoRAParameter.shapes(cell, self, self._target_parameter)
         if self._token_indices is None:
-            return self._kind_for(cell).delta_shapes(cell, self)
+            found: dict[str, tuple[int, ...]] = self.class_for(cell).delta_shapes(cell, self)
+            return found
         return {_ROWS.parameter: rows_shape(cell, self._token_indices)}
-
-    @staticmethod
-    def _kind_for(cell: nn.Cell) -> type[LowRank]:
-        host = host_of(cell)
-        if host is None:
-            raise TypeError(f"LoRA does not adapt a {type(cell).__name__}.")
-        return LAYERS.get(host) or adapted_class(LowRank, host)
 
     def adds_up(self) -> bool:
         """Tell whether adapters with these settings add up with others: no DoRA, no base parameters of their own."""
@@ -300,11 +294,6 @@ class LoraConfig(DeltaConfig, LoraSettings):
             raise ValueError("each process has a part of this layer, which holds one adapter alone.")
         kind = adapted_class(LoRABank, host)
         return kind.of(layer, name) if isinstance(layer, Delta) else kind.empty(layer)
-
-    @classmethod
-    def is_linear(cls, cell: nn.Cell) -> bool:
-        """Tell whether ``"all-linear"`` means this cell: a linear layer that is not adapted."""
-        return is_linear(cell)
 
 
 def _ends(path: str, name: str) -> bool:

@@ -74,6 +74,12 @@ def split(x, size, dim=0):
     return ops.split(x, size, dim)
 
 
+def unbind(x, dim=0):
+    """In slices, because the gradient has no kernel."""
+    dim = dim % x.ndim
+    return tuple(x[(slice(None),) * dim + (place,)] for place in range(x.shape[dim]))
+
+
 def repeat_interleave(x, repeats, dim=None, output_size=None):
     if dim is None:
         x, dim = x.reshape(-1), 0
@@ -141,6 +147,17 @@ def interpolate(input, size=None, scale_factor=None, mode="nearest", align_corne
     return ops.ResizeNearestNeighbor(tuple(size))(input)
 
 
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False,
+              backend=None):
+    """Without masks, as Flux calls it; in the type of the query, where mindone's own rounds to float16."""
+    scores = ops.matmul(query, key.swapaxes(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    return ops.matmul(ops.softmax(scores, -1), value)
+
+
+def clone(x):
+    return x.copy()
+
+
 def rms_norm(x, gamma, epsilon=1e-6):
     y = x * ops.rsqrt((x * x).mean(-1, keep_dims=True) + epsilon)
     return y * gamma, y
@@ -165,7 +182,7 @@ def _call_dropout(self, x):
 def install() -> None:
     """Put the stand-ins in the places of mint's operators."""
     for function in (arange, stack, outer, cumsum, addmm, baddbmm, tril, triu, argmax, index_select, norm, rand, randn,
-                     chunk, split, repeat_interleave, einsum):
+                     chunk, split, unbind, repeat_interleave, einsum):
         setattr(mint, function.__name__, function)
     for function in (gelu, layer_norm, group_norm, conv2d, embedding, pad, dropout, interpolate):
         setattr(functional, function.__name__, function)
@@ -176,11 +193,12 @@ def install() -> None:
     mint.nn.LayerNorm.construct, mint.nn.Embedding.construct = _call_layer_norm, _call_embedding
     mint.nn.GELU.construct, mint.nn.Dropout.construct = _call_gelu, _call_dropout
     ops.rms_norm = rms_norm
-    ms.Tensor.repeat_interleave = repeat_interleave
+    ms.Tensor.repeat_interleave, ms.Tensor.clone = repeat_interleave, clone
 
 
 def mend_mindone() -> None:
-    """Let mindone 0.5's initialisers pass over what MindSpore's `Parameter.data` is no longer."""
+    """Let mindone 0.5's initialisers pass over what MindSpore's `Parameter.data` is not; replace its attention."""
+    importlib.import_module("mindone.diffusers.models.attention_dispatch").scaled_dot_product_attention = attention
     utils = importlib.import_module("mindone.models.utils")
     for name in [name for name in vars(utils) if name.endswith("_") and not name.startswith("_")]:
         setattr(utils, name, _forgiving(getattr(utils, name)))

@@ -31,7 +31,7 @@ docs: $(VENV)/docs/installed
 integrations: $(VENV)/mindformers/installed $(VENV)/mindone/installed
 	OMP_NUM_THREADS=1 $(VENV)/mindformers/bin/python -m pytest -m integrations tests/integrations/test_mindformers.py
 	OMP_NUM_THREADS=1 $(VENV)/mindone/bin/python -m pytest -m integrations tests/integrations/test_mindone.py \
-		tests/integrations/test_mindcv.py
+		tests/integrations/test_mindone_torch.py tests/integrations/test_mindcv.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -85,11 +85,12 @@ $(VENV)/mindformers/installed: setup.py
 		mindpet==1.0.4
 	touch $@
 
+# PyTorch's models read and write what mindone's do; diffusers 0.39.0 is the newest beside the transformers that mindone asks for.
 $(VENV)/mindone/installed: setup.py
 	test -x $(VENV)/mindone/bin/python || $(PYTHON) -m venv $(VENV)/mindone
 	$(VENV)/mindone/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' \
 		transformers==4.57.1 huggingface-hub omegaconf sentencepiece trampoline regex requests \
-		'opencv-python-headless<4.12' mindcv==0.3.0
+		'opencv-python-headless<4.12' mindcv==0.3.0 torch==2.13.0 peft==0.21.2 diffusers==0.39.0
 	$(VENV)/mindone/bin/python -m pip install --quiet --disable-pip-version-check --no-deps mindone==0.5.0
 	touch $@
 

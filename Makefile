@@ -85,7 +85,7 @@ $(VENV)/mindformers/installed: setup.py
 		mindpet==1.0.4
 	touch $@
 
-# PyTorch's models read and write what mindone's do; diffusers 0.39.0 is the newest beside the transformers that mindone asks for.
+# torch, PEFT and diffusers read and write files of the same models; newer diffusers want a newer transformers than mindone.
 $(VENV)/mindone/installed: setup.py
 	test -x $(VENV)/mindone/bin/python || $(PYTHON) -m venv $(VENV)/mindone
 	$(VENV)/mindone/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' \

@@ -85,7 +85,7 @@ $(VENV)/mindformers/installed: setup.py
 		mindpet==1.0.4
 	touch $@
 
-# torch, PEFT and diffusers read and write files of the same models; newer diffusers want a newer transformers than mindone.
+# torch, PEFT and diffusers read and write files of the same models. Newer diffusers want a newer huggingface-hub than transformers 4.57.
 $(VENV)/mindone/installed: setup.py
 	test -x $(VENV)/mindone/bin/python || $(PYTHON) -m venv $(VENV)/mindone
 	$(VENV)/mindone/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' \

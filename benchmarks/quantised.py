@@ -8,8 +8,8 @@ Memory: layers of 2048 x 2048, one after the other, forward and gradient in grap
 of its own; the peak of the process (VmHWM) over what it had before the net was built, which happens layer by layer.
 "whole" is that peak. In it are MindSpore's compiler and graph, about 2 MB a layer, which have nothing to do with
 weights: "weights" is it less the peak of the same net 64 wide. In "weights" there still is the one weight that is
-whole at a time (17 MB of float32, for nf4 with what it is made of 50): "each layer" is what 24 layers take more than 8,
-over 16, again less that of nets 64 wide.
+whole at a time, with what it is made of (21 MB for int8, 54 for q8_0, 60 for nf4): "each layer" is what 24 layers take
+more than 8, over 16, again less that of nets 64 wide. One run of nf4's differs from the next by up to 17 MB.
 
 Time: the training step of a stack of transformer blocks (`models.py`) with LoRA on its attention and every linear layer
 quantised, in turns with the same net in float32; medians, two processors.

@@ -5,7 +5,7 @@
     python train.py --method lora --lora-rank 8 --targets 'query|value' --lang zh --out out/zh
     python train.py --method adapter --set bottleneck_size=32 --lr 1e-3 --epochs 2 --out out/adapter
     python train.py --data my.tsv --labels bad,good,neither --train-count 800 --test-count 200 --out out/mine
-    msrun --worker_num=2 --local_worker_num=2 --join=True train.py --parallel data --batch 8 --out out/two
+    msrun --worker_num=2 --local_worker_num=2 --join=True train.py --parallel data --batch 4 --out out/two
     python predict.py "A film that never ends." --run out/train           # afterwards
 
 --data is a file with a sentence a line: label, tab, sentence. A run leaves in --out: adapter/ (PEFT's layout, with the

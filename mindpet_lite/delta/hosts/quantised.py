@@ -5,9 +5,8 @@ make it wait for the product's input (`ops.depend`), else a runtime makes those 
 makes it again (a `bprop` of its own), else it is kept from the forward; and no operator has inputs of two shapes, for
 which CPU's kernels keep 16 bytes for each number (the `Tile` primitive gives equal shapes).
 
-W is not made in parts of its rows, one after the other. That takes less for W, but each layer has more operators, and
-MindSpore keeps memory for each of them. With W in four parts the peak of 24 layers of 2048 x 2048, forward and gradient
-in graph mode on CPU, was 270 MB for int8 and 309 MB for nf4; with W whole it is 201 to 205 MB and 200 to 217 MB.
+W is not made in parts of its rows: that takes less for W, but MindSpore keeps more for the further operators of each
+layer (benchmarks/NOTES.md).
 """
 from __future__ import annotations
 

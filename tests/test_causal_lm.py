@@ -66,9 +66,10 @@ def test_gradients_are_those_of_the_reference(graph_mode):
                                                                               abs=1e-4), name
 
 
-def test_answers_on_the_cache_are_those_of_the_whole_text(mode):
+@pytest.mark.parametrize("kind", OTHER)
+def test_answers_on_the_cache_are_those_of_the_whole_text(mode, kind):
     """Prompts of several lengths beside each other, in a bucket and past it; one text has ended before the others."""
-    net, weights = net_of(OTHER["untied"])
+    net, weights = net_of(OTHER[kind])
     rng = np.random.default_rng(3)
     prompts = [list(rng.integers(0, 258, length)) for length in (3, 7, 35)[:3 if mode == "graph" else 2]]
     generator = generation.Generator(net, 2, 48)
@@ -76,7 +77,7 @@ def test_answers_on_the_cache_are_those_of_the_whole_text(mode):
     for prompt, answer in zip(prompts, found):
         text = list(prompt)
         for _ in range(6):
-            text.append(int(reference.logits(np.array(text), weights, OTHER["untied"])[-1].argmax()))
+            text.append(int(reference.logits(np.array(text), weights, OTHER[kind])[-1].argmax()))
         assert answer == text[len(prompt):]
     stop = found[0][2]
     ended = generator(prompts[:2], 6, frozenset([stop]))

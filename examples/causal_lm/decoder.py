@@ -189,13 +189,13 @@ class Decoder(nn.Cell):
             self.lm_head = dense(sizes.hidden_size, sizes.vocab_size, False)
         self.matmul = ops.MatMul(transpose_b=True)
 
-    def head(self, rows: Tensor) -> Tensor:
-        """Logits of rows of the last norm."""
-        return self.matmul(rows, self.model.embed_tokens.embedding_table) if self.tied else self.lm_head(rows)
+    def head(self, rows: Tensor, table: Tensor) -> Tensor:
+        """Logits of rows of the last norm; `table` is the embedding's, which is the head where the two are tied."""
+        return self.matmul(rows, table) if self.tied else self.lm_head(rows)
 
     def construct(self, ids: Tensor) -> Tensor:
         batch, length = ids.shape
-        return self.head(self.model(ids)).reshape(batch, length, -1)
+        return self.head(self.model(ids), self.model.embed_tokens.embedding_table).reshape(batch, length, -1)
 
 
 class AnswerLoss(nn.Cell):
@@ -221,6 +221,7 @@ class AnswerLoss(nn.Cell):
     def construct(self, ids: Tensor, places: Tensor, labels: Tensor, real: Tensor, total: Tensor) -> Tensor:
         rows = ops.gather(self.net.model(ids), places, 0)
         # A row of zeros has logits of zero: its loss is the log of the vocabulary's size, and it has no gradient.
-        mean = self.entropy(self.net.head(rows * ops.broadcast_to(real, rows.shape)), labels)
+        logits = self.net.head(rows * ops.broadcast_to(real, rows.shape), self.net.model.embed_tokens.embedding_table)
+        mean = self.entropy(logits, labels)
         room = places.shape[0]
         return (mean * room - (room - real.sum()) * self.log_vocabulary) / total

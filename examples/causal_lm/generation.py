@@ -39,6 +39,13 @@ class Cached(nn.Cell):
         self.steps = Tensor(np.arange(room, dtype=np.int32).reshape(1, 1, room))
         self.write = ops.ScatterUpdate()
 
+    def table(self) -> Tensor:
+        """The embedding's table, for the head at the end of a graph that takes it at its beginning.
+
+        A graph that writes to a parameter copies each one that it reads both before and after: this one twice a token.
+        """
+        return self.net.model.embed_tokens.embedding_table.value()
+
     def stored(self, layer: int, places: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes keys and values (batch, groups, length, d) at places of the cache; gives all of the cache."""
         whole = (self.batch, self.groups, self.room, self.d)
@@ -60,7 +67,7 @@ class Prompts(nn.Cell):
         self.cached, self.length = cached, length
 
     def construct(self, ids: Tensor, last: Tensor) -> Tensor:
-        cached, model = self.cached, self.cached.net.model
+        cached, model, table = self.cached, self.cached.net.model, self.cached.table()
         shared = model.whole(cached.batch, self.length)
         places = (cached.starts + cached.steps[:, :, :self.length]).reshape(-1)
         x = model.embed_tokens(ids.reshape(-1))
@@ -69,7 +76,7 @@ class Prompts(nn.Cell):
             key = ops.depend(key, cached.stored(i, places, key, value))
             x = x + layer.self_attn.mixed(query, key, value, shared)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return cached.net.head(model.norm(ops.gather(x, last, 0)))
+        return cached.net.head(model.norm(ops.gather(x, last, 0)), table)
 
 
 class NextToken(nn.Cell):
@@ -84,7 +91,7 @@ class NextToken(nn.Cell):
         self.cached = cached
 
     def construct(self, ids: Tensor, positions: Tensor) -> Tensor:
-        cached, model = self.cached, self.cached.net.model
+        cached, model, table = self.cached, self.cached.net.model, self.cached.table()
         by_text = (cached.batch, 1, 1)
         allowed = (cached.places <= positions.astype(ms.float32).reshape(by_text)).astype(ms.float32)
         mask = model.attend.mask(allowed)
@@ -100,7 +107,7 @@ class NextToken(nn.Cell):
             keys, values = cached.stored(i, places, key, value)
             x = x + attention.mixed(query, keys, values, shared)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return cached.net.head(model.norm(x))
+        return cached.net.head(model.norm(x), table)
 
 
 class Generator:

@@ -35,8 +35,8 @@ import causal_lm
 import numpy as np
 from mindspore import Tensor
 kernel_counts.set_mode("graph")
-causal_lm.SIZES.update(hidden_size=24, intermediate_size=32, num_attention_heads=3, num_key_value_heads=1, vocab_size=64,
-                       head_dim=8)
+causal_lm.SIZES.update(hidden_size=24, intermediate_size=32, num_attention_heads=3, num_key_value_heads=1,
+                       vocab_size=64, head_dim=8)
 cached = Generator(causal_lm.decoder(2), 1, 16)
 one = Tensor(np.ones(1, np.int32))
 found = [kernel_counts.of_types(kernel_counts.kernels(cell, inputs))

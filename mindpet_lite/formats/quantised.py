@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mindpet_lite.formats.rounding import compensated
+
 KINDS = ("int8", "q8_0", "nf4")
 # Weights with one scale, and (nf4) scales with one scale of their own.
 Q8_BLOCK, NF4_BLOCK, SCALE_BLOCK = 32, 64, 256
@@ -78,8 +80,14 @@ def parts_of(kind: str, shape: tuple[int, int]) -> dict[str, Part]:
             "weight_scale_mean": Part("float32", ()), **error}
 
 
-def quantise(kind: str, weight: np.ndarray) -> Tensors:
+def quantise(kind: str, weight: np.ndarray, gram: np.ndarray | None = None) -> Tensors:
     """Return the tensors of `parts_of` for a weight (outputs, inputs) of finite numbers.
+
+    Args:
+        kind: one of `KINDS`.
+        weight: (outputs, inputs).
+        gram: Xᵀ X (inputs, inputs) for rows X that the layer is given: codes are those that change what it gives least
+            (`mindpet_lite.formats.rounding`); scales stay what they are without it. Default: the nearest codes.
 
     Raises:
         ValueError: the kind does not take this shape; or a scale would not be finite.
@@ -89,6 +97,10 @@ def quantise(kind: str, weight: np.ndarray) -> Tensors:
     found = {"int8": _to_int8, "q8_0": _to_q8_0, "nf4": _to_nf4}[kind](weight)
     if not all(np.isfinite(value).all() for value in found.values()):
         raise ValueError(f"its numbers are too large for the scales of {kind}.")
+    if gram is not None:
+        nearest = _nearest_nf4 if kind == "nf4" else _whole
+        numbers = compensated(weight, _scale_of_each(kind, found, (shape[0], shape[1])), nearest, gram)
+        found["weight"] = _nf4_codes(numbers) if kind == "nf4" else numbers.astype(np.int8)
     found["weight_error"] = np.array(_error(kind, weight, found), np.float32)
     return {name: np.ascontiguousarray(found[name], part.dtype).reshape(part.shape) for name, part in parts.items()}
 
@@ -157,6 +169,31 @@ def _to_q8_0(weight: np.ndarray) -> Tensors:
     return {"weight": codes.reshape(weight.shape), "weight_scale": scale}
 
 
+def _scale_of_each(kind: str, tensors: Mapping[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """Return the scale of each number: float32 of the weight's shape."""
+    if kind == "nf4":
+        return np.repeat(nf4_scales(tensors), NF4_BLOCK)[:shape[0] * shape[1]].reshape(shape)
+    scale = tensors["weight_scale"].astype(np.float32).reshape(shape[0], -1)
+    return np.repeat(scale, shape[1] // scale.shape[1], axis=1)
+
+
+def _whole(numbers: np.ndarray) -> np.ndarray:
+    """Return the nearest whole numbers that an int8 code means."""
+    return np.clip(np.rint(numbers), -127, 127)
+
+
+def _nearest_nf4(numbers: np.ndarray) -> np.ndarray:
+    """Return the nearest numbers of NormalFloat-4."""
+    return NF4[_nearest(NF4, numbers)]
+
+
+def _nf4_codes(numbers: np.ndarray) -> np.ndarray:
+    """Return the bytes for numbers over their scale, taken flat: two to a byte, filled up with zeros."""
+    flat = numbers.reshape(-1)
+    pairs = _nearest(NF4, np.pad(flat, (0, -flat.size % NF4_BLOCK))).reshape(-1, 2)
+    return pairs[:, 0] << 4 | pairs[:, 1]
+
+
 def _codes(numbers: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Return numbers over their scale, rounded to whole numbers from -127 to 127; 0 where the scale is."""
     found = np.empty(numbers.shape, np.int8)
@@ -164,8 +201,8 @@ def _codes(numbers: np.ndarray, scale: np.ndarray) -> np.ndarray:
     for first in range(0, len(numbers), step):
         part = scale[first:first + step]
         with np.errstate(over="ignore", invalid="ignore"):
-            whole = np.rint(numbers[first:first + step].astype(np.float32) / np.where(part == 0, np.float32(1), part))
-        found[first:first + step] = np.clip(np.nan_to_num(whole), -127, 127)
+            own = numbers[first:first + step].astype(np.float32) / np.where(part == 0, np.float32(1), part)
+        found[first:first + step] = _whole(np.nan_to_num(own))
     return found
 
 
@@ -178,9 +215,8 @@ def _to_nf4(weight: np.ndarray) -> Tensors:
         blocks = np.pad(part, (0, -part.size % NF4_BLOCK)).reshape(-1, NF4_BLOCK)
         largest = np.abs(blocks).max(axis=1)
         scales[first // NF4_BLOCK:first // NF4_BLOCK + len(blocks)] = largest
-        nearest = _nearest(NF4, blocks / np.where(largest == 0, np.float32(1), largest)[:, None])
-        pairs = nearest.reshape(-1, 2)
-        codes[first // 2:first // 2 + len(pairs)] = pairs[:, 0] << 4 | pairs[:, 1]
+        bytes_ = _nf4_codes(blocks / np.where(largest == 0, np.float32(1), largest)[:, None])
+        codes[first // 2:first // 2 + len(bytes_)] = bytes_
     # The scales are all above 0: less their mean they use both signs.
     mean = np.float32(scales.mean(dtype=np.float64))
     groups = np.pad(scales - mean, (0, -scales.size % SCALE_BLOCK)).reshape(-1, SCALE_BLOCK)

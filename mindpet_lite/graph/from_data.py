@@ -1,21 +1,19 @@
 """Let the adapters of a net start from data: what their layers are given decides how they begin."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import mindspore
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import nn
 from mindspore.communication import get_group_size
 
 from mindpet_lite.arguments import some_of
 from mindpet_lite.delta.base import Delta
 from mindpet_lite.delta.data_start import Begin, DataStart, Gathered
-from mindpet_lite.formats.problems import listed
 from mindpet_lite.graph.adapters import Adapter, deltas
-from mindpet_lite.graph.tree import cells_by_path, replace
+from mindpet_lite.graph.inputs import call, check_given, heard, rows_of, running
+from mindpet_lite.graph.tree import replace
 
 # By path the layer that waits, and what is gathered for it.
 _Found = dict[str, tuple[Delta, Gathered]]
@@ -71,18 +69,12 @@ def initialize_from_data(net: nn.Cell, batches: Iterable[Any], forward: Callable
     groups: dict[DataStart, _Found] = {}
     for path, delta in waiting.items():
         groups.setdefault(delta.data_start, {})[path] = (delta, delta.data_start.gathered(delta))
-    _gather(net, groups, batches, forward or _call)
+    _gather(net, groups, batches, forward or call)
     begins: dict[str, Begin] = {}
     for start, found in groups.items():
         begins.update(start.begin(found))
     _begin(net, waiting, begins)
     return net
-
-
-def _call(net: nn.Cell, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return net(**batch)
-    return net(*batch) if isinstance(batch, (tuple, list)) else net(batch)
 
 
 def _gather(net: nn.Cell, groups: Mapping[DataStart, _Found], batches: Iterable[Any],
@@ -92,14 +84,16 @@ def _gather(net: nn.Cell, groups: Mapping[DataStart, _Found], batches: Iterable[
     given = {path: 0 for found in groups.values() for path in found}
     places: dict[str, np.ndarray | None] = {}
 
-    def take(path: str, gathered: Gathered, value: Any) -> None:
-        rows = _rows(path, value, places[path])
+    gathered = {path: share for found in groups.values() for path, (_, share) in found.items()}
+    layers = {path: delta for found in groups.values() for path, (delta, _) in found.items()}
+
+    def take(path: str, value: Any) -> None:
+        rows = rows_of(path, value, places[path])
         given[path] += len(rows)
         if len(rows):
-            gathered.add(rows)
+            gathered[path].add(rows)
 
-    takers = {path: (delta, gathered) for found in groups.values() for path, (delta, gathered) in found.items()}
-    with _running(net), _heard(takers, take):
+    with running(net), heard(layers, take):
         for batch in batches:
             for start, found in groups.items():
                 places.update(dict.fromkeys(found, start.places(batch)))
@@ -107,57 +101,7 @@ def _gather(net: nn.Cell, groups: Mapping[DataStart, _Found], batches: Iterable[
             count += 1
             if all(given.values()) and all(start.is_settled(found) for start, found in groups.items()):
                 break
-    if not count:
-        raise ValueError("There is no batch to start from: give some. (A generator that was used up gives none.)")
-    silent = [path for path, rows in given.items() if not rows]
-    if silent:
-        raise ValueError(listed([f"{path}: no batch gave it anything. The net does not call it, or calls it inside a "
-                                 f"compiled function (jit), or a mask left nothing." for path in silent]))
-
-
-def _rows(path: str, value: Any, places: np.ndarray | None) -> np.ndarray:
-    """Return what a layer is given as rows (n, inputs), those that count."""
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{path}: it is given a {type(value).__name__}, but a start from data needs a Tensor.")
-    found = value.astype(mindspore.float32).asnumpy().astype(np.float64)
-    if places is not None and places.shape != found.shape[:-1]:
-        raise ValueError(f"{path}: the mask of the batch has the shape {places.shape}, but its input {found.shape}: "
-                         f"give batches without attention_mask and labels.")
-    rows = found.reshape(-1, found.shape[-1]) if places is None else found[places]
-    if not np.isfinite(rows).all():
-        raise ValueError(f"{path}: it is given NaN or infinite values: look at the batch, and at the base.")
-    return rows
-
-
-@contextmanager
-def _running(net: nn.Cell) -> Iterator[None]:
-    """Let the net run in PyNative mode and in evaluation; put both back."""
-    mode, flags = mindspore.get_context("mode"), {cell: cell.training for cell in cells_by_path(net).values()}
-    mindspore.set_context(mode=mindspore.PYNATIVE_MODE)
-    net.set_train(False)
-    try:
-        yield
-    finally:
-        for cell, flag in flags.items():
-            cell.add_flags(training=flag)
-        mindspore.set_context(mode=mode)
-
-
-@contextmanager
-def _heard(takers: Mapping[str, tuple[Delta, Gathered]], take: Callable[[str, Gathered, Any], None]) -> Iterator[None]:
-    """Call `take` with what each layer is given, whenever it is called."""
-    def listen(path: str, layer: Any, gathered: Gathered) -> Any:
-        def hear(cell: nn.Cell, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-            take(path, gathered, next(iter([*inputs, *named.values()]), None))
-
-        return layer.register_forward_pre_hook(hear, with_kwargs=True)
-
-    handles = [listen(path, layer, gathered) for path, (layer, gathered) in takers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    check_given(count, given)
 
 
 def _begin(net: nn.Cell, waiting: Mapping[str, Delta], begins: Mapping[str, Begin]) -> None:

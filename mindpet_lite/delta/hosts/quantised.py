@@ -75,10 +75,15 @@ class Quantised(ActiveRowsHost):
     _full: tuple[Parameter, ...] = ()
 
     @classmethod
-    def of(cls: type[Self], plain: nn.Cell, origin: type[Host]) -> Self:
+    def of(cls: type[Self], plain: nn.Cell, origin: type[Host], gram: np.ndarray | None = None) -> Self:
         """Return the quantised layer for a plain one, which stays as it is.
 
         Where the plain layer's weight has no numbers yet (`no_init_parameters`), neither have the new Parameters.
+
+        Args:
+            plain: the layer.
+            origin: its host.
+            gram: Xᵀ X of what it is given, by which codes are chosen; see `mindpet_lite.formats.quantised.quantise`.
 
         Raises:
             ValueError: the kind does not take the weight.
@@ -89,7 +94,7 @@ class Quantised(ActiveRowsHost):
         if weight.has_init:
             values = {name: np.zeros(part.shape, part.dtype) for name, part in parts.items()}
         else:
-            values = quantise(cls.quantised_kind, to_numpy(weight))
+            values = quantise(cls.quantised_kind, to_numpy(weight), gram)
         layer: Self = nn.Cell.__new__(cls)
         nn.Cell.__init__(layer)
         for name in origin.parts:

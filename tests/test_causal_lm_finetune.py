@@ -153,6 +153,20 @@ def test_a_run_goes_on_bit_for_bit(place, capfd):
     assert "is of another run" in capfd.readouterr().err
 
 
+def test_a_base_in_few_bits_is_rounded_by_the_samples(place):
+    """The held-out loss of the codes that samples choose is nearer to float32's; and the run goes on bit for bit."""
+    flags = ("--steps", "3", "--answers", "0", "--quantize", "nf4")
+    for name, more in (("chosen", ("--save-every", "2")), ("nearest", ("--calibrate", "0"))):
+        assert tune(place, name, *flags, *more) == 0
+    whole, chosen, nearest = (json.loads((place / name / "results.json").read_text())["heldout_loss_before"]
+                              for name in ("whole", "chosen", "nearest"))
+    assert 0 < abs(chosen - whole) < 0.5 * abs(nearest - whole)
+    expected = adapter_of(place / "chosen")
+    assert tune(place, "chosen", *flags, "--save-every", "2", "--resume") == 0
+    for name, value in adapter_of(place / "chosen").items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
 def test_recomputed_layers_train_the_same(place):
     alone = place / "alone" / "train.jsonl"
     write_lines(alone, (place / "data" / "train.jsonl").read_text().splitlines())

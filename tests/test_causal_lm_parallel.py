@@ -12,7 +12,7 @@ from tiny_decoders import CAUSAL_LM, CONFIG, write_lines, write_model
 
 import hf_folder  # isort: skip
 from common import UserError  # isort: skip
-from options import Settings, check_tensor  # isort: skip
+from options import Settings, check_parallel  # isort: skip
 
 SCRIPT = "import sys\nsys.path.insert(0, {!r})\nimport finetune\nsys.exit(finetune.main({!r}))\n"
 ROWS = [{"instruction": f"say {word}", "output": word * 2} for word in ("a", "bc", "def", "gh", "i", "jkl", "m", "no")]
@@ -68,5 +68,12 @@ def test_two_processes_tune_what_one_does(place, parallel, batch):
     ({"clip_norm": 0.0, "quantize": "nf4"}, "quantize .*weights as they are")])
 def test_what_does_not_go_with_parts_of_layers(fields, message):
     with pytest.raises(UserError, match=message):
-        check_tensor(Settings(parallel="tensor", **fields))
-    check_tensor(Settings(parallel="data", **fields))
+        check_parallel(Settings(parallel="tensor", **fields))
+    check_parallel(Settings(parallel="data", **fields, calibrate=0))
+
+
+def test_processes_do_not_choose_codes_of_their_own():
+    with pytest.raises(UserError, match="calibrate does not go with --parallel data: .* --calibrate 0"):
+        check_parallel(Settings(parallel="data", quantize="int8"))
+    check_parallel(Settings(parallel="data"))
+    check_parallel(Settings(quantize="int8"))

@@ -35,6 +35,10 @@ class Bucket:
         most = sum(largest[:batch]) + largest[0] * max(0, batch - len(largest))
         return math.ceil(most / ROOM) * ROOM
 
+    def text(self, row: int) -> np.ndarray:
+        """Ids (1, tokens) of a sample up to the end of its last answer, without padding."""
+        return self.ids[row:row + 1, :self.places[row][-1] + 2]
+
     def batch(self, rows: Sequence[int], room: int, total: float) -> tuple[np.ndarray, ...]:
         """The inputs of `decoder.AnswerLoss`; -1 is a row of padding alone."""
         ids = np.zeros((len(rows), self.length), np.int32)

@@ -22,16 +22,18 @@ from pathlib import Path
 # First, to say which packages are missing.
 from common import CHECKPOINTS, Parser, UserError, check, clear, explained, lasting, run_script, save_settings  # isort: skip
 import mindspore as ms
+import numpy as np
 import processes
 from bases import Base, load_base
 from batches import Batches, Bucket, encode
 from generation import Generator
 from instructions import Sample, read_samples
 from loop import Evaluation, Run, make_step, say, train
-from mindspore import nn
+from mindspore import Tensor, nn
 from options import Settings, add_flags, read
 from page import Answered, save_curve, save_results
 from targets import check_sizes, config_for
+from tqdm import tqdm
 
 from mindpet_lite import TrainingState, freeze_delta, get_pet_model, net_recompute, quantize_base, save_adapter
 from mindpet_lite.graph import TrainableReport
@@ -58,8 +60,25 @@ def read_data(path: Path, base: Base, settings: Settings, least: int, ranks: Ran
     return [sample for sample in samples if sample.where not in unfit], buckets
 
 
-def adapt(net: nn.Cell, settings: Settings) -> TrainableReport:
+def quantise(net: nn.Cell, settings: Settings, buckets: Sequence[Bucket]) -> None:
+    """Holds the weights of the layers in few bits; training samples choose the codes."""
+    layers = BLOCKS + r"\..*_proj"
+    if not settings.calibrate:
+        quantize_base(net, settings.quantize, layers)
+        return
+    texts = [Tensor(one.text(row)) for one in buckets for row in range(len(one.places))]
+    chosen = np.random.default_rng(settings.seed).permutation(len(texts))[:settings.calibrate]
+    batches = tqdm([texts[i] for i in chosen], desc="choosing codes", unit="sample")
+    quantize_base(net, settings.quantize, layers, batches, lambda own, ids: own.model(ids))
+
+
+def adapt(net: nn.Cell, settings: Settings, buckets: Sequence[Bucket]) -> TrainableReport:
     """Puts the method into the net, and freezes the rest.
+
+    Args:
+        net: The model.
+        settings: The run's.
+        buckets: The training samples.
 
     Raises:
         UserError: The targets hit nothing, or something that cannot be adapted.
@@ -70,7 +89,7 @@ def adapt(net: nn.Cell, settings: Settings) -> TrainableReport:
         processes.split(net)
     with explained("the adapter cannot be put into the model", ValueError, TypeError):
         if settings.quantize != "none":
-            quantize_base(net, settings.quantize, BLOCKS + r"\..*_proj")
+            quantise(net, settings, buckets)
         get_pet_model(net, config)
         if settings.recompute:
             net_recompute(net, BLOCKS)
@@ -122,7 +141,7 @@ def finetune(settings: Settings, base: Base, ranks: Ranks | None = None) -> tupl
     _, buckets = read_data(settings.data, base, settings, settings.batch_size, ranks)
     file = settings.heldout_file()
     unseen, unseen_buckets = read_data(file, base, settings, 0, ranks) if file else ([], [])
-    report = adapt(base.net, settings)
+    report = adapt(base.net, settings, buckets)
     say(ranks, str(report))
     # With a part of every layer each process sees all of the data, and all save the adapter together.
     share = Ranks() if settings.parallel == "tensor" else ranks

@@ -48,6 +48,8 @@ class Settings:
     parallel: str = setting("none", "data: several processes, each its share of the data; tensor: each a part of every "
                                     "layer; start them with msrun")
     quantize: str = setting("none", "how the frozen layers hold their weights: int8, q8_0 or nf4")
+    calibrate: int = setting(100, "training samples by which --quantize chooses codes (GPTQ); 0: the nearest codes",
+                             least=0)
     pet_config: dict = setting(LORA, "the method and its settings; YAML only")
 
     epochs: float = setting(3.0, "times that all samples are trained on", least=0.001)
@@ -145,23 +147,27 @@ def read(arguments: argparse.Namespace) -> Settings:
         if getattr(settings, name) not in choices:
             raise UserError(f"{name} must be {' or '.join(choices)}, got {getattr(settings, name)!r}"
                             f"{did_you_mean(getattr(settings, name), choices)}")
-    check_tensor(settings)
+    check_parallel(settings)
     return settings
 
 
-def check_tensor(settings: Settings) -> None:
-    """Refuses what does not go with layers of which each process has a part.
+def check_parallel(settings: Settings) -> None:
+    """Refuses what does not go with several processes.
 
     Raises:
         UserError: The settings ask for it.
     """
-    reasons = {"clip_norm": (settings.clip_norm, "no process knows the norm of all gradients: give --clip-norm 0"),
-               "save_every": (settings.save_every, "there are no checkpoints: give --save-every 0"),
-               "resume": (settings.resume, "there are no checkpoints"),
-               "quantize": (settings.quantize != "none", "only layers with their weights as they are can be split")}
-    for name, (is_used, reason) in reasons.items():
-        if settings.parallel == "tensor" and is_used:
-            raise UserError(f"{name} does not go with --parallel tensor: {reason}")
+    is_quantised = settings.quantize != "none"
+    reasons = {
+        "tensor": {"clip_norm": (settings.clip_norm, "no process knows the norm of all gradients: give --clip-norm 0"),
+                   "save_every": (settings.save_every, "there are no checkpoints: give --save-every 0"),
+                   "resume": (settings.resume, "there are no checkpoints"),
+                   "quantize": (is_quantised, "only layers with their weights as they are can be split")},
+        "data": {"calibrate": (is_quantised and settings.calibrate,
+                               "each process would choose codes of its own: give --calibrate 0")}}
+    for name, (is_used, reason) in reasons.get(settings.parallel, {}).items():
+        if is_used:
+            raise UserError(f"{name} does not go with --parallel {settings.parallel}: {reason}")
 
 
 def read_file(path: Path) -> dict[str, Any]:

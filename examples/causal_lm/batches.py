@@ -36,8 +36,8 @@ class Bucket:
         return math.ceil(most / ROOM) * ROOM
 
     def text(self, row: int) -> np.ndarray:
-        """Ids (1, tokens) of a sample up to the end of its last answer, without padding."""
-        return self.ids[row:row + 1, :self.places[row][-1] + 2]
+        """The ids of a sample up to the end of its last answer, without padding."""
+        return self.ids[row, :self.places[row][-1] + 2]
 
     def batch(self, rows: Sequence[int], room: int, total: float) -> tuple[np.ndarray, ...]:
         """The inputs of `decoder.AnswerLoss`; -1 is a row of padding alone."""
@@ -196,3 +196,20 @@ def in_order(buckets: Sequence[Bucket], batch_size: int) -> Iterator[tuple[np.nd
             rows[rows >= len(one.places)] = -1
             count = sum(len(one.places[row]) for row in rows if row >= 0)
             yield one.batch(rows, room, count)
+
+
+def joined(buckets: Sequence[Bucket], count: int, seed: int, longest: int) -> list[np.ndarray]:
+    """Samples one behind the other, cut into batches of ids (1, length) without padding.
+
+    Args:
+        buckets: The samples.
+        count: How many of them, drawn by the seed; all where there are fewer.
+        seed: Of the drawing.
+        longest: Tokens of a batch; fewer where there are not so many.
+    """
+    texts = [one.text(row) for one in buckets for row in range(len(one.places))]
+    drawn = np.random.default_rng(seed).permutation(len(texts))[:count]
+    ids = np.concatenate([texts[i] for i in drawn])
+    # Pieces of one length: PyNative mode is slow with each new shape.
+    length = min(longest, len(ids))
+    return list(ids[:len(ids) // length * length].reshape(-1, 1, length))

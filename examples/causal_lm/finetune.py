@@ -25,7 +25,7 @@ import mindspore as ms
 import numpy as np
 import processes
 from bases import Base, load_base
-from batches import Batches, Bucket, encode
+from batches import Batches, Bucket, encode, joined
 from generation import Generator
 from instructions import Sample, read_samples
 from loop import Evaluation, Run, make_step, say, train
@@ -66,10 +66,14 @@ def quantise(net: nn.Cell, settings: Settings, buckets: Sequence[Bucket]) -> Non
     if not settings.calibrate:
         quantize_base(net, settings.quantize, layers)
         return
-    texts = [Tensor(one.text(row)) for one in buckets for row in range(len(one.places))]
-    chosen = np.random.default_rng(settings.seed).permutation(len(texts))[:settings.calibrate]
-    batches = tqdm([texts[i] for i in chosen], desc="choosing codes", unit="sample")
-    quantize_base(net, settings.quantize, layers, batches, lambda own, ids: own.model(ids))
+    chosen = joined(buckets, settings.calibrate, settings.seed, min(512, net.sizes.context))
+    with tqdm(total=len(chosen), desc="choosing codes", unit="batch") as bar:
+
+        def forward(own: nn.Cell, ids: np.ndarray) -> None:
+            own.model(Tensor(ids))
+            bar.update()
+
+        quantize_base(net, settings.quantize, layers, chosen, forward)
 
 
 def adapt(net: nn.Cell, settings: Settings, buckets: Sequence[Bucket]) -> TrainableReport:

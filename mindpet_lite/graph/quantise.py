@@ -70,10 +70,9 @@ def quantize_base(net: nn.Cell, kind: str, targets: str | Sequence[str] = "all-l
     they had. While this function works, both forms of the weights are in memory.
 
     With `batches`, codes are chosen so that what each layer gives changes least on what it is given there (GPTQ,
-    Frantar et al., 2022, https://arxiv.org/abs/2210.17323); scales, types and sizes stay the same. With nf4 what a
-    layer gives then changes by a third of what it does without, or less. Some thousand rows of the kind that the net
-    will see are enough. The net runs on the batches in evaluation and PyNative mode; for each layer inputs² float32
-    are in memory then.
+    Frantar et al., 2022, https://arxiv.org/abs/2210.17323); scales, types and sizes stay the same. A layer needs more
+    rows than it has inputs, of the kind that the net will see. The net runs on the batches in evaluation and PyNative
+    mode, which is slow with each new shape; for each layer inputs² float32 are in memory then.
 
     All nets of the process compile again at their next call.
 

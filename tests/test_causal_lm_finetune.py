@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -20,7 +19,7 @@ import instructions  # isort: skip
 import manner  # isort: skip
 import options  # isort: skip
 from bases import load_base  # isort: skip
-from batches import Batches, bucket, joined  # isort: skip
+from batches import Batches, bucket, drawn  # isort: skip
 from common import Parser, UserError  # isort: skip
 from decoder import Decoder  # isort: skip
 from targets import check_sizes, config_for  # isort: skip
@@ -168,18 +167,19 @@ def test_a_base_in_few_bits_goes_on_bit_for_bit(place):
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
-def test_samples_are_joined_without_padding():
-    texts = [[1, 2, 3, 4], [5, 6, 7], [8, 9], [10, 11, 12, 13, 14]]
-    # The third goes on after its answer.
-    ends = [np.array([1, 2]), np.array([1]), np.array([0]), np.array([3])]
-    buckets = [bucket(4, [(texts[0], ends[0]), (texts[1], ends[1])]),
-               bucket(6, [([*texts[2], 77, 78], ends[2]), (texts[3], ends[3])])]
-    wanted = {tuple(itertools.chain(*order)) for order in itertools.permutations(texts)}
-    pieces = joined(buckets, 99, 0, 7)
-    assert [piece.shape for piece in pieces] == [(1, 7), (1, 7)]
-    assert tuple(np.concatenate(pieces, 1)[0]) in wanted
-    one, = joined(buckets, 1, 0, 512)
-    assert list(one[0]) in texts
+def test_samples_are_drawn_with_a_mask_of_what_they_are():
+    # The last goes on after its answer.
+    short = bucket(4, [([1, 2, 3, 4], np.array([1, 2])), ([5, 6, 7], np.array([1])), ([8, 9], np.array([0]))])
+    long = bucket(6, [([10, 11, 12, 13, 77, 78], np.array([2]))])
+    first, second, third = drawn([short, long], 99, 2, 0)
+    np.testing.assert_array_equal(first["ids"], [[1, 2, 3, 4], [5, 6, 7, 0]])
+    np.testing.assert_array_equal(first["attention_mask"], [[1, 1, 1, 1], [1, 1, 1, 0]])
+    np.testing.assert_array_equal(second["attention_mask"], [[1, 1, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(second["ids"][0], [8, 9, 0, 0])
+    np.testing.assert_array_equal(third["ids"][0], [10, 11, 12, 13, 77, 78])
+    np.testing.assert_array_equal(third["attention_mask"], [[1, 1, 1, 1, 0, 0], [0] * 6])
+    one, = drawn([short, long], 1, 2, 0)
+    assert one["attention_mask"].any(1).sum() == 1
 
 
 def test_recomputed_layers_train_the_same(place):

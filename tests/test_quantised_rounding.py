@@ -129,6 +129,36 @@ def test_layers_that_share_their_input_are_rounded_by_all_batches(pynative_mode)
         assert (getattr(net, name).weight_numbers() != wanted).mean() < 0.02
 
 
+class Rows(nn.Cell):
+    """Makes rows of what it gets, as some nets do; layers see the batch's shape or rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = (nn.Dense(32, 32, has_bias=False) for _ in range(2))
+
+    def construct(self, x, attention_mask=None):
+        return self.o(self.q(x).reshape(-1, 32))
+
+
+def test_masked_places_do_not_count(pynative_mode):
+    net = Rows()
+    weights = {name: getattr(net, name).weight.asnumpy() for name in ("q", "o")}
+    batches = [given(10, 32, seed).reshape(2, 5, 32) for seed in range(3)]
+    masks = [np.arange(5)[None, :] < np.array([[5], [seed]]) for seed in range(3)]
+    mp.quantize_base(net, "nf4", ["q", "o"], [{"x": Tensor(one), "attention_mask": Tensor(mask.astype(np.int32))}
+                                              for one, mask in zip(batches, masks)])
+    rows = np.concatenate([one[mask] for one, mask in zip(batches, masks)]).astype(np.float64)
+    assert len(rows) == 15 + 0 + 1 + 2
+    for name, own in (("q", rows), ("o", rows @ weights["q"].T)):
+        wanted = quantised.dequantise("nf4", quantised.quantise("nf4", weights[name], own.T @ own), (32, 32))
+        # As above: a number on a border.
+        assert (getattr(net, name).weight_numbers() != wanted).mean() < 0.02
+    with unchanged(own_net := Rows()), pytest.raises(ValueError, match=r"o: the mask of the batch has the shape \(2, 4"
+                                                                       r"|q: the mask of the batch has the shape"):
+        mp.quantize_base(own_net, "nf4", batches=[{"x": Tensor(batches[0]),
+                                                   "attention_mask": Tensor(np.ones((2, 4), np.int32))}])
+
+
 def test_batches_that_cannot_be_used_are_refused_and_nothing_changes(pynative_mode):
     def refused(net, message, batches, **more):
         with unchanged(net), pytest.raises(ValueError, match=message):

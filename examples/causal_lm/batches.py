@@ -35,9 +35,9 @@ class Bucket:
         most = sum(largest[:batch]) + largest[0] * max(0, batch - len(largest))
         return math.ceil(most / ROOM) * ROOM
 
-    def text(self, row: int) -> np.ndarray:
-        """The ids of a sample up to the end of its last answer, without padding."""
-        return self.ids[row, :self.places[row][-1] + 2]
+    def seen(self, row: int) -> np.ndarray:
+        """Which places (length,) of a sample stand before the end of its last answer; none for -1."""
+        return np.arange(self.length) < (self.places[row][-1] + 2 if row >= 0 else 0)
 
     def batch(self, rows: Sequence[int], room: int, total: float) -> tuple[np.ndarray, ...]:
         """The inputs of `decoder.AnswerLoss`; -1 is a row of padding alone."""
@@ -198,18 +198,21 @@ def in_order(buckets: Sequence[Bucket], batch_size: int) -> Iterator[tuple[np.nd
             yield one.batch(rows, room, count)
 
 
-def joined(buckets: Sequence[Bucket], count: int, seed: int, longest: int) -> list[np.ndarray]:
-    """Samples one behind the other, cut into batches of ids (1, length) without padding.
+def drawn(buckets: Sequence[Bucket], count: int, batch_size: int, seed: int) -> list[dict[str, np.ndarray]]:
+    """Some samples as batches of ids and "attention_mask", both (batch_size, length); the rest of a batch is padding.
 
     Args:
         buckets: The samples.
         count: How many of them, drawn by the seed; all where there are fewer.
+        batch_size: Rows of a batch.
         seed: Of the drawing.
-        longest: Tokens of a batch; fewer where there are not so many.
     """
-    texts = [one.text(row) for one in buckets for row in range(len(one.places))]
-    drawn = np.random.default_rng(seed).permutation(len(texts))[:count]
-    ids = np.concatenate([texts[i] for i in drawn])
-    # Pieces of one length: PyNative mode is slow with each new shape.
-    length = min(longest, len(ids))
-    return list(ids[:len(ids) // length * length].reshape(-1, 1, length))
+    every = [(one, row) for one in buckets for row in range(len(one.places))]
+    chosen = sorted(np.random.default_rng(seed).permutation(len(every))[:count])
+    found = []
+    for one in buckets:
+        own = [row for bucket_of, row in (every[i] for i in chosen) if bucket_of is one]
+        for start in range(0, len(own), batch_size):
+            rows = (own[start:start + batch_size] + [-1] * batch_size)[:batch_size]
+            found.append({"ids": one.ids[rows], "attention_mask": np.stack([one.seen(row) for row in rows])})
+    return found

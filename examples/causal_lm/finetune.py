@@ -25,7 +25,7 @@ import mindspore as ms
 import numpy as np
 import processes
 from bases import Base, load_base
-from batches import Batches, Bucket, encode, joined
+from batches import Batches, Bucket, drawn, encode
 from generation import Generator
 from instructions import Sample, read_samples
 from loop import Evaluation, Run, make_step, say, train
@@ -66,11 +66,11 @@ def quantise(net: nn.Cell, settings: Settings, buckets: Sequence[Bucket]) -> Non
     if not settings.calibrate:
         quantize_base(net, settings.quantize, layers)
         return
-    chosen = joined(buckets, settings.calibrate, settings.seed, min(512, net.sizes.context))
+    chosen = drawn(buckets, settings.calibrate, settings.batch_size, settings.seed)
     with tqdm(total=len(chosen), desc="choosing codes", unit="batch") as bar:
 
-        def forward(own: nn.Cell, ids: np.ndarray) -> None:
-            own.model(Tensor(ids))
+        def forward(own: nn.Cell, batch: dict[str, np.ndarray]) -> None:
+            own.model(Tensor(batch["ids"]))
             bar.update()
 
         quantize_base(net, settings.quantize, layers, chosen, forward)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
+from mindspore import Tensor
 
 from mindpet_lite.delta.base import Delta
 
@@ -43,6 +44,20 @@ class DataStart(Protocol):
         Raises:
             ValueError: the data are too few, or of no use. All problems stand in one message.
         """
+
+
+def values_in(batch: Any, name: str) -> np.ndarray | None:
+    """Return what a batch that is a mapping has by this name, in numpy; None without it."""
+    value = batch.get(name) if isinstance(batch, Mapping) else None
+    if value is None:
+        return None
+    return value.asnumpy() if isinstance(value, Tensor) else np.asarray(value)
+
+
+def seen_places(batch: Any) -> np.ndarray | None:
+    """Return where the "attention_mask" of a batch is not 0; None for a batch without one."""
+    mask = values_in(batch, "attention_mask")
+    return None if mask is None else mask != 0
 
 
 def fields_of(kind: type, name: str, value: Any) -> Any:

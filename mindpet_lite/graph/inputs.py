@@ -21,14 +21,26 @@ def call(net: nn.Cell, batch: Any) -> Any:
 
 
 def rows_of(path: str, value: Any, places: np.ndarray | None) -> np.ndarray:
-    """Return what a layer is given as rows (n, inputs), those that count."""
+    """Return what a layer is given as rows (n, inputs), those that count.
+
+    Args:
+        path: of the layer.
+        value: what it is given.
+        places: which places count, in the shape before the last axis or flat, where the net has made rows of them.
+            None: all.
+
+    Raises:
+        ValueError: `value` is no Tensor, the places do not fit, or a number is NaN or infinite.
+    """
     if not isinstance(value, Tensor):
         raise ValueError(f"{path}: it is given a {type(value).__name__}, but only a Tensor has rows to start from.")
     found = value.astype(mindspore.float32).asnumpy().astype(np.float64)
-    if places is not None and places.shape != found.shape[:-1]:
+    if places is not None and found.shape[:-1] not in (places.shape, (places.size,)):
         raise ValueError(f"{path}: the mask of the batch has the shape {places.shape}, but its input {found.shape}: "
                          f"give batches without attention_mask and labels.")
-    rows = found.reshape(-1, found.shape[-1]) if places is None else found[places]
+    rows = found.reshape(-1, found.shape[-1])
+    if places is not None:
+        rows = rows[places.reshape(-1)]
     if not np.isfinite(rows).all():
         raise ValueError(f"{path}: it is given NaN or infinite values: look at the batch, and at the base.")
     return rows

@@ -14,6 +14,7 @@ from mindspore.communication import get_group_size
 
 from mindpet_lite.arguments import did_you_mean, warn_user
 from mindpet_lite.delta.base import FLOATS, Delta
+from mindpet_lite.delta.data_start import seen_places
 from mindpet_lite.delta.delta_config import DeltaConfig, names_of
 from mindpet_lite.delta.hosts import QUANTISED, DenseHost, Host, LinearHost, Quantised, host_of, host_refusal
 from mindpet_lite.delta.values import FrozenParameter, to_numpy
@@ -81,8 +82,8 @@ def quantize_base(net: nn.Cell, kind: str, targets: str | Sequence[str] = "all-l
         kind: one of the table.
         targets: which layers, spelt as `target_modules` of `mindpet_lite.LoraConfig`; they must be nn.Dense or
             mint.nn.Linear. ``"all-linear"`` means all but the output head. Default: "all-linear".
-        batches: each a tuple or list of the net's arguments, a mapping of them by name, or one argument; every place
-            counts, so leave out padding. Default: None, each number takes the nearest code.
+        batches: each a tuple or list of the net's arguments, a mapping of them by name, or one argument. In a mapping,
+            places whose "attention_mask" is 0 do not count. Default: None, each number takes the nearest code.
         forward: what runs the net on a batch, `forward(net, batch)`, for batches of another form. Default: None.
 
     Returns:
@@ -205,19 +206,21 @@ def _grams(net: nn.Cell, layers: Mapping[str, nn.Cell], batches: Iterable[Any],
     sums: dict[str, np.ndarray] = {}
     rows = dict.fromkeys(layers, 0)
     count = 0
+    places: np.ndarray | None = None
     # Layers that are given one tensor after each other, as q, k and v are, share its product.
     last: tuple[Any, int, np.ndarray] = (None, 0, np.empty(0))
 
     def take(path: str, value: Any) -> None:
         nonlocal last
         if value is not last[0]:
-            found = rows_of(path, value, None).astype(np.float32)
+            found = rows_of(path, value, places).astype(np.float32)
             last = value, len(found), found.T @ found
         sums[path] = sums[path] + last[2] if path in sums else last[2]
         rows[path] += last[1]
 
     with running(net), heard(layers, take):
         for batch in batches:
+            places = seen_places(batch)
             forward(net, batch)
             count += 1
     check_given(count, rows)

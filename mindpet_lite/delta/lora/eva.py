@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mindpet_lite.arguments import check_bool, check_number
-from mindpet_lite.delta.data_start import Begin
+from mindpet_lite.delta.data_start import Begin, seen_places, values_in
 from mindpet_lite.delta.lora.start import fast_svd
 
 _ITERATIONS = 4
@@ -55,13 +55,11 @@ class EvaConfig:
 
     def places(self, batch: Any) -> np.ndarray | None:
         """Return where a batch's attention_mask is not 0, and its labels are no mask; None for a batch without both."""
-        masks = []
-        if isinstance(batch, Mapping):
-            if batch.get("attention_mask") is not None:
-                masks.append(_numpy(batch["attention_mask"]) != 0)
-            if self.use_label_mask and batch.get("labels") is not None:
-                masks.append(_numpy(batch["labels"]) != self.label_mask_value)
-        return np.logical_and.reduce(masks) if masks else None
+        seen, labels = seen_places(batch), values_in(batch, "labels")
+        if not self.use_label_mask or labels is None:
+            return seen
+        answers = labels != self.label_mask_value
+        return answers if seen is None else seen & answers
 
     def gathered(self, layer: Any) -> PrincipalComponents:
         """Return what takes in the inputs of a layer."""
@@ -149,7 +147,3 @@ class PrincipalComponents:
         """Return for each direction that is wanted which part of the variance of all rows it explains."""
         total, values = self.squares.sum(), self.values[:self.most]
         return np.square(values) / total if total > 0 else np.zeros(len(values))
-
-
-def _numpy(value: Any) -> np.ndarray:
-    return value.asnumpy() if hasattr(value, "asnumpy") else np.asarray(value)

@@ -167,6 +167,17 @@ def test_a_base_in_few_bits_goes_on_bit_for_bit(place):
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
+def test_a_finished_run_is_overwritten_and_nothing_else(place, capfd):
+    shutil.copytree(place / "whole", place / "over")
+    assert tune(place, "over", "--steps", "1") == 2
+    assert "give --resume to go on, --overwrite" in capfd.readouterr().err
+    assert tune(place, "over", "--steps", "1", "--overwrite") == 0
+    assert [row["step"] for row in log_of(place / "over")] == [1]
+    (place / "over" / "mine.txt").write_text("mine")
+    assert tune(place, "over", "--steps", "1", "--overwrite") == 2
+    assert "holds mine.txt" in capfd.readouterr().err
+
+
 def test_samples_are_drawn_with_a_mask_of_what_they_are():
     # The last goes on after its answer.
     short = bucket(4, [([1, 2, 3, 4], np.array([1, 2])), ([5, 6, 7], np.array([1])), ([8, 9], np.array([0]))])

@@ -12,8 +12,9 @@ from errors import UserError
 from settings import Settings
 
 CHECKPOINTS, LOG, SETTINGS = "checkpoints", "log.jsonl", "settings.yaml"
+# Of this example and of causal_lm, which shares this file.
 WRITTEN = ("adapter", "text_encoder_adapter", "ema", CHECKPOINTS, "class_images", "validation", "tensorboard", LOG,
-           SETTINGS, "loss.png", "grid.png", "results.json", "report.html")
+           SETTINGS, "loss.png", "grid.png", "results.json", "report.html", "answers.json")
 # What may change when a run goes on: where it stands, how often it writes, where it computes.
 MAY_CHANGE = {"out", "resume", "overwrite", "save_every", "keep", "validation_every", "latent_cache", "base", "data",
               "heldout", "heldout_draws", "model", "device", "mode"}

@@ -4,10 +4,9 @@
     python benchmarks/distributed.py --shape wide --rounds 10
 
 Measures an AllReduce of several sizes, from which latency and bandwidth follow; then a step of one process alone, of
-two that have nothing to do with each other but the machine ("beside"), of two that share the batch (data parallel), and
-of two that share the layers (`split_linear`). The model, which is that of docs/distributed.md: the step of a process
-beside another, or half of it, and the AllReduces; a ring of n processes moves 2 (n - 1) / n of the bytes of each, and
-each costs its latency. fp32, AdamW, graph mode, one processor for each process.
+two that share the batch (data parallel), and of two that share the layers (`split_linear`). The model, which is that of
+docs/distributed.md: a ring of n processes moves 2 (n - 1) / n of the bytes of each AllReduce, and each costs its
+latency. fp32, AdamW, graph mode, one processor for each process.
 """
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
-from mindspore.communication import init
+from mindspore.communication import get_rank, init
 from models import SHAPES, STACKS, Stack, Step
 from run import row
 
@@ -34,7 +33,7 @@ import mindpet_lite as mp
 
 SIZES = (1, 2 ** 10, 2 ** 14, 2 ** 18, 2 ** 20, 2 ** 22)
 COLUMN, ROW = ["to_q", "to_k", "to_v", "up"], ["to_out", "down"]
-KINDS = ("alone", "beside", "data", "layers")
+KINDS = ("alone", "data", "layers")
 # Tells a process that it is one of those that measure.
 WORK = "BENCHMARK_DISTRIBUTED"
 
@@ -67,11 +66,10 @@ def median(call: Callable[[], object], rounds: int) -> float:
 
 def worker(kind: str, shape: Stack, rounds: int) -> None:
     """Measure as one of the processes; rank 0 writes what it found."""
-    rank = int(os.environ.get("RANK_ID", 0))
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[int(os.environ.get("RANK_ID", 0))]})
     ms.set_context(mode=ms.GRAPH_MODE)
     found: dict[str, object] = {}
-    if kind in ("data", "layers"):
+    if kind != "alone":
         init()
     if kind == "data":
         sums = Sum()
@@ -88,7 +86,7 @@ def worker(kind: str, shape: Stack, rounds: int) -> None:
     inputs = shape.inputs()
     found["step"] = median(lambda: step(*inputs).asnumpy(), rounds)
     found["sizes"] = [4 * item.size for item in net.trainable_params()]
-    if rank == 0:
+    if kind == "alone" or get_rank() == 0:
         Path(f"{kind}.json").write_text(json.dumps(found))
 
 
@@ -135,10 +133,9 @@ def main() -> None:
     seconds_per_byte = (found["data"][str(largest)] - latency) / largest
     row("AllReduce of 4 bytes, 2 processes", f"{1e3 * latency:.2f} ms")
     row("bandwidth", f"{1e-9 / seconds_per_byte:.2f} GB/s")
-    alone, beside = found["alone"]["step"], found["beside"]["step"]
+    alone = found["alone"]["step"]
     row("step of one process", f"{1e3 * alone:.0f} ms")
-    row("step of one process beside another", f"{1e3 * beside:.0f} ms")
-    for kind, compute in (("data", beside), ("layers", beside / 2)):
+    for kind, compute in (("data", alone), ("layers", alone / 2)):
         parts = traffic(kind, shape, found["alone"]["sizes"])
         said = compute + sum(latency + size * seconds_per_byte for size in parts)
         measured = found[kind]["step"]

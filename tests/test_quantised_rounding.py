@@ -153,10 +153,21 @@ def test_masked_places_do_not_count(pynative_mode):
         wanted = quantised.dequantise("nf4", quantised.quantise("nf4", weights[name], own.T @ own), (32, 32))
         # As above: a number on a border.
         assert (getattr(net, name).weight_numbers() != wanted).mean() < 0.02
-    with unchanged(own_net := Rows()), pytest.raises(ValueError, match=r"o: the mask of the batch has the shape \(2, 4"
-                                                                       r"|q: the mask of the batch has the shape"):
-        mp.quantize_base(own_net, "nf4", batches=[{"x": Tensor(batches[0]),
-                                                   "attention_mask": Tensor(np.ones((2, 4), np.int32))}])
+    with unchanged(net := Rows()), pytest.raises(ValueError, match=r"q: the mask of the batch has the shape \(2, 4\)"):
+        mp.quantize_base(net, "nf4", batches=[{"x": Tensor(batches[0]), "attention_mask": np.ones((2, 4))}],
+                         forward=lambda net, batch: net(batch["x"]))
+
+
+def test_one_tensor_under_two_masks_counts_under_each(pynative_mode):
+    net, x = Rows(), Tensor(given(10, 32).reshape(2, 5, 32))
+    weight = net.q.weight.asnumpy()
+    masks = [np.arange(10).reshape(2, 5) < 3, np.arange(10).reshape(2, 5) >= 8]
+    mp.quantize_base(net, "int8", ["q"], [{"x": x, "attention_mask": mask} for mask in masks],
+                     lambda net, batch: net(batch["x"]))
+    own = x.asnumpy()[masks[0] | masks[1]].astype(np.float64)
+    wanted = quantised.dequantise("int8", quantised.quantise("int8", weight, own.T @ own), (32, 32))
+    # As above: a number on a border.
+    assert (net.q.weight_numbers() != wanted).mean() < 0.02
 
 
 def test_batches_that_cannot_be_used_are_refused_and_nothing_changes(pynative_mode):

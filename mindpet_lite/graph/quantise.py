@@ -10,17 +10,16 @@ from typing import Any
 
 import numpy as np
 from mindspore import Parameter, nn
-from mindspore.communication import get_group_size
 
 from mindpet_lite.arguments import did_you_mean, warn_user
 from mindpet_lite.delta.base import FLOATS, Delta
-from mindpet_lite.delta.data_start import seen_places
 from mindpet_lite.delta.delta_config import DeltaConfig, names_of
 from mindpet_lite.delta.hosts import QUANTISED, DenseHost, Host, LinearHost, Quantised, host_of, host_refusal
 from mindpet_lite.delta.values import FrozenParameter, to_numpy
 from mindpet_lite.formats.problems import listed
 from mindpet_lite.graph.adapters import deltas_in, saved_of
-from mindpet_lite.graph.inputs import call, check_given, heard, rows_of, running
+from mindpet_lite.graph.grams import batch_problems, grams_of
+from mindpet_lite.graph.inputs import call
 from mindpet_lite.graph.match import targets as named
 from mindpet_lite.graph.parameters import STATISTICS
 from mindpet_lite.graph.tree import cells_by_path, owners_of_parameters, replace
@@ -118,8 +117,8 @@ def quantize_base(net: nn.Cell, kind: str, targets: str | Sequence[str] = "all-l
     if "" in chosen:
         problems.append("the net itself is the layer to quantise, and it cannot be replaced in place: put it into a "
                         "cell, such as nn.SequentialCell(net).")
-    problems += _batch_problems(chosen, batches, forward)
-    grams = _grams(net, chosen, batches, forward or call) if batches is not None and not problems else {}
+    problems += batch_problems(chosen, batches, forward)
+    grams = grams_of(net, chosen, batches, forward or call) if batches is not None and not problems else {}
     swaps: dict[nn.Cell, nn.Cell] = {}
     for path, cell in chosen.items() if not problems else ():
         try:
@@ -180,51 +179,6 @@ def dequantize_base(net: nn.Cell, targets: str | Sequence[str] | None = None) ->
         raise ValueError("dequantize_base does not fit the net, which is unchanged:\n  " + listed(problems))
     replace(net, {cell: cell.full(cell.full_parameter(cell.weight_numbers())) for cell in chosen.values()})
     return net
-
-
-def _batch_problems(chosen: Mapping[str, nn.Cell], batches: Iterable[Any] | None, forward: Any) -> Iterable[str]:
-    """Yield why codes cannot be chosen by batches."""
-    if batches is None:
-        if forward is not None:
-            yield "forward runs the net on batches: give them too."
-        return
-    if get_group_size() > 1:
-        yield ("each process of a distributed job would round by its own batches: quantise the net in one process, "
-               "save it with mindspore.save_checkpoint(), and load that in all.")
-    for path, cell in chosen.items():
-        if cell.weight.has_init:
-            yield f"{path}: {cell.weight.name} has no numbers yet, with which the net could run on batches."
-
-
-def _grams(net: nn.Cell, layers: Mapping[str, nn.Cell], batches: Iterable[Any],
-           forward: Callable[[nn.Cell, Any], Any]) -> dict[str, np.ndarray]:
-    """Run the net on the batches, and return Xᵀ X of all the rows X that each layer is given, by path.
-
-    Raises:
-        ValueError: there is no batch; or a layer is given nothing, or what has no sum.
-    """
-    sums: dict[str, np.ndarray] = {}
-    rows = dict.fromkeys(layers, 0)
-    count = 0
-    places: np.ndarray | None = None
-    # Layers that are given one tensor after each other, as q, k and v are, share its product.
-    last: tuple[Any, int, np.ndarray] = (None, 0, np.empty(0))
-
-    def take(path: str, value: Any) -> None:
-        nonlocal last
-        if value is not last[0]:
-            found = rows_of(path, value, places).astype(np.float32)
-            last = value, len(found), found.T @ found
-        sums[path] = sums[path] + last[2] if path in sums else last[2]
-        rows[path] += last[1]
-
-    with running(net), heard(layers, take):
-        for batch in batches:
-            places = seen_places(batch)
-            forward(net, batch)
-            count += 1
-    check_given(count, rows)
-    return sums
 
 
 class _Quantised(_Wanted):
